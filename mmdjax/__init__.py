@@ -1,0 +1,64 @@
+"""MMD Guidance in pure JAX: adapt a pretrained diffusion model to a small reference set while sampling, without training.
+
+Source: arXiv 2601.08379.
+"""
+
+from mmdjax._version import __version__
+from mmdjax.denoisers import DiffusionModel, cfg, from_model
+from mmdjax.guidance import MMDGuidance, guide_denoiser, guide_sampler
+from mmdjax.kernels import (
+    IMQ,
+    RBF,
+    Cosine,
+    Delta,
+    Energy,
+    Laplacian,
+    Linear,
+    Mapped,
+    Polynomial,
+    Product,
+    RationalQuadratic,
+    Sum,
+    median_bandwidth,
+)
+from mmdjax.memory import Memory
+from mmdjax.mmd import mmd2, witness
+from mmdjax.particles import Particles
+from mmdjax.samplers import DDIM, DDPM, DPMSolverPP2M, EulerMaruyama, Heun
+from mmdjax.sampling import Samples, guided_sample
+from mmdjax.schedules import Level
+
+__all__ = [
+    "DDIM",
+    "DDPM",
+    "IMQ",
+    "RBF",
+    "Cosine",
+    "DPMSolverPP2M",
+    "Delta",
+    "DiffusionModel",
+    "Energy",
+    "EulerMaruyama",
+    "Heun",
+    "Laplacian",
+    "Level",
+    "Linear",
+    "MMDGuidance",
+    "Mapped",
+    "Memory",
+    "Particles",
+    "Polynomial",
+    "Product",
+    "RationalQuadratic",
+    "Samples",
+    "Sum",
+    "__version__",
+    "cfg",
+    "from_model",
+    "guide_denoiser",
+    "guide_sampler",
+    "guided_sample",
+    "median_bandwidth",
+    "mmd2",
+    "witness",
+]

@@ -1,0 +1,105 @@
+"""Squared distances between rows, right to the last digits that matter.
+
+By matrix products, |x|² + |y|² − 2 xᵀy about the mean of y, in at least float32 at full precision. That cancels for pairs much closer
+than their norm: 15% off at 1e-3 of it in float32. Where a kernel resolves such distances they are computed again by difference;
+the derivative is that of the polynomial throughout, so it is exact there and at the clip at zero, to any order.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mmdjax.numerics import product
+
+CANCELLATION = 1e-3  # of |x|² + |y|²; there a float32 product is off by about 1e-4
+SUBSET = 2000  # references that a bandwidth or a constant is taken from
+
+
+def squared_distance(
+    x: Float[Array, "n d"], y: Float[Array, "m d"], *, same: bool = False, accurate: bool = False
+) -> Float[Array, "n m"]:
+    """|x_i − y_j|², never negative.
+
+    Args:
+      same: x and y are the same points in the same order: the diagonal is exactly 0.
+      accurate: recompute pairs that cancellation would spoil.
+
+    Example:
+      >>> squared_distance(jnp.array([[0.0, 0.0]]), jnp.array([[3.0, 4.0]])).tolist()
+      [[25.0]]
+    """
+    if x.shape[1] <= 4:
+        return jnp.sum((x[:, None] - y[None]) ** 2, axis=-1)
+    centre = jax.lax.stop_gradient(y.mean(0))
+    x, y = x - centre, y - centre
+    norms = jnp.sum(x * x, axis=1)[:, None] + jnp.sum(y * y, axis=1)[None, :]
+    d2 = norms - 2 * product(x, y.T)
+    value = jax.lax.stop_gradient(d2)
+    diagonal = jnp.eye(*d2.shape, dtype=bool) if same else jnp.zeros(d2.shape, bool)
+    if accurate:
+        close = (value < CANCELLATION * jax.lax.stop_gradient(norms)) & ~diagonal
+        value = _by_difference(jax.lax.stop_gradient(x), jax.lax.stop_gradient(y), value, close)
+    value = jnp.where(diagonal, 0.0, jnp.maximum(value, 0.0))
+    return d2 + jax.lax.stop_gradient(value - d2)
+
+
+def _by_difference(x: Array, y: Array, d2: Array, close: Array) -> Array:
+    # d2 with the pairs in `close` computed anew, a block of pairs at a time: costs nothing when there are none
+    total = d2.size
+    block = min(total, max(1, 2**22 // x.shape[1]))
+
+    def recompute(d2):
+        (pairs,) = jnp.nonzero(close.reshape(-1), size=total, fill_value=total)
+        pairs = jnp.concatenate([pairs, jnp.full(block, total, pairs.dtype)])
+
+        def one_block(state):
+            start, values = state
+            pair = jax.lax.dynamic_slice(pairs, (start,), (block,))
+            row, column = jnp.divmod(jnp.minimum(pair, total - 1), d2.shape[1])
+            exact = jnp.sum((x[row] - y[column]) ** 2, axis=1)
+            return start + block, values.at[pair].set(exact, mode="drop")
+
+        count = close.sum()
+        _, values = jax.lax.while_loop(lambda state: state[0] < count, one_block, (0, d2.reshape(-1)))
+        return values.reshape(d2.shape)
+
+    return jax.lax.cond(close.any(), recompute, lambda d2: d2, d2)
+
+
+def subset(m: int) -> Array | slice:
+    """Indices of at most `SUBSET` of m rows, spread evenly."""
+    return slice(None) if m <= SUBSET else jnp.linspace(0, m - 1, SUBSET).round().astype(int)
+
+
+def pairwise_median(y: Float[Array, "m d"], weight: Float[Array, " m"]) -> Float[Array, ""]:
+    """The median distance between two rows of positive weight, on at most `SUBSET` rows; detached. NaN if it is 0."""
+    d2, valid = _valid_pairs(y, weight, "median distance")
+    upper = jnp.arange(valid.shape[0])[:, None] < jnp.arange(valid.shape[0])[None, :]
+    return _median_distance(d2, valid & upper)
+
+
+def nearest_distance(y: Float[Array, "m d"], weight: Float[Array, " m"]) -> Float[Array, ""]:
+    """The median distance of a row of positive weight to its nearest distinct other one, on at most `SUBSET` rows; detached.
+
+    NaN if all rows are equal.
+    """
+    d2, valid = _valid_pairs(y, weight, "nearest-neighbour distance")
+    nearest = jnp.min(jnp.where(valid & (d2 > 0), d2, jnp.inf), axis=1)
+    return _median_distance(nearest, jnp.isfinite(nearest))
+
+
+def _valid_pairs(y: Array, weight: Array, what: str) -> tuple[Array, Array]:
+    if y.shape[0] < 2:
+        raise ValueError(f"one reference has no {what}; give the kernel's bandwidth as a number, such as IMQ(1.0), or more refs")
+    rows = subset(y.shape[0])
+    y, present = jax.lax.stop_gradient(y[rows]), weight[rows] > 0
+    d2 = squared_distance(y, y, same=True, accurate=True)
+    return d2, present[:, None] & present[None, :] & ~jnp.eye(d2.shape[0], dtype=bool)
+
+
+def _median_distance(d2: Array, valid: Array) -> Array:
+    ordered = jnp.sort(jnp.where(valid, d2, jnp.inf).reshape(-1))
+    count = valid.sum()
+    middle = jnp.sqrt(ordered[jnp.maximum(count - 1, 0) // 2]), jnp.sqrt(ordered[count // 2])
+    median = 0.5 * (middle[0] + middle[1])
+    return jnp.where((count > 0) & (median > 0), median, jnp.nan)

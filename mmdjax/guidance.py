@@ -1,0 +1,553 @@
+"""MMD guidance: moving generated particles down the gradient of MMD² to the references.
+
+For particles z_i of weight u_i (batch and memory together) and references y_j of weight v_j,
+
+    shift_i = −scale · T(P_i · ∂MMD²/∂z_i / u_i),
+    ∂MMD²/∂z_i / u_i = 2 [Σ_{j≠i} u_j ∂k(z_i, z_j)/∂z_i / (1 − Σu²) − Σ_j v_j ∂k(z_i, y_j)/∂z_i]        ("u")
+
+with P_i one over twice the larger of the particle's kernel masses, from references and from particles ("mass"). For a kernel of
+the distance that is the mean-shift step to the references less the one to the other particles: a majorise-minimise step, bounded,
+with no scale to tune.
+
+Where the particles are (`at`):
+
+    "denoised"   x̂0, against clean references
+    "sample"     x_s after the step, against references (and memory) brought to level s by fresh noise
+    "clean"      x_s after the step, against clean references: the published placement
+    "diffused"   as "sample", the noise on the references integrated in closed form
+
+References:
+  MMD Guidance, arXiv 2601.08379. Gretton et al. 2012, eq. 3 and 5. Cheng 1995 (mean shift as majorise-minimise).
+"""
+
+import functools
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from mmdjax.denoisers import Denoiser
+from mmdjax.kernels import IMQ, RBF, Kernel, NearestNeighbour, Polynomial, Product, Radial, Sum, as_kernel
+from mmdjax.memory import Memory
+from mmdjax.mmd import check_comparable, check_estimator, cross_term, pair_norm, self_term
+from mmdjax.numerics import reciprocal
+from mmdjax.particles import Particles, as_particles, check_points, wide_dtype
+from mmdjax.samplers import Sampler
+from mmdjax.schedules import Level, diffuse
+from mmdjax.tree import as_component, by_value, is_concrete, pytree, replace, static
+
+PLACEMENTS = ("denoised", "sample", "clean", "diffused")
+PRECONDITIONS = ("mass", "length", "none", "raw")
+DENOISED_STEPS = 10  # inner steps a network call
+SAMPLE_RATE, SAMPLE_CAP = 20.0, 0.575  # inner steps per unit of log σ²/α², and the most of it that one step counts
+
+
+@pytree
+class MMDGuidance:
+    """How to guide: the kernel, the placement and the size of the move.
+
+    Args:
+      kernel: on samples, or a `Product` on samples and conditions. None: `IMQ`, its bandwidth 2 ("denoised", "clean") or 2.5
+        ("sample") times the median nearest-neighbour distance of the references; "diffused": `RBF` at their median distance.
+      scale: multiplies the shift. 0 is plain sampling.
+      at: "denoised", "sample", "clean" or "diffused"; see the top of this module.
+      estimator: "u" leaves the self-pair out, "v" keeps it.
+      inner_steps: shifts a network call. None: 10 ("denoised"); 20 × the decrease in log σ²/α² over the step, that capped at
+        .575, in equal parts ("sample", "diffused"); 1 ("clean").
+      precondition: P_i. "mass"; "length": ℓ², the kernel's length squared, by component in a sum; "none": 1; "raw": u_i, the
+        gradient itself.
+      transform: T, an `optax.GradientTransformation` vmapped over samples, the guided point being its `params`. Static: make it
+        once; for numbers that change use `optax.inject_hyperparams`.
+      window: (start, end), fractions of the steps done between which guidance acts; 0 is pure noise, 1 is clean.
+      published: keep the memory as the published code does; see `paper`.
+    Raises:
+      ValueError: a choice that does not exist, or that the kernel cannot serve ("mass" needs a kernel of the distance, "diffused"
+        an RBF); a window out of order or range; a scale that is not finite; inner_steps below 1.
+
+    Example:
+      >>> MMDGuidance(kernel=RBF(1.0), at="sample").at
+      'sample'
+
+    Source: arXiv 2601.08379.
+    """
+
+    kernel: Any = None
+    scale: Any = 1.0
+    at: Literal["denoised", "sample", "clean", "diffused"] = static(default="denoised")
+    estimator: Literal["u", "v"] = static(default="u")
+    inner_steps: int | None = static(default=None)
+    precondition: Literal["mass", "length", "none", "raw"] = static(default="mass")
+    transform: Any = static(default=None)
+    window: tuple[Any, Any] = (0.0, 1.0)
+    published: bool = static(default=False)
+
+    def __post_init__(self):
+        if self.at not in PLACEMENTS:
+            raise ValueError(f"at is {self.at!r}; choose one of {PLACEMENTS}")
+        check_estimator(self.estimator)
+        if self.precondition not in PRECONDITIONS:
+            raise ValueError(f"precondition is {self.precondition!r}; choose one of {PRECONDITIONS}")
+        if self.inner_steps is not None and (not isinstance(self.inner_steps, int) or self.inner_steps < 1):
+            raise ValueError(f"inner_steps is {self.inner_steps}; give an integer of at least 1, or None")
+        if is_concrete(self.scale) and not np.isfinite(self.scale).all():
+            raise ValueError(f"scale is {self.scale}; give a finite number (0 is plain sampling)")
+        if not isinstance(self.window, tuple) or len(self.window) != 2:
+            raise ValueError(f"window is {self.window}; give (start, end), fractions of the steps between 0 and 1")
+        if is_concrete(self.window) and np.ndim(self.window[0]) == np.ndim(self.window[1]) == 0:
+            start, end = map(float, self.window)
+            if not 0 <= start < end <= 1:
+                raise ValueError(f"window is ({start:g}, {end:g}); it needs 0 <= start < end <= 1, fractions of the steps")
+        if self.kernel is not None:
+            object.__setattr__(self, "kernel", as_kernel(self.kernel))
+            if self.precondition == "mass" and not self.kernel.has_mass:
+                raise ValueError(
+                    f'precondition="mass" needs a kernel of the distance and {type(self.kernel).__name__} is none; '
+                    'use precondition="length" or "none"'
+                )
+            if self.at == "diffused":
+                _diffused_pair(self.kernel, None)
+
+    @classmethod
+    def paper(cls, alpha: Any = 0.002) -> "MMDGuidance":
+        """The authors' rule: x_s − α ‖x_s‖ g/(‖g‖ + 1e-5), g the raw gradient of the biased MMD² with (xᵀy/D + 1)³.
+
+        Clean references against x_s. Without memory the joint batch is guided, each sample's norms its own. With a memory and
+        num_samples=1 it is the published loop: nothing moves until one sample is remembered, samples are remembered as they
+        were before the last shift, and a full memory keeps only its last sample.
+
+        Args:
+          alpha: the relative size of a move, the `scale` leaf. The paper's images use .002.
+
+        Example:
+          >>> MMDGuidance.paper(alpha=0.01).scale
+          0.01
+
+        Source: arXiv 2601.08379.
+        """
+        return cls(
+            kernel=Polynomial(),
+            scale=alpha,
+            at="clean",
+            estimator="v",
+            inner_steps=1,
+            precondition="raw",
+            transform=_trust_ratio(),
+            published=True,
+        )
+
+
+@functools.cache
+def _trust_ratio():
+    # one object for all calls, or each would compile anew
+    import optax
+
+    return optax.scale_by_trust_ratio(eps=1e-5)
+
+
+# --- the gradient ---------------------------------------------------------------------------------------------------------------
+
+
+def shift_direction(
+    kernel: Kernel | tuple[Kernel, Kernel],
+    z: Particles,
+    refs: Particles,
+    memory: Particles | None,
+    *,
+    estimator: str = "u",
+    precondition: str = "mass",
+) -> Float[Array, "n ..."]:
+    """P_i ∂MMD²/∂z_i / u_i for a batch of equal weights; the particles of `memory` count on its side but do not move.
+
+    Args:
+      kernel: for all pairs, or (among the batch, between batch and fixed points).
+      z: the batch, n particles.
+      refs: m references.
+      memory: weights 0 or 1, or None.
+      estimator: "u" or "v".
+      precondition: as in `MMDGuidance`.
+    Returns:
+      [n, ...], like z.x.
+    """
+    among, fixed = kernel if isinstance(kernel, tuple) else (kernel, kernel)
+    weights = jnp.ones(z.n, wide_dtype(z.x))
+    if memory is not None:
+        weights = jnp.concatenate([weights, memory.weight.astype(weights.dtype)])
+    u = weights / weights.sum()
+    coef = u / pair_norm(u, estimator)
+    own = jnp.broadcast_to(coef[: z.n], (z.n, z.n))
+    if estimator == "u":
+        own = jnp.where(jnp.eye(z.n, dtype=bool), 0.0, own)
+    rule = "none" if precondition == "raw" else precondition
+
+    def gradient(k, points, coef, same=False):
+        return k.gradient(z, points, coef, same=same, precondition=rule)
+
+    pushed, mass_push = gradient(among, z, own, same=True)
+    pulled, mass_pull = gradient(fixed, refs, refs.probabilities().astype(u.dtype))
+    if memory is not None:
+        by_memory, mass_memory = gradient(fixed, memory, coef[z.n :])
+        pushed, mass_push = pushed + by_memory, mass_push + mass_memory
+    direction = 2 * (pushed - pulled)
+    match precondition:
+        case "mass":
+            factor = 0.5 * reciprocal(jnp.maximum(mass_pull, mass_push))
+        case "raw":
+            factor = u[: z.n]
+        case _:
+            return direction
+    return factor.reshape((-1,) + (1,) * (direction.ndim - 1)) * direction
+
+
+@pytree
+class DiffusedRBF(Radial):
+    """E_ε exp(−|x − y − σε|²/2h²) = (h²/(h² + σ²))^{D/2} exp(−|x − y|²/2(h² + σ²)), ε standard normal of size D."""
+
+    bandwidth: Any
+    sigma: Any
+    size: int = static()
+
+    def profile(self, d2):
+        """k; the power is taken in the exponent, where it does not underflow alone."""
+        h2, s2 = self.bandwidth**2, self.sigma**2
+        return jnp.exp(-d2 / (2 * (h2 + s2)) - 0.5 * self.size * jnp.log1p(s2 / h2))
+
+    def weight(self, d2):
+        """w = k/(h² + σ²)."""
+        return self.profile(d2) / (self.bandwidth**2 + self.sigma**2)
+
+    def length2(self, a):
+        """h², as of the RBF that it comes from."""
+        return jnp.asarray(self.bandwidth) ** 2
+
+
+def _diffused_pair(kernel: Kernel, level: Level | None, size: int = 1) -> Any:
+    # (kernel among particles at a level, kernel between them and α · clean points); level None only checks
+    match kernel:
+        case RBF(bandwidth=h):
+            if level is None:
+                return None
+            among = kernel.at_level(level)
+            hs = among.bandwidth if isinstance(h, tuple) else (among.bandwidth,)
+            parts = [DiffusedRBF(width, level.sigma, size) for width in hs]
+            return among, parts[0] if len(parts) == 1 else Sum(*parts, weights=(1.0 / len(parts),) * len(parts))
+        case Product(x=x, cond=cond):
+            pair = _diffused_pair(x, level, size)
+            return None if pair is None else tuple(Product(k, cond) for k in pair)
+        case Sum(kernels=kernels, weights=weights):
+            pairs = [_diffused_pair(k, level, size) for k in kernels]
+            return None if level is None else tuple(Sum(*ks, weights=weights) for ks in zip(*pairs, strict=True))
+    raise ValueError(
+        f'at="diffused" integrates the noise in closed form, which exists for RBF only, not {type(kernel).__name__}; '
+        'use RBF, or at="sample"'
+    )
+
+
+# --- guidance bound to its references -------------------------------------------------------------------------------------------
+
+
+@pytree
+class GuidanceState:
+    """What the guidance carries from step to step.
+
+    Args:
+      transform: the optax state, one a sample; () without a transform.
+      mmd2: MMD² after the last shift (the trace).
+      shift_norm: mean L2 norm of the last shift, in the data's units (the trace).
+      unshifted: x before the last shift where the published memory wants it, else ().
+    """
+
+    transform: Any
+    mmd2: Any
+    shift_norm: Any
+    unshifted: Any
+
+
+@pytree
+class BoundGuidance:
+    """An `MMDGuidance` with its references, kernel fitted: everything but the moving particles. Made by `bind`."""
+
+    guidance: MMDGuidance
+    kernel: Kernel
+    refs: Particles
+    refs_term: Any
+    cond: Any
+    memory: Particles | None
+
+    def init(self, x: Array) -> GuidanceState:
+        """The state before the first step for a batch shaped like x."""
+        transform = self.guidance.transform
+        wide = wide_dtype(x)
+        per_sample_state = () if transform is None else jax.vmap(transform.init)(x.astype(wide))
+        zero = jnp.zeros((), wide)
+        return GuidanceState(per_sample_state, zero, zero, x if self.guidance.published else ())
+
+    def denoised(self, x0: Array, state: GuidanceState, fraction: Any) -> tuple[Array, GuidanceState]:
+        """x̂0 [n, ...] moved against clean references; `fraction` of the steps is done."""
+        steps = self.guidance.inner_steps or DENOISED_STEPS
+        return self._guide(x0, state, fraction, self.kernel, self.refs, self.memory, steps, None, self.refs_term)
+
+    def after_step(
+        self, key: Array, x: Array, state: GuidanceState, fraction: Any, t: Level, s: Level
+    ) -> tuple[Array, GuidanceState]:
+        """x_s [n, ...], just made by a step from t, moved at level s."""
+        guidance, refs, memory = self.guidance, self.refs, self.memory
+        steps, length = guidance.inner_steps or 1, None
+        if guidance.at == "clean":
+            return self._guide(x, state, fraction, self.kernel, refs, memory, steps, None, self.refs_term)
+        if guidance.inner_steps is None:
+            decrease = jnp.minimum(jax.lax.stop_gradient(s.log_snr() - t.log_snr()), SAMPLE_CAP)
+            steps, length = math.ceil(SAMPLE_RATE * SAMPLE_CAP), SAMPLE_RATE * decrease
+        if guidance.at == "sample":
+            kernel: Any = self.kernel.at_level(s)
+            key_refs, key_memory = jax.random.split(key)
+            refs = replace(refs, x=diffuse(key_refs, refs.x, s))
+            if memory is not None:
+                memory = replace(memory, x=diffuse(key_memory, memory.x, s))
+        else:
+            kernel = _diffused_pair(self.kernel, s, math.prod(refs.x.shape[1:]))
+            refs = replace(refs, x=s.alpha * refs.x)
+            if memory is not None:
+                memory = replace(memory, x=s.alpha * memory.x)
+        return self._guide(x, state, fraction, kernel, refs, memory, steps, length, 0.0)
+
+    def _guide(self, x, state, fraction, kernel, refs, memory, steps, length, refs_term):
+        """`steps` shifts of x; with a `length` that many unit shifts in ceil(length) ≤ steps equal parts."""
+        guidance = self.guidance
+        scale = guidance.scale if length is None else guidance.scale * length / jnp.maximum(jnp.ceil(length), 1.0)
+        if guidance.published and memory is not None:
+            scale = scale * (memory.weight.sum() > 0)  # the published loop leaves the first sample alone
+
+        def move(z, transform_state):
+            direction = shift_direction(
+                kernel,
+                Particles(z, self.cond),
+                refs,
+                memory,
+                estimator=guidance.estimator,
+                precondition=guidance.precondition,
+            )
+            if guidance.transform is not None:
+                direction, transform_state = jax.vmap(guidance.transform.update)(direction, transform_state, z)
+            return z - scale * direction, transform_state
+
+        def inner(carry, index):
+            if length is None:
+                return move(*carry), None
+            return jax.lax.cond(index < jnp.ceil(length), lambda c: move(*c), lambda c: c, carry), None
+
+        def guided(z, transform_state):
+            if steps == 1:
+                (moved, transform_state), _ = inner((z, transform_state), 0)
+            else:
+                (moved, transform_state), _ = jax.lax.scan(inner, (z, transform_state), jnp.arange(steps))
+            norms = jnp.sqrt(jnp.sum(((moved - z) ** 2).reshape(z.shape[0], -1), axis=1))
+            return moved, transform_state, jax.lax.stop_gradient(norms.mean())
+
+        def left(z, transform_state):
+            return z, transform_state, jnp.zeros((), z.dtype)
+
+        z = x.astype(wide_dtype(x))
+        start, end = guidance.window
+        active = (fraction >= start) & (fraction < end)
+        z, transform_state, norm = jax.lax.cond(active, guided, left, z, state.transform)
+        mmd2 = self._mmd2(kernel, Particles(z, self.cond), refs, memory) + refs_term
+        unshifted = x if guidance.published else ()
+        return z.astype(x.dtype), GuidanceState(transform_state, jax.lax.stop_gradient(mmd2), norm, unshifted)
+
+    def _mmd2(self, kernel, z, refs, memory):
+        among, fixed = kernel if isinstance(kernel, tuple) else (kernel, kernel)
+        generated = z
+        if memory is not None:
+            if among is not fixed:
+                return jnp.full((), jnp.nan, wide_dtype(z.x))  # memory is in closed form, the batch is not: no one Gram
+            weight = jnp.concatenate([jnp.ones(z.n, memory.weight.dtype), memory.weight])
+            joined = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), (z.x, z.cond), (memory.x, memory.cond))
+            generated = Particles(*joined, weight)
+        own = self_term(among, generated, self.guidance.estimator)
+        return own - 2 * cross_term(fixed, generated, refs)
+
+
+def default_kernel(at: str) -> Kernel:
+    """The kernel of `MMDGuidance()` at a placement."""
+    if at == "diffused":
+        return RBF()
+    return IMQ(NearestNeighbour(2.5 if at == "sample" else 2.0))
+
+
+def fit_kernel(guidance: MMDGuidance, refs: Particles) -> Kernel:
+    """The guidance's kernel with all that it takes from the references filled in.
+
+    Raises:
+      ValueError: a bandwidth comes out as 0 because the references are all equal (seen only outside `jit`; inside, it is NaN).
+    """
+    kernel = default_kernel(guidance.at) if guidance.kernel is None else guidance.kernel
+    fitted = kernel.fit(refs)
+    for leaf in jax.tree.leaves(fitted):
+        if is_concrete(leaf) and not bool(jnp.isfinite(leaf).all()):
+            raise ValueError(
+                f"the references give {type(kernel).__name__} a bandwidth of 0: they are all equal; give the bandwidth as a "
+                "number, such as MMDGuidance(kernel=IMQ(1.0)), or references that differ"
+            )
+    return fitted
+
+
+def check_guidance(guidance: Any, refs: Particles, cond: Any) -> None:
+    """Raise for references and conditions that the guidance cannot use.
+
+    Raises:
+      TypeError: not an MMDGuidance; references that are not floats.
+      ValueError: see `check_points`; a Product kernel and only one of cond and refs.cond, or of other shapes.
+    """
+    if not isinstance(guidance, MMDGuidance):
+        raise TypeError(f"guidance is {type(guidance).__name__}; give MMDGuidance(...), or refs=None for plain sampling")
+    check_points("refs", refs, floats=True)
+    if guidance.kernel is None or not guidance.kernel.uses_cond:
+        return
+    if refs.cond is None:
+        raise ValueError("the kernel compares conditions but refs have none; give refs=Particles(x, cond=...)")
+    if cond is None:
+        raise ValueError("the kernel compares conditions but cond is None; give cond, one row a sample, or a kernel on x alone")
+    shapes = [jax.tree.map(lambda leaf: np.shape(leaf)[1:], tree) for tree in (refs.cond, cond)]
+    if shapes[0] != shapes[1] or jax.tree.structure(refs.cond) != jax.tree.structure(cond):
+        shapes = [jax.tree.map(np.shape, tree) for tree in (refs.cond, cond)]
+        raise ValueError(f"refs.cond has shape {shapes[0]} but cond has {shapes[1]}; conditions must match")
+
+
+def bind(guidance: MMDGuidance, kernel: Kernel, refs: Particles, cond: Any = None, memory: Memory | None = None) -> BoundGuidance:
+    """The guidance bound to its references (in at least float32), conditions and memory; `kernel` from `fit_kernel`."""
+    from mmdjax.distances import subset
+
+    def wide(points):
+        return replace(points, x=jnp.asarray(points.x, wide_dtype(points.x)))
+
+    if not kernel.uses_cond:  # carried along they would have to match in structure for nothing
+        cond, refs = None, replace(refs, cond=None)
+    refs = wide(refs)
+    rows = subset(refs.n)
+    some = jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf[rows]), refs)
+    refs_term = 0.0
+    if guidance.at in ("denoised", "clean"):
+        refs_term = jax.lax.stop_gradient(self_term(kernel, some, guidance.estimator))
+    held = None
+    if memory is not None:
+        memory = memory.reset_when_full() if guidance.published else memory
+        held = wide(memory.particles)
+        held = held if kernel.uses_cond else replace(held, cond=None)
+    return BoundGuidance(guidance, kernel, refs, refs_term, cond, held)
+
+
+# --- for pipelines of one's own -------------------------------------------------------------------------------------------------
+
+
+@pytree
+class GuidedDenoiser:
+    """A denoiser whose x̂0 is guided; see `guide_denoiser`."""
+
+    denoiser: Any
+    guidance: MMDGuidance
+    kernel: Any
+    refs: Particles
+
+    def __call__(self, params, x, level, cond):
+        bound = bind(self.guidance, self.kernel, self.refs, cond)
+        x0 = self.denoiser(params, x, level, cond)
+        return bound.denoised(x0, bound.init(x0), 1 - level.t)[0]
+
+
+def guide_denoiser(denoiser: Denoiser, guidance: MMDGuidance, refs: Any) -> GuidedDenoiser:
+    """A denoiser whose x̂0 is moved towards the references: "denoised" guidance for a pipeline that owns the loop.
+
+    Stateless: the transform's state starts anew at each call, and the window is read on 1 − t.
+
+    Args:
+      denoiser: (params, x, level, cond) -> x0_hat; level's fields are scalars.
+      guidance: with at="denoised".
+      refs: array [m, ...] or Particles, shaped like the denoiser's samples.
+    Returns:
+      A Denoiser, a pytree.
+    Raises:
+      ValueError: another placement (it moves x after a step: use `guide_sampler`); references that cannot be used.
+
+    Example:
+      >>> from mmdjax.schedules import VPLinear
+      >>> flat_prior = lambda params, x, level, cond: level.alpha * x
+      >>> guided = guide_denoiser(flat_prior, MMDGuidance(kernel=RBF(1.0)), jnp.ones((4, 2)))
+      >>> guided(None, jnp.zeros((3, 2)), VPLinear()(0.5), None).shape
+      (3, 2)
+    """
+    refs = as_particles(refs)
+    if isinstance(guidance, MMDGuidance) and guidance.at != "denoised":
+        raise ValueError(
+            f'at="{guidance.at}" moves x after a step, which a denoiser never sees; use guide_sampler, or at="denoised"'
+        )
+    check_guidance(guidance, refs, refs.cond)
+    return GuidedDenoiser(as_component(denoiser), guidance, fit_kernel(guidance, refs), refs)
+
+
+@pytree
+class GuidedSampler:
+    """A sampler with guidance in or after each step; see `guide_sampler`. Its carry holds the guidance's state."""
+
+    sampler: Any
+    bound: BoundGuidance
+    num_steps: int | None = static(default=None)
+
+    def init(self, x):
+        """The inner sampler's carry, the guidance's state, the number of steps done."""
+        return self.sampler.init(x), self.bound.init(x), jnp.zeros((), jnp.int32)
+
+    def step(self, key, x, carry, state, denoise, t, s):
+        """The inner sampler's step, guided."""
+        carry, guidance_state, done = carry
+        fraction = 1 - t.t if self.num_steps is None else done / self.num_steps
+        if self.bound.guidance.at == "denoised":
+
+            def guided(x, level, states):
+                x0, outer = denoise(x, level, states[0])
+                x0, inner = self.bound.denoised(x0, states[1], fraction)
+                return x0, (outer, inner)
+
+            x, carry, (state, guidance_state) = self.sampler.step(key, x, carry, (state, guidance_state), guided, t, s)
+        else:
+            x, carry, state = self.sampler.step(key, x, carry, state, denoise, t, s)
+            noise_key = jax.random.fold_in(key, 1)  # `key` itself is the sampler's
+            x, guidance_state = self.bound.after_step(noise_key, x, guidance_state, fraction, t, s)
+        return x, (carry, guidance_state, done + 1), state
+
+
+def guide_sampler(
+    sampler: Sampler,
+    guidance: MMDGuidance,
+    refs: Any,
+    *,
+    cond: Any = None,
+    memory: Memory | None = None,
+    num_steps: int | None = None,
+) -> GuidedSampler:
+    """A sampler that guides each step, for a loop of one's own; every placement.
+
+    Args:
+      sampler: anything with `init` and `step` (see `mmdjax.samplers`).
+      guidance: what to do.
+      refs: array [m, ...] or Particles.
+      cond: the batch's conditions, where the kernel compares them.
+      memory: finished samples to be guided around.
+      num_steps: of the loop, on which the window is read; None: the window is read on 1 − t.
+    Returns:
+      A Sampler, a pytree.
+    Raises:
+      ValueError, TypeError: references, conditions or a guidance that cannot be used.
+
+    Example:
+      >>> from mmdjax.samplers import DDIM
+      >>> sampler = guide_sampler(DDIM(), MMDGuidance(kernel=RBF(1.0)), jnp.ones((4, 2)))
+      >>> carry = sampler.init(jnp.zeros((3, 2)))
+    """
+    refs = as_particles(refs)
+    check_guidance(guidance, refs, cond)
+    if memory is not None:
+        check_comparable("memory", memory.particles, "refs", refs, kernel_uses_cond=False)
+    return GuidedSampler(by_value(sampler), bind(guidance, fit_kernel(guidance, refs), refs, cond, memory), num_steps)

@@ -1,0 +1,78 @@
+"""Past samples, in a ring of fixed capacity.
+
+Finished samples join the generated side of MMD², so that a long run in small batches aligns as one large batch does: each new
+batch sees what has been made. Shapes never change; empty slots have weight 0.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from mmdjax.particles import Particles
+from mmdjax.tree import pytree, replace
+
+
+@pytree
+class Memory:
+    """Finished samples that later batches are guided around.
+
+    Args:
+      particles: the slots; weight 1 where one holds a sample, 0 where it is empty.
+      next: the slot that the next sample goes to.
+
+    Example:
+      >>> memory = Memory.empty(3, (2,)).push(Particles(jnp.ones((2, 2))))
+      >>> int(memory.count), memory.capacity
+      (2, 3)
+    """
+
+    particles: Particles
+    next: Any
+
+    @classmethod
+    def empty(cls, capacity: int, shape: tuple[int, ...], cond: Any = None) -> "Memory":
+        """A memory without samples.
+
+        Args:
+          capacity: how many samples it holds; the oldest make room for new ones.
+          shape: of one sample.
+          cond: conditions [n, ...] of samples to come, for their structure; None if they have none.
+        Raises:
+          ValueError: capacity below 1.
+        """
+        if capacity < 1:
+            raise ValueError(f"memory is {capacity}; give the number of samples to remember, or None")
+        slots = jax.tree.map(lambda c: jnp.zeros((capacity, *np.shape(c)[1:]), jnp.result_type(c)), cond)
+        particles = Particles(jnp.zeros((capacity, *shape)), slots, jnp.zeros(capacity))
+        return cls(particles, jnp.zeros((), jnp.int32))
+
+    @property
+    def capacity(self) -> int:
+        """Number of slots."""
+        return self.particles.n
+
+    @property
+    def count(self) -> Int[Array, ""]:
+        """Number of samples held."""
+        return (self.particles.weight > 0).sum()
+
+    def push(self, new: Particles) -> "Memory":
+        """The memory with samples added, the oldest overwritten; of more than `capacity` the last are kept."""
+        kept = min(new.n, self.capacity)
+        slots = (self.next + jnp.arange(new.n - kept, new.n)) % self.capacity
+        written = jax.tree.map(
+            lambda old, rows: old.at[slots].set(rows[new.n - kept :].astype(old.dtype)),
+            (self.particles.x, self.particles.cond),
+            (new.x, new.cond),
+        )
+        particles = Particles(*written, self.particles.weight.at[slots].set(1.0))
+        return replace(self, particles=particles, next=(self.next + new.n) % self.capacity)
+
+    def reset_when_full(self) -> "Memory":
+        """Only the last sample kept once every slot is taken, as the published code does before a batch."""
+        last = (jnp.arange(self.capacity) == (self.next - 1) % self.capacity).astype(self.particles.weight.dtype)
+        weight = jnp.where(self.count == self.capacity, last, self.particles.weight)
+        return replace(self, particles=replace(self.particles, weight=weight))

@@ -1,0 +1,173 @@
+"""Samplers: one step from a level t to a less noisy level s.
+
+A sampler is stateless; what it remembers travels in its carry. The contract:
+
+    init(x) -> carry
+    step(key, x, carry, state, denoise, t, s) -> (x, carry, state)
+
+with x [n, ...] at level t, `denoise(x, level, state) -> (x0_hat, state)` (params and condition bound, `state` passed through
+every call), t and s `Level`s, and the x returned at level s. A step to the clean level (σ_s = 0) returns x̂0 without noise.
+
+Notation: ε̂ = (x − α x̂0)/σ, and x_t given x_s is N(α_t/α_s x_s, σ_{t|s}²) with σ_{t|s}² = σ_t² − (α_t/α_s)² σ_s².
+"""
+
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from mmdjax.numerics import safe_sqrt
+from mmdjax.tree import pytree, static
+
+
+class Denoise(Protocol):
+    """(x, level, state) -> (x0_hat, state)."""
+
+    def __call__(self, x: Any, level: Any, state: Any, /) -> tuple[Any, Any]: ...  # noqa: D102
+
+
+class Sampler(Protocol):
+    """What `guided_sample` runs; see the top of this module."""
+
+    def init(self, x: Any) -> Any: ...  # noqa: D102
+
+    def step(self, key: Any, x: Any, carry: Any, state: Any, denoise: Denoise, t: Any, s: Any) -> tuple[Any, Any, Any]: ...  # noqa: D102
+
+
+def added_variance(t, s):
+    """σ_{t|s}² = σ_t² − (α_t/α_s)² σ_s²: the variance that the forward process adds from s to t."""
+    return jnp.maximum(t.sigma**2 - (t.alpha / s.alpha * s.sigma) ** 2, 0.0)
+
+
+def noise_of(x, x0, level):
+    """ε̂ = (x − α x̂0)/σ."""
+    return (x - level.alpha * x0) / level.sigma
+
+
+def noise_like(key, x, s):
+    """Standard normal noise, none at the clean level."""
+    return jnp.where(s.sigma > 0, 1.0, 0.0) * jax.random.normal(key, x.shape, x.dtype)
+
+
+@pytree
+class DDIM:
+    """x_s = α_s x̂0 + √(σ_s² − v) ε̂ + √v z,  v = η² σ_s² σ_{t|s}² / σ_t².  Song et al. 2021a, eq. 12 and 16.
+
+    η = 0 is deterministic, of order 1; η = 1 is `DDPM`.
+
+    Example:
+      >>> DDIM(eta=0.0)
+      DDIM(eta=0.0)
+    """
+
+    eta: Any = 0.0
+
+    def init(self, x):
+        """No history."""
+        return ()
+
+    def step(self, key, x, carry, state, denoise, t, s):
+        """One network call."""
+        x0, state = denoise(x, t, state)
+        v = self.eta**2 * s.sigma**2 * added_variance(t, s) / t.sigma**2
+        mean = s.alpha * x0 + safe_sqrt(s.sigma**2 - v) * noise_of(x, x0, t)
+        return mean + safe_sqrt(v) * noise_like(key, x, s), carry, state
+
+
+@pytree
+class DDPM:
+    """x_s ~ N(E[x_s | x_t, x̂0], v): ancestral sampling.  Ho et al. 2020, eq. 7.
+
+    E = (α_t/α_s) σ_s²/σ_t² x_t + α_s σ_{t|s}²/σ_t² x̂0,  v = σ_{t|s}² σ_s²/σ_t² ("small", the posterior's) or σ_{t|s}² ("large").
+    """
+
+    variance: str = static(default="small")
+
+    def __post_init__(self):
+        if self.variance not in ("small", "large"):
+            raise ValueError(f'variance is {self.variance!r}; choose "small" (the posterior\'s) or "large" (β)')
+
+    def init(self, x):
+        """No history."""
+        return ()
+
+    def step(self, key, x, carry, state, denoise, t, s):
+        """One network call."""
+        x0, state = denoise(x, t, state)
+        added = added_variance(t, s)
+        mean = (t.alpha / s.alpha * s.sigma**2 * x + s.alpha * added * x0) / t.sigma**2
+        v = added * s.sigma**2 / t.sigma**2 if self.variance == "small" else added
+        return mean + safe_sqrt(v) * noise_like(key, x, s), carry, state
+
+
+@pytree
+class EulerMaruyama:
+    """Euler–Maruyama on the reverse SDE of x̄ = x/α with time σ̄² = σ²/α²:  dx̄ = (x̂0 − x̄)/σ̄² |dσ̄²| + √|dσ̄²| dw.
+
+    Song et al. 2021b, eq. 6, in the variable in which the forward process is σ̄ dw, so that the linear part is exact. Weak
+    order 1. It starts where α > 0: rectified flow needs times[0] < 1.
+    """
+
+    def init(self, x):
+        """No history."""
+        return ()
+
+    def step(self, key, x, carry, state, denoise, t, s):
+        """One network call."""
+        x0, state = denoise(x, t, state)
+        added = added_variance(t, s)  # α_t² |Δσ̄²|
+        drift = added / t.sigma**2 * (t.alpha * x0 - x)
+        noise = safe_sqrt(added) * noise_like(key, x, s)
+        return s.alpha / t.alpha * (x + drift + noise), carry, state
+
+
+@pytree
+class Heun:
+    """The trapezoidal rule on dx = x̂0 dα + ε̂ dσ, the probability flow along a schedule.  Karras et al. 2022, alg. 1.
+
+    x_s = x_t + (α_s − α_t)(x̂0_t + x̂0_s)/2 + (σ_s − σ_t)(ε̂_t + ε̂_s)/2, predicted by DDIM: for α = 1 the paper's step, for
+    rectified flow Heun's in t, and nothing singular where α_t = 0. Order 2, two network calls a step; one for the step to σ = 0.
+    """
+
+    def init(self, x):
+        """No history."""
+        return ()
+
+    def step(self, key, x, carry, state, denoise, t, s):
+        """Two network calls, one where s is clean."""
+        x0_t, state = denoise(x, t, state)
+        eps_t = noise_of(x, x0_t, t)
+        euler = s.alpha * x0_t + s.sigma * eps_t
+
+        def correct(state):
+            x0_s, state = denoise(euler, s, state)
+            x0, eps = 0.5 * (x0_t + x0_s), 0.5 * (eps_t + noise_of(euler, x0_s, s))
+            return x + (s.alpha - t.alpha) * x0 + (s.sigma - t.sigma) * eps, state
+
+        x, state = jax.lax.cond(s.sigma > 0, correct, lambda state: (euler, state), state)
+        return x, carry, state
+
+
+@pytree
+class DPMSolverPP2M:
+    """x_s = σ_s/σ_t x_t + α_s (1 − e^{−h}) D,  D = x̂0_t + h/2h₋ (x̂0_t − x̂0₋),  h = λ_s − λ_t,  λ = log(α/σ).
+
+    Lu et al. 2022b, alg. 2; h₋ and x̂0₋ are the last step's. Order 2 with one network call a step; the first step and the one to
+    σ = 0 are of order 1 (D = x̂0_t).
+    """
+
+    def init(self, x):
+        """The last x̂0, the last h, and whether there was one."""
+        return jnp.zeros_like(x), jnp.ones((), x.dtype), jnp.zeros((), bool)
+
+    def step(self, key, x, carry, state, denoise, t, s):
+        """One network call."""
+        last_x0, last_h, has_last = carry
+        x0, state = denoise(x, t, state)
+        ratio = t.alpha * s.sigma / (s.alpha * t.sigma)  # e^{−h}; 0 where h is infinite: from α_t = 0 or to σ_s = 0
+        finite = ratio > 0
+        h = -jnp.log(jnp.where(finite, ratio, 1.0))
+        extrapolation = jnp.where(finite & has_last, h / (2 * last_h), 0.0)
+        direction = x0 + extrapolation * (x0 - last_x0)
+        x = s.sigma / t.sigma * x + s.alpha * (1 - ratio) * direction
+        return x, (x0, jnp.where(finite, h, 1.0).astype(x.dtype), finite), state

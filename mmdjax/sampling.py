@@ -1,0 +1,284 @@
+"""`guided_sample`: the one place where model, references, guidance and sampler meet.
+
+    x ~ prior;  for t, s in the time grid:  x ← sampler.step(x, denoise, t, s), guided in x̂0 or after the step.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from mmdjax.denoisers import DiffusionModel
+from mmdjax.guidance import MMDGuidance, bind, check_guidance, fit_kernel
+from mmdjax.guidance import GuidedSampler
+from mmdjax.memory import Memory
+from mmdjax.particles import Particles, as_particles
+from mmdjax.progress import Bar
+from mmdjax.samplers import DDIM, Sampler
+from mmdjax.schedules import uniform_times
+from mmdjax.tree import is_concrete, pytree, replace, strong
+
+
+@pytree
+class Trace:
+    """One number a step.
+
+    Args:
+      mmd2: [num_steps] MMD² to the references after the step's shift: of x̂0 ("denoised") or x_s ("clean"); for "sample" and
+        "diffused", whose references are noisy, without the references' own term. NaN without references.
+      shift_norm: [num_steps] mean L2 norm of the samples' shifts, in the data's units. 0 without references.
+    """
+
+    mmd2: Float[Array, " num_steps"]
+    shift_norm: Float[Array, " num_steps"]
+
+
+@pytree
+class Samples:
+    """What `guided_sample` returns.
+
+    Args:
+      x: [num_samples, *shape].
+      memory: with these samples added, for the next call; None without memory.
+      trace: one number a step.
+    """
+
+    x: Array
+    memory: Memory | None
+    trace: Trace
+
+
+def guided_sample(
+    params: Any,
+    key: Array,
+    refs: Any,
+    *,
+    model: DiffusionModel,
+    num_samples: int,
+    cond: Any = None,
+    guidance: MMDGuidance | None = None,
+    sampler: Sampler | None = None,
+    num_steps: int = 50,
+    times: Any = None,
+    x_init: Any = None,
+    memory: int | Memory | None = None,
+    progress: bool = False,
+    sharding: Any = None,
+    checks: bool = False,
+    remat: bool = False,
+) -> Samples:
+    """Sample a diffusion model, guided towards references by the gradient of MMD².
+
+    Jitted inside: a plain call compiles once for all values of params, key, refs, cond, and of the numbers in model, guidance and
+    sampler. It may be called inside `jit`, `vmap` (over keys, scale, …) and `grad` (to scale, bandwidth, refs, params, …); a
+    bandwidth taken from the references is detached.
+
+    Values are checked where they are concrete. Inside `jit` they cannot be seen: NaN in the references, or references that are all
+    equal with a bandwidth taken from them, give NaN samples.
+
+    Args:
+      params: the model's parameters.
+      key: a typed PRNG key, `jax.random.key(seed)`.
+      refs: references, an array [m, *model.shape], or Particles (`cond` for prompt-aware guidance, `weight` to reweight), or None:
+        plain sampling.
+      model: the diffusion model.
+      num_samples: n, the size of the batch; the guidance sees all of it at once.
+      cond: the samples' conditions, a pytree of [n, ...], or None.
+      guidance: default `MMDGuidance()`.
+      sampler: default `DDIM(eta=1.0)`.
+      num_steps: steps, uniform in t from 1 to 0.
+      times: decreasing t [num_steps + 1] in [0, 1] in place of num_steps (`mmdjax.schedules` has grids).
+      x_init: x at times[0], [n, *model.shape]; default prior noise. `schedules.diffuse` makes it from pictures.
+      memory: None, the capacity of a new memory, or the memory of an earlier call.
+      progress: show a bar, also inside `jit`.
+      sharding: a `jax.sharding.Sharding` for the batch.
+      checks: raise at the first step whose x̂0 or x is not finite.
+      remat: recompute each step in the backward pass: memory for `grad` then grows with one step's network call only.
+    Returns:
+      Samples.
+    Raises:
+      TypeError: a key that is not typed, references that are not floats, components of the wrong type.
+      ValueError: shapes that do not fit the model, references that are empty, not finite or (for a bandwidth taken from them) all
+        equal or one only, conditions missing on one side of a Product kernel, times that do not decrease in [0, 1].
+      FloatingPointError: with `checks`, naming the step and the quantity.
+
+    Example:
+      >>> from mmdjax.denoisers import from_model
+      >>> from mmdjax.schedules import RectifiedFlow
+      >>> shrink = from_model(lambda params, x, t, cond: params * x, "x0")
+      >>> model = DiffusionModel(shrink, RectifiedFlow(), (2,))
+      >>> refs = jnp.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+      >>> guided_sample(0.5, jax.random.key(0), refs, model=model, num_samples=4, num_steps=5).x.shape
+      (4, 2)
+
+    Source: arXiv 2601.08379.
+    """
+    guidance = MMDGuidance() if guidance is None else guidance
+    sampler = DDIM(eta=1.0) if sampler is None else sampler
+    refs = None if refs is None else as_particles(refs)
+    _check_call(key, refs, model, num_samples, cond, guidance, sampler, x_init)
+    times = _check_times(times, num_steps)
+    memory = _check_memory(memory, model, num_samples, cond)
+    if checks and not is_concrete((params, key, refs, model, cond, guidance, sampler, times, x_init, memory)):
+        raise ValueError("checks=True reads values, which a call inside jit, vmap or grad has none of; call it outside of them")
+
+    refs, guidance, model, sampler, cond = strong((refs, guidance, model, sampler, cond))
+    kernel = None if refs is None else _fit_outside(guidance, refs)
+    samples, finite = _sample(
+        params,
+        key,
+        refs,
+        kernel,
+        model,
+        guidance,
+        sampler,
+        cond,
+        strong(times),
+        x_init,
+        memory,
+        num_samples=num_samples,
+        progress=progress,
+        sharding=sharding,
+        checks=checks,
+        remat=remat,
+    )
+    if checks:
+        _raise_at_first(finite, times)
+    return samples
+
+
+@jax.jit
+def _fit(guidance, refs):
+    return fit_kernel(guidance, refs)
+
+
+def _fit_outside(guidance: MMDGuidance, refs: Particles) -> Any:
+    # one compiled call, its result then looked at
+    kernel = _fit(guidance, refs)
+    return fit_kernel(replace(guidance, kernel=kernel), refs)
+
+
+@functools.partial(jax.jit, static_argnames=("num_samples", "progress", "sharding", "checks", "remat"))
+def _sample(
+    params, key, refs, kernel, model, guidance, sampler, cond, times, x_init, memory,
+    *, num_samples, progress, sharding, checks, remat,
+):  # fmt: skip
+    levels = jax.vmap(model.schedule)(times)
+    num_steps = times.shape[0] - 1
+    key_init, key_steps = jax.random.split(key)
+
+    def place(x):
+        return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
+
+    if x_init is None:
+        first = jax.tree.map(lambda v: v[0], levels)
+        x = jnp.sqrt(first.alpha**2 + first.sigma**2) * jax.random.normal(key_init, (num_samples, *model.shape))
+    else:
+        x = jnp.asarray(x_init, jnp.promote_types(jnp.result_type(x_init), jnp.float32))
+    x = place(x)
+
+    if refs is not None:
+        bound = bind(guidance, kernel, refs, cond, memory)
+        sampler = GuidedSampler(sampler, bound, num_steps)
+
+    def denoise(x, level, finite):
+        x0 = model.denoiser(params, x, level, cond)
+        if x0.shape != x.shape:
+            raise ValueError(f"the denoiser returned shape {x0.shape} for x of shape {x.shape}; it must return x0_hat, one each")
+        x0 = x0.astype(x.dtype)
+        return x0, finite & jnp.isfinite(x0).all() if checks else finite
+
+    bar = Bar(num_steps, "sampling")
+
+    def one_step(carry, inputs):
+        x, sampler_carry = carry
+        index, t, s = inputs
+        finite = jnp.ones((), bool) if checks else ()
+        x, sampler_carry, finite = sampler.step(
+            jax.random.fold_in(key_steps, index), x, sampler_carry, finite, denoise, t, s
+        )
+        x = place(x)
+        if progress:
+            jax.debug.callback(bar, index)
+        guidance_state = sampler_carry[1] if refs is not None else None
+        trace = Trace(jnp.nan, 0.0) if guidance_state is None else Trace(guidance_state.mmd2, guidance_state.shift_norm)
+        return (x, sampler_carry), (trace, {"x0_hat": finite, "x": jnp.isfinite(x).all()} if checks else None)
+
+    steps = (
+        jnp.arange(num_steps),
+        jax.tree.map(lambda v: v[:-1], levels),
+        jax.tree.map(lambda v: v[1:], levels),
+    )
+    body = jax.checkpoint(one_step) if remat else one_step
+    (x, sampler_carry), (trace, finite) = jax.lax.scan(body, (x, sampler.init(x)), steps)
+
+    if memory is not None:
+        published = refs is not None and guidance.published
+        memory = memory.reset_when_full() if published else memory
+        memory = memory.push(Particles(sampler_carry[1].unshifted if published else x, cond))
+    return Samples(x, memory, trace), finite
+
+
+def _check_call(key, refs, model, num_samples, cond, guidance, sampler, x_init):
+    if not (hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
+        raise TypeError(f"key is {type(key).__name__} without a key type; make one with jax.random.key(seed)")
+    if key.shape != ():
+        raise ValueError(f"key has shape {key.shape}; give one key, and jax.vmap over several")
+    if not isinstance(model, DiffusionModel):
+        raise TypeError(f"model is {type(model).__name__}; give DiffusionModel(denoiser, schedule, shape)")
+    if not (hasattr(sampler, "init") and hasattr(sampler, "step")):
+        raise TypeError(f"sampler is {sampler!r}; give one such as DDIM(eta=1.0), with init and step")
+    if not isinstance(num_samples, (int, np.integer)) or num_samples < 1:
+        raise ValueError(f"num_samples is {num_samples}; give an integer of at least 1")
+    for leaf in jax.tree.leaves(cond):
+        if np.shape(leaf)[:1] != (num_samples,):
+            raise ValueError(f"cond has shape {np.shape(leaf)}; it needs one row for each of the {num_samples} samples")
+    expected = (num_samples, *model.shape)
+    if x_init is not None and np.shape(x_init) != expected:
+        raise ValueError(f"x_init has shape {np.shape(x_init)}; num_samples and model.shape ask for {expected}")
+    if refs is None:
+        return
+    check_guidance(guidance, refs, cond)
+    if np.shape(refs.x)[1:] != model.shape:
+        raise ValueError(f"refs have shape {np.shape(refs.x)} but the model makes samples of shape {model.shape}: [m, *{model.shape}]")
+
+
+def _check_times(times: Any, num_steps: int) -> Any:
+    if times is None:
+        if not isinstance(num_steps, (int, np.integer)) or num_steps < 1:
+            raise ValueError(f"num_steps is {num_steps}; give an integer of at least 1")
+        return uniform_times(num_steps)
+    if np.ndim(times) != 1 or np.shape(times)[0] < 2:
+        raise ValueError(f"times has shape {np.shape(times)}; give decreasing t, [num_steps + 1]")
+    if is_concrete(times):
+        values = np.asarray(times)
+        if not ((np.diff(values) < 0).all() and values[0] <= 1 and values[-1] >= 0):
+            raise ValueError(f"times must decrease within [0, 1], 1 being the noisiest; they are {values}")
+    return times
+
+
+def _check_memory(memory: Any, model: DiffusionModel, num_samples: int, cond: Any) -> Memory | None:
+    if memory is None:
+        return None
+    if isinstance(memory, (int, np.integer)):
+        return Memory.empty(int(memory), model.shape, cond)
+    if not isinstance(memory, Memory):
+        raise TypeError(f"memory is {type(memory).__name__}; give None, a capacity, or the memory of an earlier call")
+    held = memory.particles
+    if held.x.shape[1:] != model.shape:
+        raise ValueError(f"memory holds samples of shape {held.x.shape[1:]} but the model makes {model.shape}")
+    shapes = [jax.tree.map(lambda leaf: np.shape(leaf)[1:], tree) for tree in (held.cond, cond)]
+    if jax.tree.structure(held.cond) != jax.tree.structure(cond) or shapes[0] != shapes[1]:
+        raise ValueError(f"memory.cond has samples of shape {shapes[0]} but cond has {shapes[1]}; start a new memory")
+    return memory
+
+
+def _raise_at_first(finite: dict[str, Array], times: Any) -> None:
+    ok = np.stack([np.asarray(finite["x0_hat"]), np.asarray(finite["x"])], axis=1)
+    if not ok.all():
+        step, column = np.argwhere(~ok)[0]
+        name = "x0_hat" if column == 0 else "x"
+        raise FloatingPointError(f"{name} is not finite at step {step} of {len(ok)} (t = {float(np.asarray(times)[step]):.4g})")

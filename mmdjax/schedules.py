@@ -1,0 +1,316 @@
+"""Noise schedules t → Level and time grids.
+
+A schedule says how noisy x_t is: p(x_t | x_0) = N(α_t x_0, σ_t² I), with t in [0, 1], 0 clean (α 1, σ 0) and 1 noisiest. It is
+any callable `(t) -> Level`; those here are frozen pytrees whose numbers are leaves.
+
+References:
+  Ho et al. 2020 (linear β), Nichol & Dhariwal 2021 (cosine), Song et al. 2021 (VP and VE SDEs, eq. 29–33),
+  Karras et al. 2022 (EDM, eq. 5), Lipman et al. 2023 (flow matching), Kingma et al. 2021 (log-SNR).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from mmdjax.numerics import safe_sqrt
+from mmdjax.particles import per_sample
+from mmdjax.tree import is_concrete, pytree, static
+
+
+@pytree
+class Level:
+    """A noise level: p(x_t | x_0) = N(alpha x_0, sigma² I). Scalars in sampling, arrays [n] in training.
+
+    Args:
+      t: time, 0 clean to 1 noisiest.
+      alpha: signal scale.
+      sigma: noise standard deviation, in the data's units.
+    """
+
+    t: Any
+    alpha: Any
+    sigma: Any
+
+    def log_snr(self) -> Array:
+        """log(α²/σ²); +∞ at the clean level, −∞ where α is 0."""
+        return 2 * (jnp.log(self.alpha) - jnp.log(self.sigma))
+
+
+Schedule = Callable[[Any], Level]
+
+
+@pytree
+class VPLinear:
+    """β(t) = β_min + t (β_max − β_min), α_t² = exp(−∫β), σ_t² = 1 − α_t².  Song et al. 2021, eq. 33.
+
+    Example:
+      >>> level = VPLinear()(0.0)
+      >>> float(level.alpha), float(level.sigma)
+      (1.0, 0.0)
+    """
+
+    beta_min: Any = 0.1
+    beta_max: Any = 20.0
+
+    def __call__(self, t) -> Level:
+        t = jnp.asarray(t, float)
+        integral = t * (self.beta_min + 0.5 * t * (self.beta_max - self.beta_min))
+        return Level(t, jnp.exp(-0.5 * integral), safe_sqrt(-jnp.expm1(-integral)))
+
+
+@pytree
+class Cosine:
+    """α_t = cos φ_t / cos φ_0 with φ linear in t, φ_0 = πs/2(1 + s), up to α_1 = `alpha_min`.  Nichol & Dhariwal 2021, eq. 17.
+
+    The paper clips β at 0.999 near t = 1; here φ ends where α is `alpha_min`, which keeps log-SNR strictly decreasing.
+    """
+
+    offset: Any = 0.008
+    alpha_min: Any = 1e-3
+
+    def __call__(self, t) -> Level:
+        t = jnp.asarray(t, float)
+        phi_0 = 0.5 * math.pi * self.offset / (1 + self.offset)
+        phi = phi_0 + t * (jnp.arccos(self.alpha_min * jnp.cos(phi_0)) - phi_0)
+        # 1 − α² = sin(φ − φ_0) sin(φ + φ_0) / cos² φ_0, without cancellation near t = 0
+        sigma2 = jnp.sin(phi - phi_0) * jnp.sin(phi + phi_0) / jnp.cos(phi_0) ** 2
+        return Level(t, jnp.cos(phi) / jnp.cos(phi_0), safe_sqrt(sigma2))
+
+
+@pytree
+class VE:
+    """α = 1, σ_t² = σ_min² ((σ_max/σ_min)^{2t} − 1): the VE-SDE started from clean data.  Song et al. 2021, eq. 30.
+
+    σ in the data's units.
+    """
+
+    sigma_min: Any = 0.01
+    sigma_max: Any = 50.0
+
+    def __call__(self, t) -> Level:
+        t = jnp.asarray(t, float)
+        sigma2 = self.sigma_min**2 * jnp.expm1(2 * t * jnp.log(self.sigma_max / self.sigma_min))
+        return Level(t, jnp.ones_like(t), safe_sqrt(sigma2))
+
+
+@pytree
+class EDM:
+    """α = 1, σ_t = (σ_min^{1/ρ} + t (σ_max^{1/ρ} − σ_min^{1/ρ}))^ρ − (1 − t) σ_min.  Karras et al. 2022, eq. 5.
+
+    The paper's grid ends at σ_min and then jumps to 0; the last term joins the two, so that σ_0 = 0. σ in the data's units.
+    """
+
+    sigma_min: Any = 0.002
+    sigma_max: Any = 80.0
+    rho: Any = 7.0
+
+    def __call__(self, t) -> Level:
+        t = jnp.asarray(t, float)
+        low, high = jnp.power(self.sigma_min, 1 / self.rho), jnp.power(self.sigma_max, 1 / self.rho)
+        sigma = jnp.power(low + t * (high - low), self.rho) - (1 - t) * self.sigma_min
+        return Level(t, jnp.ones_like(t), jnp.where(t > 0, sigma, 0.0))
+
+
+@pytree
+class RectifiedFlow:
+    """α = 1 − u, σ = u with u = shift · t / (1 + (shift − 1) t).  Lipman et al. 2023; the shift is Esser et al. 2024, eq. 23."""
+
+    shift: Any = 1.0
+
+    def __call__(self, t) -> Level:
+        t = jnp.asarray(t, float)
+        u = self.shift * t / (1 + (self.shift - 1) * t)
+        return Level(t, 1 - u, u)
+
+
+@pytree
+class Discrete:
+    """A trained table ᾱ_0 > … > ᾱ_{T−1}: index i sits at t = (i + 1)/T with α² = ᾱ_i, σ² = 1 − ᾱ_i.
+
+    Between two indices log-SNR is linear in t. It has no value at the clean end and, with zero terminal SNR (ᾱ_{T−1} = 0), at
+    the noisy one: in the first interval σ²/α² is linear instead, in such a last one α²/σ².
+
+    Args:
+      alphas_cumprod: [T], decreasing, in (0, 1); the last may be 0.
+    Raises:
+      ValueError: the table is not decreasing in [0, 1).
+
+    Example:
+      >>> schedule = Discrete(np.array([0.9, 0.5, 0.1]))
+      >>> round(float(schedule(2 / 3).alpha) ** 2, 6)
+      0.5
+    """
+
+    alphas_cumprod: Any
+
+    def __post_init__(self):
+        if is_concrete(self.alphas_cumprod):
+            table = np.asarray(self.alphas_cumprod)
+            ok = table.ndim == 1 and table.size and np.isfinite(table).all() and 0 <= table[-1] and table[0] < 1
+            if not (ok and (np.diff(table) < 0).all()):
+                raise ValueError(f"alphas_cumprod must be decreasing in [0, 1), shape [T]; it is {table}")
+
+    def __call__(self, t) -> Level:
+        t = jnp.asarray(t, float)
+        table = jnp.asarray(self.alphas_cumprod)
+        num_steps = table.shape[0]
+        position = t * num_steps - 1  # an index, −1 clean
+        # an index within rounding of an integer is that integer: the trained levels are met exactly
+        nearest = jnp.round(position)
+        position = jnp.where(jnp.abs(position - nearest) < 4 * num_steps * jnp.finfo(t.dtype).eps, nearest, position)
+        lower = jnp.clip(jnp.floor(position), -1, num_steps - 2).astype(int)
+        fraction = jnp.clip(position - lower, 0.0, 1.0)
+        first, ends_clean = table[jnp.maximum(lower, 0)], lower < 0
+        last = table[lower + 1]
+        ends_pure = last <= 0
+        inner_first = jnp.where(ends_clean, 0.5, first)
+        inner_last = jnp.where(ends_pure, 0.5, last)
+        # odds = α²/σ²; each case computes only with numbers that are finite in it, for the gradient's sake
+        odds_first, odds_last = inner_first / (1 - inner_first), inner_last / (1 - inner_last)
+        log_linear = jnp.exp((1 - fraction) * jnp.log(odds_first) + fraction * jnp.log(odds_last))
+        signal = jnp.where(ends_clean, 1.0, jnp.where(ends_pure, (1 - fraction) * odds_first, log_linear))
+        noise = jnp.where(ends_clean, jnp.where(ends_pure, fraction, fraction / odds_last), 1.0)
+        total = signal + noise
+        at_first, at_last = (fraction == 0) & ~ends_clean, fraction == 1
+        alpha2 = jnp.where(at_last, last, jnp.where(at_first, first, signal / total))
+        sigma2 = jnp.where(at_last, 1 - last, jnp.where(at_first, 1 - first, noise / total))
+        return Level(t, safe_sqrt(alpha2), safe_sqrt(sigma2))
+
+
+def ScaledLinear(beta_start: float = 0.00085, beta_end: float = 0.012, num_train_steps: int = 1000) -> Discrete:  # noqa: N802
+    """The table of latent diffusion: √β linear.  β = linspace(√beta_start, √beta_end, T)², ᾱ = Π(1 − β), in float64.
+
+    The defaults are Stable Diffusion's; the unconditional latent models use .0015 and .0195.
+
+    Example:
+      >>> schedule = ScaledLinear()
+      >>> round(float(schedule(1.0).alpha) ** 2, 6)
+      0.00466
+    """
+    beta = np.linspace(math.sqrt(beta_start), math.sqrt(beta_end), num_train_steps, dtype=np.float64) ** 2
+    return Discrete(np.cumprod(1 - beta))
+
+
+@pytree
+class DiscreteTime:
+    """t → t T − 1: the index of a discrete model's table, for `from_model(time=...)`.
+
+    Args:
+      num_train_steps: T, the length of the table.
+    """
+
+    num_train_steps: int = static(default=1000)
+
+    def __call__(self, t):
+        return t * self.num_train_steps - 1
+
+
+def diffuse(key: Array, x0: Array, level: Level) -> Array:
+    """x_t = α x_0 + σ ε, [n, ...]: clean samples brought to a level, as for `guided_sample(x_init=...)` from pictures.
+
+    Example:
+      >>> diffuse(jax.random.key(0), jnp.ones((2, 3)), Level(0.0, 1.0, 0.0)).tolist()
+      [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
+    """
+    noise = jax.random.normal(key, x0.shape, x0.dtype)
+    return per_sample(level.alpha, x0) * x0 + per_sample(level.sigma, x0) * noise
+
+
+# Time grids: decreasing t [num_steps + 1], for guided_sample(times=...).
+
+
+def uniform_times(num_steps: int, *, t_max: float = 1.0, t_min: float = 0.0) -> Float[np.ndarray, " num_steps+1"]:
+    """Uniform in t, the default of `guided_sample`."""
+    return np.linspace(t_max, t_min, num_steps + 1)
+
+
+def log_snr_times(
+    schedule: Schedule, num_steps: int, *, t_max: float = 1.0, t_min: float = 1e-3, final: bool = True
+) -> Float[Array, " num_steps+1"]:
+    """Uniform in log-SNR between t_max and t_min, then, with `final`, one last step to t = 0.
+
+    Where α(t_max) is 0 and log-SNR infinite (rectified flow), the grid starts at t_max and is uniform from .999 t_max on.
+    """
+
+    def spacing(fraction, first, last):
+        return first + fraction * (last - first)
+
+    return _times(schedule, num_steps, t_max, t_min, final, spacing)
+
+
+def karras_times(
+    schedule: Schedule, num_steps: int, *, rho: float = 7.0, t_max: float = 1.0, t_min: float = 1e-3, final: bool = True
+) -> Float[Array, " num_steps+1"]:
+    """(σ/α)^{1/ρ} uniform between t_max and t_min, then, with `final`, one last step to t = 0.  Karras et al. 2022, eq. 5."""
+
+    def spacing(fraction, first, last):
+        roots = jnp.exp(-first / (2 * rho)), jnp.exp(-last / (2 * rho))
+        return -2 * rho * jnp.log(roots[0] + fraction * (roots[1] - roots[0]))
+
+    return _times(schedule, num_steps, t_max, t_min, final, spacing)
+
+
+def discrete_times(
+    num_train_steps: int, num_steps: int, *, spacing: str = "leading", offset: int = 0
+) -> Float[np.ndarray, " num_steps+1"]:
+    """The grids of discrete models: the indices that diffusers' schedulers visit, as t = (i + 1)/T, then 0.
+
+    Args:
+      num_train_steps: T.
+      num_steps: number of network calls, at most T.
+      spacing: "leading" (i = k ⌊T/N⌋), "trailing" (i = T − k T/N − 1) or "linspace" (0 … T − 1, rounded).
+        Lin et al. 2024, table 2.
+      offset: `steps_offset` of the scheduler's config, added to "leading" indices (1 for Stable Diffusion).
+    Raises:
+      ValueError: another spacing, or more steps than the table has.
+
+    Example:
+      >>> (discrete_times(1000, 4, offset=1) * 1000 - 1).round().astype(int).tolist()
+      [751, 501, 251, 1, -1]
+    """
+    if not 1 <= num_steps <= num_train_steps:
+        raise ValueError(f"num_steps is {num_steps}; the table allows 1 to {num_train_steps}")
+    if spacing == "leading":
+        index = np.arange(num_steps)[::-1] * (num_train_steps // num_steps) + offset
+    elif spacing == "trailing":
+        index = np.round(np.arange(num_train_steps, 0, -num_train_steps / num_steps))[:num_steps] - 1
+    elif spacing == "linspace":
+        index = np.linspace(0, num_train_steps - 1, num_steps).round()[::-1]
+    else:
+        raise ValueError(f'spacing is {spacing!r}; choose "leading", "trailing" or "linspace"')
+    index = np.clip(index, 0, num_train_steps - 1)
+    return np.append((index + 1.0) / num_train_steps, 0.0)
+
+
+def time_of_log_snr(schedule: Schedule, log_snr: Any) -> Array:
+    """The t at which a schedule has this log(α²/σ²), by bisection: any decreasing schedule serves. Not differentiable."""
+    log_snr = jax.lax.stop_gradient(jnp.asarray(log_snr, float))
+
+    def halve(_, bounds):
+        low, high = bounds
+        mid = 0.5 * (low + high)
+        noisier = schedule(mid).log_snr() < log_snr  # then the time sought is below mid
+        return jnp.where(noisier, low, mid), jnp.where(noisier, mid, high)
+
+    bits = jnp.finfo(log_snr.dtype).nmant + 8
+    low, high = jax.lax.fori_loop(0, bits, halve, (jnp.zeros_like(log_snr), jnp.ones_like(log_snr)))
+    return jax.lax.stop_gradient(0.5 * (low + high))
+
+
+def _times(schedule, num_steps, t_max, t_min, final, spacing):
+    if not 0 < t_min < t_max <= 1:
+        raise ValueError(f"t_max {t_max} and t_min {t_min} must satisfy 0 < t_min < t_max <= 1")
+    pure = not bool(jnp.isfinite(schedule(t_max).log_snr()))
+    ends = [schedule(t).log_snr() for t in (0.999 * t_max if pure else t_max, t_min)]
+    intervals = num_steps - int(final) - int(pure)
+    if intervals < 1:
+        raise ValueError(f"num_steps is {num_steps}; this grid needs at least {1 + int(final) + int(pure)}")
+    inner = time_of_log_snr(schedule, spacing(jnp.linspace(0.0, 1.0, intervals + 1), *ends))
+    inner = inner.at[0].set(0.999 * t_max if pure else t_max).at[-1].set(t_min)
+    head, tail = ([t_max] if pure else []), ([0.0] if final else [])
+    return jnp.concatenate([jnp.array(head), inner, jnp.array(tail)])
