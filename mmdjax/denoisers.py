@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from mmdjax.particles import per_sample
-from mmdjax.schedules import Level, Schedule
+from mmdjax.schedules import Level
 from mmdjax.tree import as_component, by_value, pytree, static
 
 Denoiser = Callable[[Any, Array, Level, Any], Array]
@@ -74,7 +74,9 @@ def x0_from_prediction(prediction: str, x: Array, output: Array, level: Level) -
       ValueError: the output's shape is not that of x.
     """
     if output.shape != x.shape:
-        raise ValueError(f"the network returned shape {output.shape} for x of shape {x.shape}; it must return one x0, eps, … each")
+        raise ValueError(
+            f"the network returned shape {output.shape} for x of shape {x.shape}; it must return one x0, eps, … each"
+        )
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     x, output = x.astype(dtype), output.astype(dtype)
     alpha, sigma = per_sample(level.alpha, x), per_sample(level.sigma, x)

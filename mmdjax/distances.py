@@ -90,7 +90,9 @@ def nearest_distance(y: Float[Array, "m d"], weight: Float[Array, " m"]) -> Floa
 
 def _valid_pairs(y: Array, weight: Array, what: str) -> tuple[Array, Array]:
     if y.shape[0] < 2:
-        raise ValueError(f"one reference has no {what}; give the kernel's bandwidth as a number, such as IMQ(1.0), or more refs")
+        raise ValueError(
+            f"one reference has no {what}; give the kernel's bandwidth as a number, such as IMQ(1.0), or more refs"
+        )
     rows = subset(y.shape[0])
     y, present = jax.lax.stop_gradient(y[rows]), weight[rows] > 0
     d2 = squared_distance(y, y, same=True, accurate=True)

@@ -99,7 +99,9 @@ class MMDGuidance:
         if is_concrete(self.window) and np.ndim(self.window[0]) == np.ndim(self.window[1]) == 0:
             start, end = map(float, self.window)
             if not 0 <= start < end <= 1:
-                raise ValueError(f"window is ({start:g}, {end:g}); it needs 0 <= start < end <= 1, fractions of the steps")
+                raise ValueError(
+                    f"window is ({start:g}, {end:g}); it needs 0 <= start < end <= 1, fractions of the steps"
+                )
         if self.kernel is not None:
             object.__setattr__(self, "kernel", as_kernel(self.kernel))
             if self.precondition == "mass" and not self.kernel.has_mass:
@@ -402,21 +404,27 @@ def check_guidance(guidance: Any, refs: Particles, cond: Any) -> None:
       ValueError: see `check_points`; a Product kernel and only one of cond and refs.cond, or of other shapes.
     """
     if not isinstance(guidance, MMDGuidance):
-        raise TypeError(f"guidance is {type(guidance).__name__}; give MMDGuidance(...), or refs=None for plain sampling")
+        raise TypeError(
+            f"guidance is {type(guidance).__name__}; give MMDGuidance(...), or refs=None for plain sampling"
+        )
     check_points("refs", refs, floats=True)
     if guidance.kernel is None or not guidance.kernel.uses_cond:
         return
     if refs.cond is None:
         raise ValueError("the kernel compares conditions but refs have none; give refs=Particles(x, cond=...)")
     if cond is None:
-        raise ValueError("the kernel compares conditions but cond is None; give cond, one row a sample, or a kernel on x alone")
+        raise ValueError(
+            "the kernel compares conditions but cond is None; give cond, one row a sample, or a kernel on x alone"
+        )
     shapes = [jax.tree.map(lambda leaf: np.shape(leaf)[1:], tree) for tree in (refs.cond, cond)]
     if shapes[0] != shapes[1] or jax.tree.structure(refs.cond) != jax.tree.structure(cond):
         shapes = [jax.tree.map(np.shape, tree) for tree in (refs.cond, cond)]
         raise ValueError(f"refs.cond has shape {shapes[0]} but cond has {shapes[1]}; conditions must match")
 
 
-def bind(guidance: MMDGuidance, kernel: Kernel, refs: Particles, cond: Any = None, memory: Memory | None = None) -> BoundGuidance:
+def bind(
+    guidance: MMDGuidance, kernel: Kernel, refs: Particles, cond: Any = None, memory: Memory | None = None
+) -> BoundGuidance:
     """The guidance bound to its references (in at least float32), conditions and memory; `kernel` from `fit_kernel`."""
     from mmdjax.distances import subset
 

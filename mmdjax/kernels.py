@@ -131,7 +131,9 @@ class Scaled(Radial):
     def __post_init__(self):
         for h in jax.tree.leaves(self.bandwidth):
             if is_concrete(h) and not (jnp.ndim(h) > 0 or h > 0):
-                raise ValueError(f"bandwidth is {h}; a length above 0 is needed ({type(self).__name__}(None) takes it from refs)")
+                raise ValueError(
+                    f"bandwidth is {h}; a length above 0 is needed ({type(self).__name__}(None) takes it from refs)"
+                )
 
     def default_rule(self) -> "Callable[[Particles], Array]":
         """Where bandwidth None comes from."""
@@ -327,7 +329,9 @@ class Energy(Radial):
 
     def length2(self, a):
         if self.length is None:
-            raise ValueError('Energy() takes its length from references; call kernel.fit(refs) first, or precondition="none"')
+            raise ValueError(
+                'Energy() takes its length from references; call kernel.fit(refs) first, or precondition="none"'
+            )
         return self.length
 
     def _from_origin(self, points):
@@ -497,7 +501,9 @@ class Product(Kernel):
     def cond_gram(self, a: Particles, b: Particles) -> Array:
         """k_c alone."""
         if a.cond is None or b.cond is None:
-            raise ValueError("a Product kernel compares conditions, but these particles have none: Particles(x, cond=...)")
+            raise ValueError(
+                "a Product kernel compares conditions, but these particles have none: Particles(x, cond=...)"
+            )
         left = Particles(a.cond)
         return self.cond.gram(left, left if a.cond is b.cond else Particles(b.cond), same=a.cond is b.cond)
 
@@ -580,7 +586,9 @@ def as_kernel(kernel: Any) -> Kernel:
     if isinstance(kernel, Kernel):
         return kernel
     if not callable(kernel):
-        raise TypeError(f"a kernel is a callable (a, b) -> Gram [n, m], such as RBF(1.0); this is {type(kernel).__name__}")
+        raise TypeError(
+            f"a kernel is a callable (a, b) -> Gram [n, m], such as RBF(1.0); this is {type(kernel).__name__}"
+        )
     return Custom(as_component(kernel))
 
 

@@ -36,10 +36,13 @@ def check_comparable(name_p: str, p: Particles, name_q: str, q: Particles, kerne
         if part == "cond" and (left is None or right is None or not kernel_uses_cond):
             continue
         if jax.tree.structure(left) != jax.tree.structure(right) or any(
-            np.shape(a)[1:] != np.shape(b)[1:] for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
+            np.shape(a)[1:] != np.shape(b)[1:]
+            for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
         ):
             shapes = [jax.tree.map(np.shape, tree) for tree in (left, right)]
-            raise ValueError(f"{name_p}.{part} has shape {shapes[0]} but {name_q}.{part} has {shapes[1]}; samples must match")
+            raise ValueError(
+                f"{name_p}.{part} has shape {shapes[0]} but {name_q}.{part} has {shapes[1]}; samples must match"
+            )
 
 
 def pair_norm(u: Array, estimator: str) -> Array:

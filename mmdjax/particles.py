@@ -95,7 +95,9 @@ def check_points(name: str, points: Particles, *, floats: bool = False) -> None:
         shapes = {k: jax.tree.map(np.shape, v) for k, v in vars(points).items() if v is not None}
         raise ValueError(f"{name} must have one row a sample in x, cond and weight; the shapes are {shapes}")
     if points.n == 0:
-        raise ValueError(f"{name} is empty (shape {np.shape(leaves[0])}); give at least one sample, or None for no guidance")
+        raise ValueError(
+            f"{name} is empty (shape {np.shape(leaves[0])}); give at least one sample, or None for no guidance"
+        )
     for part, value in (("", points.x), (".cond", points.cond)):
         for leaf in jax.tree.leaves(value):
             floating = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
@@ -105,7 +107,9 @@ def check_points(name: str, points: Particles, *, floats: bool = False) -> None:
     if points.weight is not None and is_concrete(points.weight):
         weight = np.asarray(points.weight)
         if not np.isfinite(weight).all() or (weight < 0).any() or weight.sum() == 0:
-            raise ValueError(f"{name}.weight must be finite, non-negative and not all zero; it is {_shorten(weight.tolist())}")
+            raise ValueError(
+                f"{name}.weight must be finite, non-negative and not all zero; it is {_shorten(weight.tolist())}"
+            )
 
 
 def _shorten(values: list) -> str:

@@ -23,15 +23,17 @@ from mmdjax.tree import pytree, static
 class Denoise(Protocol):
     """(x, level, state) -> (x0_hat, state)."""
 
-    def __call__(self, x: Any, level: Any, state: Any, /) -> tuple[Any, Any]: ...  # noqa: D102
+    def __call__(self, x: Any, level: Any, state: Any, /) -> tuple[Any, Any]: ...
 
 
 class Sampler(Protocol):
     """What `guided_sample` runs; see the top of this module."""
 
-    def init(self, x: Any) -> Any: ...  # noqa: D102
+    def init(self, x: Any) -> Any: ...
 
-    def step(self, key: Any, x: Any, carry: Any, state: Any, denoise: Denoise, t: Any, s: Any) -> tuple[Any, Any, Any]: ...  # noqa: D102
+    def step(
+        self, key: Any, x: Any, carry: Any, state: Any, denoise: Denoise, t: Any, s: Any
+    ) -> tuple[Any, Any, Any]: ...
 
 
 def added_variance(t, s):

@@ -1,6 +1,6 @@
 """`guided_sample`: the one place where model, references, guidance and sampler meet.
 
-    x ~ prior;  for t, s in the time grid:  x ← sampler.step(x, denoise, t, s), guided in x̂0 or after the step.
+x ~ prior;  for t, s in the time grid:  x ← sampler.step(x, denoise, t, s), guided in x̂0 or after the step.
 """
 
 import functools
@@ -12,8 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from mmdjax.denoisers import DiffusionModel
-from mmdjax.guidance import MMDGuidance, bind, check_guidance, fit_kernel
-from mmdjax.guidance import GuidedSampler
+from mmdjax.guidance import GuidedSampler, MMDGuidance, bind, check_guidance, fit_kernel
 from mmdjax.memory import Memory
 from mmdjax.particles import Particles, as_particles
 from mmdjax.progress import Bar
@@ -123,7 +122,9 @@ def guided_sample(
     times = _check_times(times, num_steps)
     memory = _check_memory(memory, model, num_samples, cond)
     if checks and not is_concrete((params, key, refs, model, cond, guidance, sampler, times, x_init, memory)):
-        raise ValueError("checks=True reads values, which a call inside jit, vmap or grad has none of; call it outside of them")
+        raise ValueError(
+            "checks=True reads values, which a call inside jit, vmap or grad has none of; call it outside of them"
+        )
 
     refs, guidance, model, sampler, cond = strong((refs, guidance, model, sampler, cond))
     kernel = None if refs is None else _fit_outside(guidance, refs)
@@ -187,7 +188,9 @@ def _sample(
     def denoise(x, level, finite):
         x0 = model.denoiser(params, x, level, cond)
         if x0.shape != x.shape:
-            raise ValueError(f"the denoiser returned shape {x0.shape} for x of shape {x.shape}; it must return x0_hat, one each")
+            raise ValueError(
+                f"the denoiser returned shape {x0.shape} for x of shape {x.shape}; it must return x0_hat, one each"
+            )
         x0 = x0.astype(x.dtype)
         return x0, finite & jnp.isfinite(x0).all() if checks else finite
 
@@ -243,7 +246,9 @@ def _check_call(key, refs, model, num_samples, cond, guidance, sampler, x_init):
         return
     check_guidance(guidance, refs, cond)
     if np.shape(refs.x)[1:] != model.shape:
-        raise ValueError(f"refs have shape {np.shape(refs.x)} but the model makes samples of shape {model.shape}: [m, *{model.shape}]")
+        raise ValueError(
+            f"refs have shape {np.shape(refs.x)} but the model makes samples of shape {model.shape}: [m, *{model.shape}]"
+        )
 
 
 def _check_times(times: Any, num_steps: int) -> Any:
@@ -281,4 +286,6 @@ def _raise_at_first(finite: dict[str, Array], times: Any) -> None:
     if not ok.all():
         step, column = np.argwhere(~ok)[0]
         name = "x0_hat" if column == 0 else "x"
-        raise FloatingPointError(f"{name} is not finite at step {step} of {len(ok)} (t = {float(np.asarray(times)[step]):.4g})")
+        raise FloatingPointError(
+            f"{name} is not finite at step {step} of {len(ok)} (t = {float(np.asarray(times)[step]):.4g})"
+        )

@@ -151,7 +151,7 @@ class Discrete:
     def __post_init__(self):
         if is_concrete(self.alphas_cumprod):
             table = np.asarray(self.alphas_cumprod)
-            ok = table.ndim == 1 and table.size and np.isfinite(table).all() and 0 <= table[-1] and table[0] < 1
+            ok = table.ndim == 1 and table.size and np.isfinite(table).all() and table[-1] >= 0 and table[0] < 1
             if not (ok and (np.diff(table) < 0).all()):
                 raise ValueError(f"alphas_cumprod must be decreasing in [0, 1), shape [T]; it is {table}")
 
@@ -182,7 +182,7 @@ class Discrete:
         return Level(t, safe_sqrt(alpha2), safe_sqrt(sigma2))
 
 
-def ScaledLinear(beta_start: float = 0.00085, beta_end: float = 0.012, num_train_steps: int = 1000) -> Discrete:  # noqa: N802
+def ScaledLinear(beta_start: float = 0.00085, beta_end: float = 0.012, num_train_steps: int = 1000) -> Discrete:
     """The table of latent diffusion: √β linear.  β = linspace(√beta_start, √beta_end, T)², ᾱ = Π(1 − β), in float64.
 
     The defaults are Stable Diffusion's; the unconditional latent models use .0015 and .0195.
