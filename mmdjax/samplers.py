@@ -11,7 +11,7 @@ every call), t and s `Level`s, and the x returned at level s. A step to the clea
 Notation: ε̂ = (x − α x̂0)/σ, and x_t given x_s is N(α_t/α_s x_s, σ_{t|s}²) with σ_{t|s}² = σ_t² − (α_t/α_s)² σ_s².
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,14 @@ from mmdjax.numerics import safe_sqrt
 from mmdjax.tree import pytree, static
 
 
+@runtime_checkable
 class Denoise(Protocol):
     """(x, level, state) -> (x0_hat, state)."""
 
     def __call__(self, x: Any, level: Any, state: Any, /) -> tuple[Any, Any]: ...
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """What `guided_sample` runs; see the top of this module."""
 
