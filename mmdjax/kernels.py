@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from mmdjax.distances import nearest_distance, pairwise_median, squared_distance
@@ -130,7 +131,7 @@ class Scaled(Radial):
 
     def __post_init__(self):
         for h in jax.tree.leaves(self.bandwidth):
-            if is_concrete(h) and not (jnp.ndim(h) > 0 or h > 0):
+            if is_concrete(h) and not (np.asarray(h) > 0).all():
                 raise ValueError(
                     f"bandwidth is {h}; a length above 0 is needed ({type(self).__name__}(None) takes it from refs)"
                 )

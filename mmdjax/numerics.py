@@ -1,5 +1,6 @@
 """Elementary functions with the derivative that the mathematics wants where the usual one is NaN or imprecise."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -17,3 +18,9 @@ def safe_sqrt(x: Array) -> Array:
 def reciprocal(x: Array) -> Array:
     """1/x; 0 with derivative 0 at 0 and below: a coincident pair neither pulls nor weighs."""
     return jnp.where(x > 0, 1.0 / jnp.where(x > 0, x, 1.0), 0.0)
+
+
+def all_finite(x: Array) -> bool:
+    """Whether a concrete array has neither NaN nor infinity; also where it is closed over by a function being traced."""
+    with jax.ensure_compile_time_eval():
+        return bool(jnp.isfinite(x).all())

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from mmdjax.numerics import all_finite
 from mmdjax.tree import is_concrete, pytree
 
 
@@ -101,7 +102,7 @@ def check_points(name: str, points: Particles, *, floats: bool = False) -> None:
     for part, value in (("", points.x), (".cond", points.cond)):
         for leaf in jax.tree.leaves(value):
             floating = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-            if floating and is_concrete(leaf) and not bool(jnp.isfinite(leaf).all()):
+            if floating and is_concrete(leaf) and not all_finite(leaf):
                 bad = np.unique(np.nonzero(~np.isfinite(np.asarray(leaf, np.float32)))[0]).tolist()
                 raise ValueError(f"{name}{part} is NaN or infinite in rows {_shorten(bad)}; remove or repair them")
     if points.weight is not None and is_concrete(points.weight):
