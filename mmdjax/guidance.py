@@ -37,7 +37,7 @@ from mmdjax.numerics import all_finite, reciprocal
 from mmdjax.particles import Particles, as_particles, check_points, wide_dtype
 from mmdjax.samplers import Sampler
 from mmdjax.schedules import Level, diffuse
-from mmdjax.tree import as_component, by_value, is_concrete, pytree, replace, static
+from mmdjax.tree import as_component, is_concrete, pytree, replace, static
 
 PLACEMENTS = ("denoised", "sample", "clean", "diffused")
 PRECONDITIONS = ("mass", "length", "none", "raw")
@@ -558,4 +558,4 @@ def guide_sampler(
     check_guidance(guidance, refs, cond)
     if memory is not None:
         check_comparable("memory", memory.particles, "refs", refs, kernel_uses_cond=False)
-    return GuidedSampler(by_value(sampler), bind(guidance, fit_kernel(guidance, refs), refs, cond, memory), num_steps)
+    return GuidedSampler(sampler, bind(guidance, fit_kernel(guidance, refs), refs, cond, memory), num_steps)

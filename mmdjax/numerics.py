@@ -1,5 +1,7 @@
 """Elementary functions with the derivative that the mathematics wants where the usual one is NaN or imprecise."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -20,7 +22,7 @@ def reciprocal(x: Array) -> Array:
     return jnp.where(x > 0, 1.0 / jnp.where(x > 0, x, 1.0), 0.0)
 
 
-def all_finite(x: Array) -> bool:
+def all_finite(x: Any) -> bool:
     """Whether a concrete array has neither NaN nor infinity; also where it is closed over by a function being traced."""
     with jax.ensure_compile_time_eval():
         return bool(jnp.isfinite(x).all())

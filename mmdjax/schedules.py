@@ -224,14 +224,14 @@ def diffuse(key: Array, x0: Array, level: Level) -> Array:
 # Time grids: decreasing t [num_steps + 1], for guided_sample(times=...).
 
 
-def uniform_times(num_steps: int, *, t_max: float = 1.0, t_min: float = 0.0) -> Float[np.ndarray, " num_steps+1"]:
+def uniform_times(num_steps: int, *, t_max: float = 1.0, t_min: float = 0.0) -> Float[np.ndarray, " times"]:
     """Uniform in t, the default of `guided_sample`."""
     return np.linspace(t_max, t_min, num_steps + 1)
 
 
 def log_snr_times(
     schedule: Schedule, num_steps: int, *, t_max: float = 1.0, t_min: float = 1e-3, final: bool = True
-) -> Float[Array, " num_steps+1"]:
+) -> Float[Array, " times"]:
     """Uniform in log-SNR between t_max and t_min, then, with `final`, one last step to t = 0.
 
     Where α(t_max) is 0 and log-SNR infinite (rectified flow), the grid starts at t_max and is uniform from .999 t_max on.
@@ -245,7 +245,7 @@ def log_snr_times(
 
 def karras_times(
     schedule: Schedule, num_steps: int, *, rho: float = 7.0, t_max: float = 1.0, t_min: float = 1e-3, final: bool = True
-) -> Float[Array, " num_steps+1"]:
+) -> Float[Array, " times"]:
     """(σ/α)^{1/ρ} uniform between t_max and t_min, then, with `final`, one last step to t = 0.  Karras et al. 2022, eq. 5."""
 
     def spacing(fraction, first, last):
@@ -257,7 +257,7 @@ def karras_times(
 
 def discrete_times(
     num_train_steps: int, num_steps: int, *, spacing: str = "leading", offset: int = 0
-) -> Float[np.ndarray, " num_steps+1"]:
+) -> Float[np.ndarray, " times"]:
     """The grids of discrete models: the indices that diffusers' schedulers visit, as t = (i + 1)/T, then 0.
 
     Args:

@@ -11,7 +11,6 @@ from typing import Any, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 T = TypeVar("T")
 
@@ -124,9 +123,8 @@ def strong(tree: T) -> T:
     def leaf(x):
         if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.extended):
             return x
-        if np.ndim(x) == 0 and np.result_type(x).kind in "iuf":
-            return jnp.asarray(x, dtype=jnp.result_type(float))
-        return jnp.asarray(x, dtype=jnp.result_type(x))
+        dtype = jnp.result_type(float) if jnp.ndim(x) == 0 and jnp.result_type(x) != bool else jnp.result_type(x)
+        return jax.lax.convert_element_type(x, jax.dtypes.canonicalize_dtype(dtype))
 
     return jax.tree.map(leaf, tree)
 

@@ -1,0 +1,132 @@
+"""A mistake of the user's is a ValueError or TypeError that names the value and the remedy."""
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+
+from mmdjax import IMQ, RBF, Cosine, Delta, DiffusionModel, Memory, MMDGuidance, Particles, Product, guided_sample
+from mmdjax.schedules import VPLinear
+
+
+def shrink(params, x, level, cond):
+    """The denoiser of standard normal data."""
+    return level.alpha * x / (level.alpha**2 + level.sigma**2)
+
+
+@pytest.fixture(autouse=True)
+def without_type_checks():
+    """The errors are those that a user sees, not those of the type checker that only the tests have."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+MODEL = DiffusionModel(shrink, VPLinear(), (3, 2))
+REFS = jax.random.normal(jax.random.key(1), (6, 3, 2))
+
+
+def run(refs=REFS, key=None, **settings):
+    settings = {"model": MODEL, "num_samples": 4, "num_steps": 3, **settings}
+    return guided_sample(None, jax.random.key(0) if key is None else key, refs, **settings)
+
+
+NAN = np.asarray(REFS).copy()
+NAN[2, 0, 0] = np.nan
+INFINITE = np.asarray(REFS).copy()
+INFINITE[[1, 4], 0, 0] = np.inf
+BOTH = Product(x=IMQ(1.0), cond=Delta())
+LABELS = jnp.zeros(4, int)
+CASES = {
+    "another shape": (ValueError, r"refs have shape \(6, 2, 3\) but the model makes samples of shape \(3, 2\)",
+                      lambda: run(jnp.ones((6, 2, 3)))),
+    "one sample without batch axis": (ValueError, "refs have shape", lambda: run(jnp.ones((3, 2)))),
+    "empty": (ValueError, r"refs is empty \(shape \(0, 3, 2\)\)", lambda: run(jnp.ones((0, 3, 2)))),
+    "one only": (ValueError, "one reference has no nearest-neighbour distance; give the kernel's bandwidth",
+                 lambda: run(REFS[:1])),
+    "NaN": (ValueError, r"refs is NaN or infinite in rows \[2\]; remove or repair", lambda: run(NAN)),
+    "infinite": (ValueError, r"rows \[1, 4\]", lambda: run(INFINITE)),
+    "integer images": (TypeError, r"refs has dtype uint8; .*/ 127.5 - 1", lambda: run(np.zeros((6, 3, 2), np.uint8))),
+    "complex": (TypeError, "refs has dtype complex64", lambda: run(REFS.astype(jnp.complex64))),
+    "all equal": (ValueError, "a bandwidth of 0: they are all equal", lambda: run(jnp.ones((6, 3, 2)))),
+    "all equal, median": (ValueError, "they are all equal",
+                          lambda: run(jnp.ones((6, 3, 2)), guidance=MMDGuidance(kernel=RBF()))),
+    "bandwidth zero": (ValueError, "bandwidth is 0; a length above 0", lambda: MMDGuidance(kernel=RBF(0))),
+    "bandwidth negative": (ValueError, "bandwidth is -1.0", lambda: MMDGuidance(kernel=IMQ(-1.0))),
+    "weights negative": (ValueError, "refs.weight must be finite, non-negative",
+                         lambda: run(Particles(REFS, weight=-jnp.ones(6)))),
+    "weights of another length": (ValueError, "one row a sample", lambda: run(Particles(REFS, weight=jnp.ones(5)))),
+    "weights all zero": (ValueError, "not all zero", lambda: run(Particles(REFS, weight=jnp.zeros(6)))),
+    "cond without ref cond": (ValueError, "refs have none; give refs=Particles",
+                              lambda: run(guidance=MMDGuidance(kernel=BOTH), cond=LABELS)),
+    "ref cond without cond": (ValueError, "cond is None; give cond",
+                              lambda: run(Particles(REFS, jnp.zeros(6, int)), guidance=MMDGuidance(kernel=BOTH))),
+    "conds of other shapes": (
+        ValueError, r"refs.cond has shape \(6, 7\) but cond has \(4, 5\)",
+        lambda: run(Particles(REFS, jnp.ones((6, 7))), cond=jnp.ones((4, 5)),
+                    guidance=MMDGuidance(kernel=Product(x=IMQ(1.0), cond=Cosine())))),
+    "cond of other length": (ValueError, r"cond has shape \(5,\); it needs one row for each of the 4", lambda: run(cond=jnp.zeros(5))),
+    "cond NaN": (ValueError, "refs.cond is NaN",
+                 lambda: run(Particles(REFS, jnp.full((6, 2), jnp.nan)), cond=jnp.ones((4, 2)),
+                             guidance=MMDGuidance(kernel=Product(x=IMQ(1.0), cond=Cosine())))),
+    "no samples": (ValueError, "num_samples is 0", lambda: run(num_samples=0)),
+    "fractional samples": (ValueError, "num_samples is 2.5", lambda: run(num_samples=2.5)),
+    "no steps": (ValueError, "num_steps is 0", lambda: run(num_steps=0)),
+    "untyped key": (TypeError, "make one with jax.random.key", lambda: run(key=jax.random.PRNGKey(0))),
+    "seed as key": (TypeError, "make one with jax.random.key", lambda: run(key=0)),
+    "several keys": (ValueError, r"key has shape \(3,\)", lambda: run(key=jax.random.split(jax.random.key(0), 3))),
+    "denoiser of another shape": (
+        ValueError, r"the denoiser returned shape \(4, 2, 3\) for x of shape \(4, 3, 2\)",
+        lambda: run(model=DiffusionModel(lambda p, x, t, c: x.transpose(0, 2, 1), VPLinear(), (3, 2)))),
+    "times increasing": (ValueError, "times must decrease", lambda: run(times=np.array([0.0, 0.5, 1.0]))),
+    "times out of range": (ValueError, "times must decrease within", lambda: run(times=np.array([999, 500, 0]))),
+    "times of rank two": (ValueError, "times has shape", lambda: run(times=np.ones((2, 2)))),
+    "x_init of another shape": (ValueError, r"x_init has shape \(4, 2, 3\)", lambda: run(x_init=jnp.ones((4, 2, 3)))),
+    "memory below one": (ValueError, "memory is 0", lambda: run(memory=0)),
+    "memory of another model": (ValueError, "memory holds samples of shape",
+                                lambda: run(memory=Memory.empty(5, (4,)))),
+    "memory of another kind": (TypeError, "memory is list", lambda: run(memory=[1])),
+    "guidance of another kind": (TypeError, "guidance is float", lambda: run(guidance=0.5)),
+    "sampler a class": (TypeError, "sampler is", lambda: run(sampler="ddim")),
+    "model a function": (TypeError, r"give DiffusionModel\(denoiser, schedule, shape\)", lambda: run(model=shrink)),
+    "checks in jit": (ValueError, "call it outside", lambda: jax.jit(lambda r: run(r, checks=True).x)(REFS)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_mistake_is_named(name):
+    error, message, call = CASES[name]
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_what_is_unusual_but_fine():
+    """One sample, one reference with a bandwidth, duplicates, other float types, and all of it under jit."""
+    one = run(num_samples=1)
+    assert one.x.shape == (1, 3, 2)
+    assert bool(jnp.isfinite(one.x).all())
+    single = run(REFS[:1], guidance=MMDGuidance(kernel=IMQ(1.0)))
+    assert bool(jnp.isfinite(single.x).all())
+    twice = run(jnp.concatenate([REFS, REFS]))
+    np.testing.assert_allclose(twice.x, run().x, rtol=1e-4, atol=1e-4)  # float32 sums of other lengths
+    for dtype in (jnp.bfloat16, jnp.float16, np.float64):
+        refs = np.asarray(REFS).astype(dtype)
+        assert run(refs).x.dtype == jnp.float32
+        assert bool(jnp.isfinite(run(refs).x).all())
+
+
+def test_under_jit_equal_references_give_nan():
+    """The documented result where values cannot be seen."""
+    x = jax.jit(lambda refs: run(refs).x)(jnp.ones((6, 3, 2)))
+    assert bool(jnp.isnan(x).all())
+
+
+def test_checks_name_the_step_and_the_quantity():
+    def breaks(params, x, level, cond):
+        return jnp.where(level.t < 0.5, jnp.nan, 1.0) * x
+
+    model = DiffusionModel(breaks, VPLinear(), (3, 2))
+    with pytest.raises(FloatingPointError, match=r"x0_hat is not finite at step 6 of 10 \(t = 0.4\)"):
+        run(model=model, num_steps=10, checks=True)
+    run(num_steps=10, checks=True)

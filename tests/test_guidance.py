@@ -1,0 +1,277 @@
+"""Truths about the shift: its formula, its placements and its composition."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import mmdjax
+from mmdjax import (
+    IMQ,
+    RBF,
+    Cosine,
+    Delta,
+    Energy,
+    Linear,
+    Memory,
+    MMDGuidance,
+    Particles,
+    Polynomial,
+    Product,
+    Sum,
+    mmd2,
+)
+from mmdjax.guidance import bind, fit_kernel, shift_direction
+from mmdjax.kernels import NearestNeighbour
+from mmdjax.schedules import Level, VPLinear
+
+Z = jax.random.normal(jax.random.key(0), (7, 5))
+Y = jax.random.normal(jax.random.key(1), (11, 5)) + 1.0
+KERNELS = {
+    "rbf": RBF(1.5),
+    "mixture": RBF((0.7, 2.0)),
+    "laplacian": mmdjax.Laplacian(1.5),
+    "imq": IMQ(1.5),
+    "rq": mmdjax.RationalQuadratic(1.5, 2.0),
+    "energy": Energy(length=2.0),
+    "polynomial": Polynomial(),
+    "linear": Linear(),
+    "cosine": Cosine(),
+    "sum": Sum(RBF(1.0), Energy(length=2.0), weights=(0.3, 0.7)),
+    "product": Product(x=RBF(1.5), cond=Delta()),
+    "mapped": mmdjax.Mapped(jnp.tanh, RBF(1.0)),
+    "custom": mmdjax.kernels.as_kernel(lambda a, b: jnp.exp(a.x @ b.x.T / 5)),
+}
+
+
+@pytest.mark.parametrize("estimator", ["u", "v"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_direction_is_the_gradient_of_mmd2(name, estimator):
+    """∂MMD²/∂x_i / u_i by autodiff of mmd2, batch and memory together; "raw" is the gradient itself."""
+    with jax.enable_x64(True):
+        z, y = jnp.asarray(Z, jnp.float64), jnp.asarray(Y, jnp.float64)
+        labels = jnp.arange(7) % 2, jnp.arange(11) % 2
+        past = jax.random.normal(jax.random.key(2), (4, 5), jnp.float64)
+        memory = Particles(past, jnp.array([0, 1, 0, 1]), jnp.array([1.0, 1.0, 0.0, 1.0]))
+        refs = Particles(y, labels[1], jnp.linspace(1.0, 2.0, 11))
+        kernel = KERNELS[name]
+
+        def loss(z):
+            joined = Particles(
+                jnp.concatenate([z, past]),
+                jnp.concatenate([labels[0], memory.cond]),
+                jnp.concatenate([jnp.ones(7), memory.weight]),
+            )
+            return mmd2(kernel, joined, refs, estimator=estimator)
+
+        expected = np.asarray(jax.jit(jax.grad(loss))(z))
+        raw = shift_direction(kernel, Particles(z, labels[0]), refs, memory, estimator=estimator, precondition="raw")
+        plain = shift_direction(kernel, Particles(z, labels[0]), refs, memory, estimator=estimator, precondition="none")
+    # two ways of summing the same float64 terms
+    np.testing.assert_allclose(raw, expected, rtol=1e-10, atol=1e-13)
+    np.testing.assert_allclose(plain, expected * 10, rtol=1e-10, atol=1e-12)  # u_i = 1/(7 + 3)
+
+
+def test_mass_step_is_the_published_prototype_rule():
+    """The default's closed form, loop by loop: mean shift to references less that to the other particles, over its mass."""
+    z, y, c = np.asarray(Z, np.float64), np.asarray(Y, np.float64), 1.3
+    n, m = len(z), len(y)
+    expected = np.zeros_like(z)
+    for i in range(n):
+        w_ref = (((z[i] - y) ** 2).sum(1) + c**2) ** -1.5
+        w_gen = (((z[i] - z) ** 2).sum(1) + c**2) ** -1.5
+        w_gen[i] = 0
+        pull = (w_ref[:, None] * (y - z[i])).sum(0) / m - (w_gen[:, None] * (z - z[i])).sum(0) / (n - 1)
+        expected[i] = pull / max(w_ref.sum() / m, w_gen.sum() / (n - 1))
+    step = -shift_direction(IMQ(c), Particles(Z), Particles(Y), None)
+    np.testing.assert_allclose(step, expected, rtol=2e-5, atol=2e-6)  # float32 against float64
+
+
+@pytest.mark.parametrize("name", ["rbf", "mixture", "laplacian", "imq", "rq", "energy", "sum", "product"])
+def test_mass_step_is_bounded(name):
+    """|shift| is at most the distance to the farthest reference plus that to the farthest particle."""
+    z, y = Particles(50 * Z, jnp.zeros(7, int)), Particles(Y, jnp.zeros(11, int))
+    kernel = KERNELS[name]
+    step = shift_direction(kernel, z, y, None)
+    reach = jnp.abs(z.x).max() * 4 * np.sqrt(5)
+    assert bool(jnp.isfinite(step).all())
+    assert float(jnp.linalg.norm(step, axis=1).max()) <= float(reach)
+
+
+def test_length_scales_with_the_data():
+    """A length-preconditioned shift is a length: data, bandwidths and lengths ten times as large move ten times as far."""
+    for kernel, larger in [
+        (RBF(1.5), RBF(15.0)),
+        (IMQ(1.5), IMQ(15.0)),
+        (Energy(length=2.0), Energy(length=20.0)),
+        (Linear(), Linear()),
+        (Cosine(), Cosine()),
+        (Sum(RBF(1.0), IMQ(2.0)), Sum(RBF(10.0), IMQ(20.0))),
+    ]:
+        one = shift_direction(kernel, Particles(Z), Particles(Y), None, precondition="length")
+        ten = shift_direction(larger, Particles(10 * Z), Particles(10 * Y), None, precondition="length")
+        np.testing.assert_allclose(ten, 10 * one, rtol=1e-4, atol=1e-5)  # float32
+
+
+def test_references_equal_to_the_batch_do_not_move_it():
+    for kernel in KERNELS.values():
+        points = Particles(Z, jnp.arange(7) % 2)
+        step = shift_direction(kernel, points, Particles(Z + 0, points.cond), None, estimator="v", precondition="none")
+        np.testing.assert_allclose(step, 0, atol=2e-6)  # sums of float32 terms of order 1
+
+
+def test_permuting_the_batch_permutes_the_shift():
+    order = jnp.array([3, 1, 6, 0, 2, 5, 4])
+    for kernel in KERNELS.values():
+        cond = jnp.arange(7) % 2
+        precondition = "mass" if kernel.has_mass else "none"
+        refs = Particles(Y, jnp.arange(11) % 2)
+        one = shift_direction(kernel, Particles(Z, cond), refs, None, precondition=precondition)
+        other = shift_direction(kernel, Particles(Z[order], cond[order]), refs, None, precondition=precondition)
+        np.testing.assert_allclose(other, one[order], rtol=1e-4, atol=1e-5)  # float32 sums in another order
+
+
+def test_product_with_labels_guides_each_class_on_its_own():
+    """With Delta a class sees its own references only: the shift is that of guiding the class alone."""
+    z_label, y_label = jnp.arange(7) % 2, jnp.arange(11) % 2
+    joint = shift_direction(
+        Product(x=IMQ(1.5), cond=Delta()), Particles(Z, z_label), Particles(Y, y_label), None, estimator="u"
+    )
+    # alone, each side's weights are renormalised: pulls scale by the class's share of references and of other particles
+    for label in (0, 1):
+        mine, theirs = z_label == label, y_label == label
+        z, y = np.asarray(Z)[mine], np.asarray(Y)[theirs]
+        w = lambda a, b: (((a[:, None] - b[None]) ** 2).sum(-1) + 1.5**2) ** -1.5
+        ref, gen = w(z, y) / 11, w(z, z) / 6
+        np.fill_diagonal(gen, 0)
+        pull = ref @ y - ref.sum(1)[:, None] * z - gen @ z + gen.sum(1)[:, None] * z
+        expected = pull / np.maximum(ref.sum(1), gen.sum(1))[:, None]
+        np.testing.assert_allclose(-joint[np.asarray(mine)], expected, rtol=1e-4, atol=1e-5)  # float32
+
+
+def test_diffused_is_the_mean_of_sample_over_noise():
+    """E over fresh noise of the gradient of "sample" is that of "diffused", in closed form."""
+    level = VPLinear()(0.4)
+    refs = Particles(Y)
+    kernel = RBF(1.5)
+    diffused = mmdjax.guidance._diffused_pair(kernel, level, 5)
+    exact = shift_direction(diffused, Particles(Z), Particles(level.alpha * Y), None, precondition="none")
+    keys = jax.random.split(jax.random.key(3), 4000)
+
+    def noisy(key):
+        y = mmdjax.schedules.diffuse(key, refs.x, level)
+        return shift_direction(kernel.at_level(level), Particles(Z), Particles(y), None, precondition="none")
+
+    draws = jax.vmap(noisy)(keys)
+    error = jnp.abs(draws.mean(0) - exact) / (draws.std(0) / np.sqrt(len(keys)))
+    assert float(error.max()) < 4.5  # 35 means, each within 4.5 of its standard errors
+    assert float(jnp.abs(exact).max()) > 1e-3
+
+
+def test_guidance_with_memory_holds_earlier_samples_fixed():
+    """A batch with memory moves as those rows move in one batch that holds the memory's samples fixed."""
+    past = jax.random.normal(jax.random.key(4), (3, 5))
+    memory = Memory.empty(6, (5,)).push(Particles(past)).particles
+    joint = shift_direction(IMQ(1.5), Particles(jnp.concatenate([Z, past])), Particles(Y), None)[:7]
+    with_memory = shift_direction(IMQ(1.5), Particles(Z), Particles(Y), memory)
+    np.testing.assert_allclose(with_memory, joint, rtol=1e-4, atol=1e-6)  # float32
+
+
+def test_transform_is_optax_per_sample():
+    """Momentum over the inner steps, one state a sample, and the norm clipped sample by sample."""
+    kernel = RBF(1.5)
+    transform = optax.chain(optax.clip_by_global_norm(0.1), optax.trace(0.9))
+    guidance = MMDGuidance(kernel=kernel, inner_steps=3, precondition="length", transform=transform)
+    bound = bind(guidance, fit_kernel(guidance, Particles(Y)), Particles(Y))
+    moved, _ = bound.denoised(Z, bound.init(Z), 0.0)
+    z, velocity = Z, jnp.zeros_like(Z)
+    for _ in range(3):
+        g = shift_direction(kernel, Particles(z), Particles(Y), None, precondition="length")
+        norm = jnp.linalg.norm(g, axis=1, keepdims=True)
+        velocity = 0.9 * velocity + jnp.where(norm > 0.1, 0.1 * g / norm, g)
+        z = z - velocity
+    np.testing.assert_allclose(moved, z, rtol=1e-5, atol=1e-6)  # float32
+
+
+def test_window_and_scale():
+    guidance = MMDGuidance(window=(0.25, 0.75), scale=0.5)
+    bound = bind(guidance, fit_kernel(guidance, Particles(Y)), Particles(Y))
+    state = bound.init(Z)
+    for fraction, acts in [(0.0, False), (0.25, True), (0.5, True), (0.75, False)]:
+        moved, after = bound.denoised(Z, state, fraction)
+        assert bool((moved != Z).any()) == acts
+        assert (float(after.shift_norm) > 0) == acts
+
+
+def test_default_kernel_is_the_nearest_neighbour_rule():
+    for at, factor in [("denoised", 2.0), ("sample", 2.5)]:
+        kernel = fit_kernel(MMDGuidance(at=at), Particles(Y))
+        expected = NearestNeighbour(factor)(Particles(Y))
+        assert isinstance(kernel, IMQ)
+        np.testing.assert_allclose(kernel.bandwidth, expected, rtol=1e-6)  # the same computation
+
+
+def test_sample_step_length_is_the_rule():
+    """20 × the decrease in log σ²/α², capped at .575, in ceil(T) equal parts."""
+    guidance = MMDGuidance(kernel=IMQ(1.5), at="sample", scale=1e-4)  # so small that parts do not interact
+    bound = bind(guidance, guidance.kernel, Particles(Y))
+    s = Level(0.0, 1.0, 0.0)  # clean: the references carry no noise
+    direction = shift_direction(IMQ(1.5), Particles(Z), Particles(Y), None)
+    for log_ratio, expected in [(0.01, 0.2), (0.1, 2.0), (0.3, 6.0), (5.0, 11.5)]:
+        t = Level(0.5, 1.0, float(np.exp(log_ratio / 2)))
+        near = Level(0.4, 1.0, 1.0)
+        length = 20 * min(log_ratio, 0.575)
+        assert np.isclose(length, expected)
+        # a pure function of the two levels: use s = 1 noise level, references at zero noise through scale of the data
+        zero = jnp.zeros_like(Y)
+        still = bind(guidance, guidance.kernel, Particles(zero + Y))
+        moved, state = still.after_step(jax.random.key(0), Z, still.init(Z), 0.0, t, near)
+        noisy = mmdjax.schedules.diffuse(jax.random.split(jax.random.key(0))[0], Y, near)
+        one = shift_direction(IMQ(1.5), Particles(Z), Particles(noisy), None)
+        np.testing.assert_allclose((Z - moved) / 1e-4, length * one, rtol=2e-2, atol=5e-3)  # float32 differences
+    moved, _ = bound.after_step(jax.random.key(0), Z, bound.init(Z), 0.0, Level(0.5, 0.9, 0.4), s)
+    np.testing.assert_allclose((Z - moved) / 1e-4, 11.5 * direction, rtol=2e-2, atol=5e-3)
+
+
+def test_guide_denoiser_is_the_denoised_shift():
+    denoiser = lambda params, x, level, cond: level.alpha * x
+    guidance = MMDGuidance(inner_steps=4)
+    guided = mmdjax.guide_denoiser(denoiser, guidance, Y)
+    level = VPLinear()(0.3)
+    z = level.alpha * Z
+    kernel = fit_kernel(guidance, Particles(Y))
+    for _ in range(4):
+        z = z - shift_direction(kernel, Particles(z), Particles(Y), None)
+    np.testing.assert_allclose(guided(None, Z, level, None), z, rtol=1e-5, atol=1e-6)  # float32
+
+
+def test_guide_denoiser_refuses_other_placements():
+    for at in ("sample", "clean", "diffused"):
+        kernel = RBF(1.0)
+        with pytest.raises(ValueError, match="guide_sampler"):
+            mmdjax.guide_denoiser(lambda p, x, t, c: x, MMDGuidance(kernel=kernel, at=at), Y)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"at": "noise"}, "at is 'noise'"),
+        ({"estimator": "w"}, "estimator is 'w'"),
+        ({"precondition": "newton"}, "precondition is 'newton'"),
+        ({"inner_steps": 0}, "inner_steps is 0"),
+        ({"inner_steps": 2.5}, "inner_steps is 2.5"),
+        ({"scale": float("nan")}, "scale is nan"),
+        ({"window": (0.5, 0.2)}, r"window is \(0.5, 0.2\)"),
+        ({"window": (-0.1, 1.0)}, r"window is \(-0.1, 1\)"),
+        ({"window": (0.0, 1.5)}, r"window is \(0, 1.5\)"),
+        ({"window": 0.5}, "window is 0.5"),
+        ({"kernel": Polynomial()}, "Polynomial is none"),
+        ({"kernel": Cosine()}, "Cosine is none"),
+        ({"kernel": IMQ(1.0), "at": "diffused"}, "RBF only, not IMQ"),
+        ({"kernel": Product(x=Energy(), cond=Delta()), "at": "diffused"}, "RBF only, not Energy"),
+    ],
+)
+def test_bad_choices(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        MMDGuidance(**arguments)

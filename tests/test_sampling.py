@@ -1,0 +1,266 @@
+"""Truths about guided_sample: plain sampling inside it, transformations around it, and what it compiles."""
+
+import functools
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmdjax import (
+    DDIM,
+    DDPM,
+    IMQ,
+    RBF,
+    Delta,
+    DiffusionModel,
+    DPMSolverPP2M,
+    EulerMaruyama,
+    Heun,
+    MMDGuidance,
+    Particles,
+    Product,
+    cfg,
+    from_model,
+    guide_sampler,
+    guided_sample,
+    mmd2,
+)
+from mmdjax.schedules import VPLinear, diffuse, log_snr_times
+
+SAMPLERS = {"ddim": DDIM(), "ddim1": DDIM(1.0), "ddpm": DDPM(), "em": EulerMaruyama(), "heun": Heun(), "2m": DPMSolverPP2M()}
+PLACEMENTS = ("denoised", "sample", "clean", "diffused")
+REFS = 0.5 * jax.random.normal(jax.random.key(1), (8, 3)) + 1.0
+
+
+def gaussian(params, x, level, cond):
+    """E[x_0 | x_t] of N(params, 0.6)."""
+    return params + 0.6 * level.alpha / (0.6 * level.alpha**2 + level.sigma**2) * (x - level.alpha * params)
+
+
+MODEL = DiffusionModel(gaussian, VPLinear(), (3,))
+
+
+def run(refs=REFS, params=0.3, key=0, **settings):
+    settings = {"model": MODEL, "num_samples": 5, "num_steps": 6, **settings}
+    return guided_sample(params, jax.random.key(key), refs, **settings)
+
+
+def guidance_at(at, **settings):
+    return MMDGuidance(kernel=RBF(1.0) if at == "diffused" else IMQ(1.0), at=at, **settings)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_scale_zero_and_no_references_are_plain_sampling(sampler):
+    """Bit for bit, and both are the sampler's own loop."""
+    plain = run(None, sampler=SAMPLERS[sampler])
+    for at in PLACEMENTS:
+        still = run(sampler=SAMPLERS[sampler], guidance=guidance_at(at, scale=0.0))
+        np.testing.assert_array_equal(still.x, plain.x)
+        assert float(jnp.abs(still.trace.shift_norm).max()) == 0
+    assert bool(jnp.isnan(plain.trace.mmd2).all())
+
+
+def test_loop_of_ones_own_is_guided_sample():
+    """guide_sampler in a Python loop, with the keys that guided_sample folds."""
+    for at in PLACEMENTS:
+        guidance = guidance_at(at)
+        sampler = guide_sampler(DDIM(1.0), guidance, REFS, num_steps=6)
+        key_init, key_steps = jax.random.split(jax.random.key(0))
+        levels = [VPLinear()(t) for t in np.linspace(1, 0, 7)]
+        x = jax.random.normal(key_init, (5, 3)) * jnp.sqrt(levels[0].alpha ** 2 + levels[0].sigma ** 2)
+        carry, state = sampler.init(x), ()
+        denoise = lambda x, level, state: (gaussian(0.3, x, level, None), state)
+        for i in range(6):
+            key = jax.random.fold_in(key_steps, i)
+            x, carry, state = sampler.step(key, x, carry, state, denoise, levels[i], levels[i + 1])
+        np.testing.assert_allclose(x, run(guidance=guidance).x, rtol=1e-4, atol=1e-5)  # float32, fused differently
+
+
+@pytest.mark.parametrize("at", ["denoised", "clean"])
+def test_trace_ends_with_the_distance_of_what_is_returned(at):
+    guidance = guidance_at(at)
+    samples = run(guidance=guidance)
+    expected = mmd2(IMQ(1.0), samples.x, REFS, estimator="u")
+    np.testing.assert_allclose(samples.trace.mmd2[-1], expected, rtol=1e-4, atol=1e-5)  # float32
+    assert samples.trace.mmd2.shape == samples.trace.shift_norm.shape == (6,)
+
+
+def test_jit_as_the_contract_writes_it():
+    sample = jax.jit(functools.partial(guided_sample, model=MODEL, num_samples=5, num_steps=6))
+    np.testing.assert_allclose(sample(0.3, jax.random.key(0), REFS).x, run().x, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("at", PLACEMENTS)
+def test_vmap_over_keys_and_scale_is_a_loop(at):
+    keys = jax.random.split(jax.random.key(0), 3)
+    each = lambda key, scale: guided_sample(
+        0.3, key, REFS, model=MODEL, num_samples=5, num_steps=6, guidance=guidance_at(at, scale=scale)
+    ).x
+    scales = jnp.array([0.0, 0.5, 1.0])
+    mapped = jax.vmap(each)(keys, scales)
+    for i in range(3):
+        np.testing.assert_allclose(mapped[i], each(keys[i], scales[i]), rtol=1e-4, atol=1e-5)  # float32
+
+
+@pytest.mark.parametrize("at", PLACEMENTS)
+def test_gradients_are_finite_differences(at):
+    """To scale, bandwidth, references (bandwidth given) and params, in float64."""
+    with jax.enable_x64(True):
+        refs = jnp.asarray(REFS, jnp.float64)
+        direction = jax.random.normal(jax.random.key(5), refs.shape, jnp.float64)
+
+        def loss(theta):
+            scale, bandwidth, move, params = theta
+            kernel = RBF(bandwidth) if at == "diffused" else IMQ(bandwidth)
+            guidance = MMDGuidance(kernel=kernel, scale=scale, at=at)
+            x = run(refs + move * direction, params, guidance=guidance, num_steps=4).x
+            return jnp.mean(jnp.sin(x))
+
+        theta = jnp.array([0.7, 1.1, 0.1, 0.3])
+        gradient = jax.jit(jax.grad(loss))(theta)
+        loss, step = jax.jit(loss), 1e-5
+        for i in range(4):
+            up, down = loss(theta.at[i].add(step)), loss(theta.at[i].add(-step))
+            numeric = (up - down) / (2 * step)
+            # central differences of float64: error ~1e-10 in curvature, 1e-11 in rounding
+            np.testing.assert_allclose(gradient[i], numeric, rtol=1e-5, atol=1e-8)
+        assert float(jnp.abs(gradient).min()) > 1e-6
+
+
+def test_remat_changes_no_gradient():
+    for remat in (False, True):
+        loss = lambda scale, remat=remat: run(guidance=guidance_at("denoised", scale=scale), remat=remat).x.sum()
+        value = jax.jit(jax.grad(loss))(0.7)
+        first = value if not remat else first
+    np.testing.assert_allclose(value, first, rtol=1e-4)  # float32, recomputed
+
+
+def test_nothing_recompiles():
+    """New params, key, refs, cond, scale, bandwidth, cfg scale, 1 for 1.0: the denoiser is traced once."""
+    traces = []
+
+    def network(params, x, t, cond):
+        traces.append(x.shape)
+        return params * x + cond[:, None]
+
+    denoiser = from_model(network, "eps")
+    kernel = lambda h: Product(x=IMQ(h), cond=Delta())
+
+    def call(params=0.1, key=0, move=0.0, label=0, scale=1.0, bandwidth=1.0, cfg_scale=2.0, eta=1.0):
+        return guided_sample(
+            params,
+            jax.random.key(key),
+            Particles(REFS + move, jnp.arange(8) % 2),
+            model=DiffusionModel(cfg(denoiser, cfg_scale, 0), VPLinear(), (3,)),
+            num_samples=5,
+            num_steps=4,
+            cond=jnp.full(5, label),
+            guidance=MMDGuidance(kernel=kernel(bandwidth), scale=scale),
+            sampler=DDIM(eta),
+        ).x
+
+    first = call()
+    count = len(traces)
+    changes = [
+        {"params": 0.2}, {"key": 1}, {"move": 0.5}, {"label": 1}, {"scale": 0.5}, {"scale": 1}, {"scale": np.float32(2)},
+        {"scale": jnp.array(0.3)}, {"bandwidth": 2}, {"bandwidth": 1.7}, {"cfg_scale": 3}, {"cfg_scale": 1.5}, {"eta": 0},
+    ]  # fmt: skip
+    for change in changes:
+        assert bool(jnp.isfinite(call(**change)).all())
+    assert len(traces) == count
+    assert not np.array_equal(first, call(scale=0.1))
+
+    # with the model passed through the user's own jit
+    @jax.jit
+    def jitted(params, key, refs, model, guidance):
+        return guided_sample(params, key, refs, model=model, num_samples=5, cond=jnp.zeros(5, int), guidance=guidance).x
+
+    def call_jitted(scale, cfg_scale):
+        model = DiffusionModel(cfg(denoiser, cfg_scale, 0), VPLinear(), (3,))
+        refs = Particles(REFS, jnp.arange(8) % 2)
+        return jitted(0.1, jax.random.key(0), refs, model, MMDGuidance(kernel=kernel(1.0), scale=scale))
+
+    call_jitted(1.0, 2.0)
+    count = len(traces)
+    call_jitted(1, 3), call_jitted(0.5, 2.5)
+    assert len(traces) == count
+
+
+def test_memory_of_two_calls():
+    """Shapes stay, samples are kept, and a batch guided with memory differs from one without."""
+    first = run(memory=12)
+    assert int(first.memory.count) == 5
+    second = run(key=1, memory=first.memory)
+    assert int(second.memory.count) == 10
+    np.testing.assert_array_equal(second.memory.particles.x[:5], first.x)
+    np.testing.assert_array_equal(second.memory.particles.x[5:10], second.x)
+    alone = run(key=1)
+    assert float(jnp.abs(alone.x - second.x).max()) > 1e-3
+    empty = run(key=1, memory=12)
+    np.testing.assert_allclose(empty.x, alone.x, rtol=1e-4, atol=1e-5)  # empty slots change nothing but rounding
+
+
+def test_image_to_image_starts_from_x_init():
+    times = log_snr_times(VPLinear(), 6, t_max=0.3)
+    x = diffuse(jax.random.key(7), jnp.full((5, 3), 2.0), VPLinear()(0.3))
+    out = run(None, x_init=x, times=times, sampler=DDIM())
+    # the deterministic flow keeps the order and pulls towards the prior's mean
+    order = lambda v: np.argsort(np.asarray(v)[:, 0])
+    np.testing.assert_array_equal(order(out.x), order(x))
+
+
+def test_bfloat16_network():
+    narrow = DiffusionModel(lambda p, x, t, c: gaussian(p, x, t, c).astype(jnp.bfloat16), VPLinear(), (3,))
+    for at in PLACEMENTS:
+        out = run(model=narrow, guidance=guidance_at(at))
+        assert out.x.dtype == jnp.float32
+        np.testing.assert_allclose(out.x, run(guidance=guidance_at(at)).x, atol=0.1)  # 8 bits of x̂0 in units of 1
+
+
+def test_progress_bar_inside_jit(capfd):
+    jax.block_until_ready(jax.jit(lambda key: guided_sample(
+        0.3, key, REFS, model=MODEL, num_samples=5, num_steps=6, progress=True
+    ).x)(jax.random.key(0)))  # fmt: skip
+    jax.effects_barrier()
+    assert "6/6" in capfd.readouterr().err
+
+
+def run_python(code, **environment):
+    import os
+
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_is_light():
+    """No backend is initialised (no JAX array made), and nothing heavy is pulled in."""
+    code = """
+import sys, mmdjax, jax
+assert not jax._src.xla_bridge._backends, "a JAX array was made at import"
+heavy = {"matplotlib", "diffrax", "sklearn", "torch", "flax", "tqdm"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    run_python(code)
+
+
+def test_sharded_batch_agrees_with_one_device():
+    code = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from mmdjax import *
+from mmdjax.schedules import VPLinear
+model = DiffusionModel(lambda p, x, level, c: level.alpha * x, VPLinear(), (3,))
+refs = jax.random.normal(jax.random.key(1), (9, 3))
+mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))
+sharding = NamedSharding(mesh, PartitionSpec("batch"))
+call = lambda **kw: guided_sample(None, jax.random.key(0), refs, model=model, num_samples=16, num_steps=5, **kw).x
+split, whole = call(sharding=sharding), call()
+assert len(split.sharding.device_set) == 8 and not split.is_fully_replicated
+np.testing.assert_allclose(split, whole, rtol=1e-4, atol=1e-5)
+"""
+    run_python(code, XLA_FLAGS="--xla_force_host_platform_device_count=8")
