@@ -1,0 +1,33 @@
+"""What `import mmdjax` costs beyond `import jax`: each in fresh interpreters, alternating, the median of several.
+
+    python benchmarks/import_time.py
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from provenance import provenance
+
+
+def seconds(statement: str) -> float:
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", statement], check=True)
+    return time.perf_counter() - start
+
+
+def main():
+    pairs = [(seconds("import jax"), seconds("import mmdjax")) for _ in range(7)]
+    jax_alone, with_mmdjax = (statistics.median(column) for column in zip(*pairs, strict=True))
+    extra = statistics.median(b - a for a, b in pairs)
+    print(f"import jax {jax_alone:.2f} s, import mmdjax {with_mmdjax:.2f} s: {extra:.2f} s beyond jax (target: at most 1)")
+    out = Path(__file__).parent / "results" / "import_time.json"
+    out.parent.mkdir(exist_ok=True)
+    out.write_text(json.dumps({**provenance(), "jax": jax_alone, "mmdjax": with_mmdjax, "beyond_jax": extra}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
