@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from provenance import provenance
 
-from mmdjax import DiffusionModel, MMDGuidance, guided_sample, load_digits
+from mmdjax import DiffusionModel, MMDGuidance, Particles, guided_sample, load_digits
 from mmdjax.digits import splits, thicken
 from mmdjax.metrics import energy_distance, nearest_ratio
 from mmdjax.schedules import VPLinear
@@ -33,7 +33,7 @@ class Task(NamedTuple):
     name: str
     model: DiffusionModel
     params: Any
-    draw: Callable[[int], tuple[np.ndarray, np.ndarray, np.ndarray]]
+    draw: Callable[[int], tuple[Any, Any, Any]]
 
 
 def ring() -> Task:
@@ -70,24 +70,32 @@ def digits_thick() -> Task:
 
 
 def digits_mixture() -> Task:
-    """Held-out digits of the classes 0, 3 and 6 with weights .5, .3, .2; sampling is unconditional.
+    """Digits of the classes 0, 3 and 6 with weights .5, .3, .2; sampling is unconditional.
 
-    The held-out classes hold some 60 images each: references, fresh samples and their comparison are drawn from disjoint
-    parts of them (a quarter, a quarter, a half), with replacement within a part.
+    References are 50, 30 and 20 held-out images. A class has some 178 images in all, so those that are left, the model's
+    training images among them, make two disjoint sets, weighted to the target's proportions: fresh samples and what all
+    are compared with.
     """
     model, params = load_digits()
+    proportions = {0: 0.5, 3: 0.3, 6: 0.2}
 
     def draw(seed):
         rng = np.random.default_rng(seed)
-        _, (images, labels) = splits()
-        classes = {c: rng.permutation(np.flatnonzero(labels == c)) for c in (0, 3, 6)}
+        train, held_out = splits()
+        refs, fresh, rest = [], [], []
+        for c, share in proportions.items():
+            mine = rng.permutation(held_out[0][held_out[1] == c])
+            k = round(share * NUM_REFS)
+            refs.append(mine[:k])
+            left = rng.permutation(np.concatenate([mine[k:], train[0][train[1] == c]]))
+            fresh.append(left[: len(left) // 2])
+            rest.append(left[len(left) // 2 :])
 
-        def part(start, end, size):
-            drawn = rng.choice([0, 3, 6], size=size, p=[0.5, 0.3, 0.2])
-            pools = {c: rows[int(start * len(rows)) : int(end * len(rows))] for c, rows in classes.items()}
-            return images[[rng.choice(pools[c]) for c in drawn]]
+        def weighted(parts):
+            weight = [np.full(len(part), p / len(part)) for part, p in zip(parts, proportions.values(), strict=True)]
+            return Particles(np.concatenate(parts), weight=np.concatenate(weight).astype(np.float32))
 
-        return part(0, 0.25, NUM_REFS), part(0.25, 0.5, NUM_SAMPLES), part(0.5, 1, 600)
+        return np.concatenate(refs), weighted(fresh), weighted(rest)
 
     return Task("digits: classes 0, 3, 6", model, params, draw)
 

@@ -58,10 +58,8 @@ def nearest_ratio(x: Any, refs: Any, fresh: Any) -> Float[Array, ""]:
         check_comparable(name, points, "refs", refs)
 
     def nearest(points):
-        return jnp.sqrt(jax.lax.map(lambda row: _nearest(row[None], flat(refs.x)), flat(points.x))).mean()
+        d2 = jax.lax.map(lambda row: squared_distance(row[None], flat(refs.x), accurate=True).min(), flat(points.x))
+        return points.probabilities() @ jnp.sqrt(d2)
 
     return nearest(x) / nearest(fresh)
 
-
-def _nearest(row: Array, y: Array) -> Array:
-    return squared_distance(row, y, accurate=True).min()
