@@ -1,8 +1,9 @@
 """Alignment: how close guided samples come to the target, against the authors' rule at its best α.
 
-For each task: 100 references, 200 samples, 50 network calls; energy distance (U-statistic) to fresh target samples and the
-nearest-reference ratio (below 1: closer to the references than fresh data is), mean over seeds. `MMDGuidance()` is untouched;
-the authors' rule (joint-batch form) takes the best of seven α per task, chosen on the very seeds that it is reported on.
+For each task: 100 references, 200 samples, 50 network calls; energy distance (U-statistic) to fresh target samples and
+the nearest-reference ratio (below 1: closer to the references than fresh data is), mean over seeds. `MMDGuidance()` is
+untouched; the authors' rule (joint-batch form) takes the best of seven α per task, chosen on the very seeds that it is
+reported on.
 
     python benchmarks/alignment.py [--quick]
 """
@@ -16,10 +17,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from mmdjax.digits import splits, thicken
 from provenance import provenance
 
 from mmdjax import DiffusionModel, MMDGuidance, Particles, guided_sample, load_digits
-from mmdjax.digits import splits, thicken
 from mmdjax.metrics import energy_distance, nearest_ratio
 from mmdjax.schedules import VPLinear
 
@@ -72,9 +73,9 @@ def digits_thick() -> Task:
 def digits_mixture() -> Task:
     """Digits of the classes 0, 3 and 6 with weights .5, .3, .2; sampling is unconditional.
 
-    References are 50, 30 and 20 held-out images. A class has some 178 images in all, so those that are left, the model's
-    training images among them, make two disjoint sets, weighted to the target's proportions: fresh samples and what all
-    are compared with.
+    References are 50, 30 and 20 held-out images. A class has some 178 images in all, so those that are left, the
+    model's training images among them, make two disjoint sets, weighted to the target's proportions: fresh samples and
+    what all are compared with.
     """
     model, params = load_digits()
     proportions = {0: 0.5, 3: 0.3, 6: 0.2}
@@ -125,7 +126,8 @@ def measure(task: Task, seeds: range) -> dict[str, dict[str, list[float]]]:
         table[name] = {
             "energy": [float(energy_distance(x, rest)) for x, _, _, rest in made],
             "ratio": [
-                float("nan") if name == "references" else float(nearest_ratio(x, refs, rest)) for x, refs, _, rest in made
+                float("nan") if name == "references" else float(nearest_ratio(x, refs, rest))
+                for x, refs, _, rest in made
             ],
         }
     return table

@@ -1,6 +1,6 @@
 """What `import mmdjax` costs beyond `import jax`: each in fresh interpreters, alternating, the median of several.
 
-    python benchmarks/import_time.py
+python benchmarks/import_time.py
 """
 
 import json
@@ -23,10 +23,14 @@ def main():
     pairs = [(seconds("import jax"), seconds("import mmdjax")) for _ in range(7)]
     jax_alone, with_mmdjax = (statistics.median(column) for column in zip(*pairs, strict=True))
     extra = statistics.median(b - a for a, b in pairs)
-    print(f"import jax {jax_alone:.2f} s, import mmdjax {with_mmdjax:.2f} s: {extra:.2f} s beyond jax (target: at most 1)")
+    print(
+        f"import jax {jax_alone:.2f} s, import mmdjax {with_mmdjax:.2f} s: {extra:.2f} s beyond jax (target: at most 1)"
+    )
     out = Path(__file__).parent / "results" / "import_time.json"
     out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps({**provenance(), "jax": jax_alone, "mmdjax": with_mmdjax, "beyond_jax": extra}, indent=1) + "\n")
+    out.write_text(
+        json.dumps({**provenance(), "jax": jax_alone, "mmdjax": with_mmdjax, "beyond_jax": extra}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

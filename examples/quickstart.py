@@ -1,7 +1,7 @@
 """Guide a model of handwritten digits to a pen that it has never seen.
 
-References are 50 held-out digits with thickened strokes. The script samples the model without and with guidance, prints how far
-both are from *other* thickened held-out digits, and writes a picture of all three.
+References are 50 held-out digits with thickened strokes. The script samples the model without and with guidance, prints
+how far both are from *other* thickened held-out digits, and writes a picture of all three.
 
     python examples/quickstart.py
 """
@@ -12,9 +12,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from mmdjax.digits import splits, thicken
 
 from mmdjax import guided_sample, load_digits, median_bandwidth, mmd2
-from mmdjax.digits import splits, thicken
 from mmdjax.kernels import RBF
 from mmdjax.metrics import energy_distance
 from mmdjax.plots import save_labelled_grids

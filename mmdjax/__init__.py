@@ -1,4 +1,5 @@
-"""MMD Guidance in pure JAX: adapt a pretrained diffusion model to a small reference set while sampling, without training.
+"""MMD Guidance in pure JAX: adapt a pretrained diffusion model to a small reference set while sampling, without
+training.
 
 Source: arXiv 2601.08379.
 """

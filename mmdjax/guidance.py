@@ -5,9 +5,9 @@ For particles z_i of weight u_i (batch and memory together) and references y_j o
     shift_i = −scale · T(P_i · ∂MMD²/∂z_i / u_i),
     ∂MMD²/∂z_i / u_i = 2 [Σ_{j≠i} u_j ∂k(z_i, z_j)/∂z_i / (1 − Σu²) − Σ_j v_j ∂k(z_i, y_j)/∂z_i]        ("u")
 
-with P_i one over twice the larger of the particle's kernel masses, from references and from particles ("mass"). For a kernel of
-the distance that is the mean-shift step to the references less the one to the other particles: a majorise-minimise step, bounded,
-with no scale to tune.
+with P_i one over twice the larger of the particle's kernel masses, from references and from particles ("mass"). For a
+kernel of the distance that is the mean-shift step to the references less the one to the other particles: a
+majorise-minimise step, bounded, with no scale to tune.
 
 Where the particles are (`at`):
 
@@ -50,22 +50,23 @@ class MMDGuidance:
     """How to guide: the kernel, the placement and the size of the move.
 
     Args:
-      kernel: on samples, or a `Product` on samples and conditions. None: `IMQ`, its bandwidth 2 ("denoised", "clean") or 2.5
-        ("sample") times the median nearest-neighbour distance of the references; "diffused": `RBF` at their median distance.
+      kernel: on samples, or a `Product` on samples and conditions. None: `IMQ`, its bandwidth 2 ("denoised", "clean")
+        or 2.5 ("sample") times the median nearest-neighbour distance of the references; "diffused": `RBF` at their
+        median distance.
       scale: multiplies the shift. 0 is plain sampling.
       at: "denoised", "sample", "clean" or "diffused"; see the top of this module.
       estimator: "u" leaves the self-pair out, "v" keeps it.
-      inner_steps: shifts a network call. None: 10 ("denoised"); 20 × the decrease in log σ²/α² over the step, that capped at
-        .575, in equal parts ("sample", "diffused"); 1 ("clean").
-      precondition: P_i. "mass"; "length": ℓ², the kernel's length squared, by component in a sum; "none": 1; "raw": u_i, the
-        gradient itself.
-      transform: T, an `optax.GradientTransformation` vmapped over samples, the guided point being its `params`. Static: make it
-        once; for numbers that change use `optax.inject_hyperparams`.
+      inner_steps: shifts a network call. None: 10 ("denoised"); 20 × the decrease in log σ²/α² over the step, that
+        capped at .575, in equal parts ("sample", "diffused"); 1 ("clean").
+      precondition: P_i. "mass"; "length": ℓ², the kernel's length squared, by component in a sum; "none": 1; "raw":
+        u_i, the gradient itself.
+      transform: T, an `optax.GradientTransformation` vmapped over samples, the guided point being its `params`. Static:
+        make it once; for numbers that change use `optax.inject_hyperparams`.
       window: (start, end), fractions of the steps done between which guidance acts; 0 is pure noise, 1 is clean.
       published: keep the memory as the published code does; see `paper`.
     Raises:
-      ValueError: a choice that does not exist, or that the kernel cannot serve ("mass" needs a kernel of the distance, "diffused"
-        an RBF); a window out of order or range; a scale that is not finite; inner_steps below 1.
+      ValueError: a choice that does not exist, or that the kernel cannot serve ("mass" needs a kernel of the distance,
+        "diffused" an RBF); a window out of order or range; a scale that is not finite; inner_steps below 1.
 
     Example:
       >>> MMDGuidance(kernel=RBF(1.0), at="sample").at
@@ -116,9 +117,9 @@ class MMDGuidance:
     def paper(cls, alpha: Any = 0.002) -> "MMDGuidance":
         """The authors' rule: x_s − α ‖x_s‖ g/(‖g‖ + 1e-5), g the raw gradient of the biased MMD² with (xᵀy/D + 1)³.
 
-        Clean references against x_s. Without memory the joint batch is guided, each sample's norms its own. With a memory and
-        num_samples=1 it is the published loop: nothing moves until one sample is remembered, samples are remembered as they
-        were before the last shift, and a full memory keeps only its last sample.
+        Clean references against x_s. Without memory the joint batch is guided, each sample's norms its own. With a
+        memory and num_samples=1 it is the published loop: nothing moves until one sample is remembered, samples are
+        remembered as they were before the last shift, and a full memory keeps only its last sample.
 
         Args:
           alpha: the relative size of a move, the `scale` leaf. The paper's images use .002.
@@ -149,7 +150,8 @@ def _trust_ratio():
     return optax.scale_by_trust_ratio(eps=1e-5)
 
 
-# --- the gradient ---------------------------------------------------------------------------------------------------------------
+# --- the gradient
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def shift_direction(
@@ -247,7 +249,8 @@ def _diffused_pair(kernel: Kernel, level: Level | None, size: int = 1) -> Any:
     )
 
 
-# --- guidance bound to its references -------------------------------------------------------------------------------------------
+# --- guidance bound to its references
+# -------------------------------------------------------------------------------------------
 
 
 @pytree
@@ -383,15 +386,16 @@ def fit_kernel(guidance: MMDGuidance, refs: Particles) -> Kernel:
     """The guidance's kernel with all that it takes from the references filled in.
 
     Raises:
-      ValueError: a bandwidth comes out as 0 because the references are all equal (seen only outside `jit`; inside, it is NaN).
+      ValueError: a bandwidth comes out as 0 because the references are all equal (seen only outside `jit`; inside, it
+        is NaN).
     """
     kernel = default_kernel(guidance.at) if guidance.kernel is None else guidance.kernel
     fitted = kernel.fit(refs)
     for leaf in jax.tree.leaves(fitted):
         if is_concrete(leaf) and not all_finite(leaf):
             raise ValueError(
-                f"the references give {type(kernel).__name__} a bandwidth of 0: they are all equal; give the bandwidth as a "
-                "number, such as MMDGuidance(kernel=IMQ(1.0)), or references that differ"
+                f"the references give {type(kernel).__name__} a bandwidth of 0: they are all equal; give the "
+                "bandwidth as a number, such as MMDGuidance(kernel=IMQ(1.0)), or references that differ"
             )
     return fitted
 
@@ -447,7 +451,8 @@ def bind(
     return BoundGuidance(guidance, kernel, refs, refs_term, cond, held)
 
 
-# --- for pipelines of one's own -------------------------------------------------------------------------------------------------
+# --- for pipelines of one's own
+# -------------------------------------------------------------------------------------------------
 
 
 @pytree

@@ -4,7 +4,8 @@ from typing import Any
 
 
 class Bar:
-    """Called with the index of each step from inside `jit` (through `jax.debug.callback`): opens at the first, closes at the last.
+    """Called with the index of each step from inside `jit` (through `jax.debug.callback`): opens at the first, closes
+    at the last.
 
     Args:
       total: number of steps.

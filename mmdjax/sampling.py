@@ -26,8 +26,8 @@ class Trace:
     """One number a step.
 
     Args:
-      mmd2: [num_steps] MMD² to the references after the step's shift: of x̂0 ("denoised") or x_s ("clean"); for "sample" and
-        "diffused", whose references are noisy, without the references' own term. NaN without references.
+      mmd2: [num_steps] MMD² to the references after the step's shift: of x̂0 ("denoised") or x_s ("clean"); for
+        "sample" and "diffused", whose references are noisy, without the references' own term. NaN without references.
       shift_norm: [num_steps] mean L2 norm of the samples' shifts, in the data's units. 0 without references.
     """
 
@@ -71,18 +71,18 @@ def guided_sample(
 ) -> Samples:
     """Sample a diffusion model, guided towards references by the gradient of MMD².
 
-    Jitted inside: a plain call compiles once for all values of params, key, refs, cond, and of the numbers in model, guidance and
-    sampler. It may be called inside `jit`, `vmap` (over keys, scale, …) and `grad` (to scale, bandwidth, refs, params, …); a
-    bandwidth taken from the references is detached.
+    Jitted inside: a plain call compiles once for all values of params, key, refs, cond, and of the numbers in model,
+    guidance and sampler. It may be called inside `jit`, `vmap` (over keys, scale, …) and `grad` (to scale, bandwidth,
+    refs, params, …); a bandwidth taken from the references is detached.
 
-    Values are checked where they are concrete. Inside `jit` they cannot be seen: NaN in the references, or references that are all
-    equal with a bandwidth taken from them, give NaN samples.
+    Values are checked where they are concrete. Inside `jit` they cannot be seen: NaN in the references, or references
+    that are all equal with a bandwidth taken from them, give NaN samples.
 
     Args:
       params: the model's parameters.
       key: a typed PRNG key, `jax.random.key(seed)`.
-      refs: references, an array [m, *model.shape], or Particles (`cond` for prompt-aware guidance, `weight` to reweight), or None:
-        plain sampling.
+      refs: references, an array [m, *model.shape], or Particles (`cond` for prompt-aware guidance, `weight` to
+        reweight), or None: plain sampling.
       model: the diffusion model.
       num_samples: n, the size of the batch; the guidance sees all of it at once.
       cond: the samples' conditions, a pytree of [n, ...], or None.
@@ -100,8 +100,9 @@ def guided_sample(
       Samples.
     Raises:
       TypeError: a key that is not typed, references that are not floats, components of the wrong type.
-      ValueError: shapes that do not fit the model, references that are empty, not finite or (for a bandwidth taken from them) all
-        equal or one only, conditions missing on one side of a Product kernel, times that do not decrease in [0, 1].
+      ValueError: shapes that do not fit the model, references that are empty, not finite or (for a bandwidth taken from
+        them) all equal or one only, conditions missing on one side of a Product kernel, times that do not decrease in
+        [0, 1].
       FloatingPointError: with `checks`, naming the step and the quantity.
 
     Example:
@@ -247,7 +248,8 @@ def _check_call(key, refs, model, num_samples, cond, guidance, sampler, x_init):
     check_guidance(guidance, refs, cond)
     if np.shape(refs.x)[1:] != model.shape:
         raise ValueError(
-            f"refs have shape {np.shape(refs.x)} but the model makes samples of shape {model.shape}: [m, *{model.shape}]"
+            f"refs have shape {np.shape(refs.x)} but the model makes samples of shape {model.shape}; "
+            f"give [m, {', '.join(map(str, model.shape))}]"
         )
 
 

@@ -1,7 +1,7 @@
 """Every sampler × kernel × placement, with preconditions and estimators in turn, keeps the contract end to end.
 
-For each of the 240 triples one precondition and estimator is drawn so that over the samplers every precondition and both
-estimators meet every kernel and placement; the direction itself is tested for all of them in test_guidance.
+For each of the 240 triples one precondition and estimator is drawn so that over the samplers every precondition and
+both estimators meet every kernel and placement; the direction itself is tested for all of them in test_guidance.
 """
 
 import functools
@@ -74,7 +74,7 @@ def test_what_is_ruled_out_raises(kernel, at, precondition):
     if allowed:
         assert guidance_of(kernel, at, precondition, "u").at == at
     else:
-        with pytest.raises(ValueError, match="none; use precondition|for RBF only"):
+        with pytest.raises(ValueError, match=r"none; use precondition|for RBF only"):
             guidance_of(kernel, at, precondition, "u")
 
 
@@ -88,7 +88,9 @@ def combinations():
 
 @functools.cache
 def plain(sampler):
-    return guided_sample(None, jax.random.key(0), None, model=MODEL, num_samples=4, times=TIMES, sampler=SAMPLERS[sampler]).x
+    return guided_sample(
+        None, jax.random.key(0), None, model=MODEL, num_samples=4, times=TIMES, sampler=SAMPLERS[sampler]
+    ).x
 
 
 @pytest.mark.parametrize(("sampler", "kernel", "at", "precondition", "estimator"), list(combinations()))

@@ -94,7 +94,7 @@ def test_published_loop_on_a_1000_step_trace():
 
 def test_first_sample_is_plain_ddpm():
     refs = jnp.ones((5, *SHAPE))
-    settings = dict(model=MODEL, num_samples=1, sampler=DDPM(), num_steps=20)
+    settings = {"model": MODEL, "num_samples": 1, "sampler": DDPM(), "num_steps": 20}
     plain = guided_sample(None, jax.random.key(3), None, **settings)
     first = guided_sample(None, jax.random.key(3), refs, **settings, guidance=MMDGuidance.paper(0.1), memory=100)
     np.testing.assert_array_equal(first.x, plain.x)

@@ -30,7 +30,14 @@ from mmdjax import (
 )
 from mmdjax.schedules import VPLinear, diffuse, log_snr_times
 
-SAMPLERS = {"ddim": DDIM(), "ddim1": DDIM(1.0), "ddpm": DDPM(), "em": EulerMaruyama(), "heun": Heun(), "2m": DPMSolverPP2M()}
+SAMPLERS = {
+    "ddim": DDIM(),
+    "ddim1": DDIM(1.0),
+    "ddpm": DDPM(),
+    "em": EulerMaruyama(),
+    "heun": Heun(),
+    "2m": DPMSolverPP2M(),
+}
 PLACEMENTS = ("denoised", "sample", "clean", "diffused")
 REFS = 0.5 * jax.random.normal(jax.random.key(1), (8, 3)) + 1.0
 
@@ -96,9 +103,9 @@ def test_jit_as_the_contract_writes_it():
 @pytest.mark.parametrize("at", PLACEMENTS)
 def test_vmap_over_keys_and_scale_is_a_loop(at):
     keys = jax.random.split(jax.random.key(0), 3)
-    each = lambda key, scale: guided_sample(
-        0.3, key, REFS, model=MODEL, num_samples=5, num_steps=6, guidance=guidance_at(at, scale=scale)
-    ).x
+    each = lambda key, scale: (
+        guided_sample(0.3, key, REFS, model=MODEL, num_samples=5, num_steps=6, guidance=guidance_at(at, scale=scale)).x
+    )
     scales = jnp.array([0.0, 0.5, 1.0])
     mapped = jax.vmap(each)(keys, scales)
     for i in range(3):
@@ -165,8 +172,9 @@ def test_nothing_recompiles():
     first = call()
     count = len(traces)
     changes = [
-        {"params": 0.2}, {"key": 1}, {"move": 0.5}, {"label": 1}, {"scale": 0.5}, {"scale": 1}, {"scale": np.float32(2)},
-        {"scale": jnp.array(0.3)}, {"bandwidth": 2}, {"bandwidth": 1.7}, {"cfg_scale": 3}, {"cfg_scale": 1.5}, {"eta": 0},
+        {"params": 0.2}, {"key": 1}, {"move": 0.5}, {"label": 1},
+        {"scale": 0.5}, {"scale": 1}, {"scale": np.float32(2)}, {"scale": jnp.array(0.3)},
+        {"bandwidth": 2}, {"bandwidth": 1.7}, {"cfg_scale": 3}, {"cfg_scale": 1.5}, {"eta": 0},
     ]  # fmt: skip
     for change in changes:
         assert bool(jnp.isfinite(call(**change)).all())
