@@ -125,10 +125,7 @@ def measure(task: Task, seeds: range) -> dict[str, dict[str, list[float]]]:
         made = [(method(i), *draws[i]) for i in range(len(seeds))]
         table[name] = {
             "energy": [float(energy_distance(x, rest)) for x, _, _, rest in made],
-            "ratio": [
-                float("nan") if name == "references" else float(nearest_ratio(x, refs, rest))
-                for x, refs, _, rest in made
-            ],
+            "ratio": [float(nearest_ratio(x, refs, rest)) for x, refs, _, rest in made],
         }
     return table
 

@@ -30,6 +30,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from mmdjax.denoisers import Denoiser
+from mmdjax.distances import subset
 from mmdjax.kernels import IMQ, RBF, Kernel, NearestNeighbour, Polynomial, Product, Radial, Sum, as_kernel
 from mmdjax.memory import Memory
 from mmdjax.mmd import check_comparable, check_estimator, cross_term, pair_norm, self_term
@@ -386,18 +387,22 @@ def fit_kernel(guidance: MMDGuidance, refs: Particles) -> Kernel:
     """The guidance's kernel with all that it takes from the references filled in.
 
     Raises:
-      ValueError: a bandwidth comes out as 0 because the references are all equal (seen only outside `jit`; inside, it
-        is NaN).
+      ValueError: a bandwidth comes out as 0, the references being all equal. Inside `jit`, where that is not seen, it is
+        NaN.
     """
-    kernel = default_kernel(guidance.at) if guidance.kernel is None else guidance.kernel
-    fitted = kernel.fit(refs)
-    for leaf in jax.tree.leaves(fitted):
+    kernel = _fit(default_kernel(guidance.at) if guidance.kernel is None else guidance.kernel, refs)
+    for leaf in jax.tree.leaves(kernel):
         if is_concrete(leaf) and not all_finite(leaf):
             raise ValueError(
                 f"the references give {type(kernel).__name__} a bandwidth of 0: they are all equal; give the "
                 "bandwidth as a number, such as MMDGuidance(kernel=IMQ(1.0)), or references that differ"
             )
-    return fitted
+    return kernel
+
+
+@jax.jit
+def _fit(kernel, refs):
+    return kernel.fit(refs)
 
 
 def check_guidance(guidance: Any, refs: Particles, cond: Any) -> None:
@@ -430,7 +435,6 @@ def bind(
     guidance: MMDGuidance, kernel: Kernel, refs: Particles, cond: Any = None, memory: Memory | None = None
 ) -> BoundGuidance:
     """The guidance bound to its references (in at least float32), conditions and memory; `kernel` from `fit_kernel`."""
-    from mmdjax.distances import subset
 
     def wide(points):
         return replace(points, x=jnp.asarray(points.x, wide_dtype(points.x)))

@@ -18,7 +18,7 @@ from mmdjax.particles import Particles, as_particles
 from mmdjax.progress import Bar
 from mmdjax.samplers import DDIM, Sampler
 from mmdjax.schedules import uniform_times
-from mmdjax.tree import is_concrete, pytree, replace, strong
+from mmdjax.tree import is_concrete, pytree, strong
 
 
 @pytree
@@ -58,8 +58,8 @@ def guided_sample(
     model: DiffusionModel,
     num_samples: int,
     cond: Any = None,
-    guidance: MMDGuidance | None = None,
-    sampler: Sampler | None = None,
+    guidance: MMDGuidance = MMDGuidance(),
+    sampler: Sampler = DDIM(eta=1.0),
     num_steps: int = 50,
     times: Any = None,
     x_init: Any = None,
@@ -86,8 +86,8 @@ def guided_sample(
       model: the diffusion model.
       num_samples: n, the size of the batch; the guidance sees all of it at once.
       cond: the samples' conditions, a pytree of [n, ...], or None.
-      guidance: default `MMDGuidance()`.
-      sampler: default `DDIM(eta=1.0)`.
+      guidance: what the guidance does.
+      sampler: the reverse process.
       num_steps: steps, uniform in t from 1 to 0.
       times: decreasing t [num_steps + 1] in [0, 1] in place of num_steps (`mmdjax.schedules` has grids).
       x_init: x at times[0], [n, *model.shape]; default prior noise. `schedules.diffuse` makes it from pictures.
@@ -116,8 +116,6 @@ def guided_sample(
 
     Source: arXiv 2601.08379.
     """
-    guidance = MMDGuidance() if guidance is None else guidance
-    sampler = DDIM(eta=1.0) if sampler is None else sampler
     refs = None if refs is None else as_particles(refs)
     _check_call(key, refs, model, num_samples, cond, guidance, sampler, x_init)
     times = _check_times(times, num_steps)
@@ -128,7 +126,7 @@ def guided_sample(
         )
 
     refs, guidance, model, sampler, cond = strong((refs, guidance, model, sampler, cond))
-    kernel = None if refs is None else _fit_outside(guidance, refs)
+    kernel = None if refs is None else fit_kernel(guidance, refs)
     samples, finite = _sample(
         params,
         key,
@@ -150,17 +148,6 @@ def guided_sample(
     if checks:
         _raise_at_first(finite, times)
     return samples
-
-
-@jax.jit
-def _fit(guidance, refs):
-    return fit_kernel(guidance, refs)
-
-
-def _fit_outside(guidance: MMDGuidance, refs: Particles) -> Any:
-    # one compiled call, its result then looked at
-    kernel = _fit(guidance, refs)
-    return fit_kernel(replace(guidance, kernel=kernel), refs)
 
 
 @functools.partial(jax.jit, static_argnames=("num_samples", "progress", "sharding", "checks", "remat"))

@@ -102,7 +102,7 @@ def test_mass_step_is_bounded(name):
 
 
 def test_length_scales_with_the_data():
-    """A length-preconditioned shift is a length: data, bandwidths and lengths ten times as large move ten times as far."""
+    """A length-preconditioned shift is a length: ten times larger data and bandwidths move ten times as far."""
     for kernel, larger in [
         (RBF(1.5), RBF(15.0)),
         (IMQ(1.5), IMQ(15.0)),
