@@ -76,10 +76,10 @@ class Cosine:
     def __call__(self, t) -> Level:
         t = jnp.asarray(t, float)
         phi_0 = 0.5 * math.pi * self.offset / (1 + self.offset)
-        phi = phi_0 + t * (jnp.arccos(self.alpha_min * jnp.cos(phi_0)) - phi_0)
+        turn = t * (jnp.arccos(self.alpha_min * jnp.cos(phi_0)) - phi_0)  # φ − φ_0
         # 1 − α² = sin(φ − φ_0) sin(φ + φ_0) / cos² φ_0, without cancellation near t = 0
-        sigma2 = jnp.sin(phi - phi_0) * jnp.sin(phi + phi_0) / jnp.cos(phi_0) ** 2
-        return Level(t, jnp.cos(phi) / jnp.cos(phi_0), safe_sqrt(sigma2))
+        sigma2 = jnp.sin(turn) * jnp.sin(turn + 2 * phi_0) / jnp.cos(phi_0) ** 2
+        return Level(t, jnp.cos(phi_0 + turn) / jnp.cos(phi_0), safe_sqrt(sigma2))
 
 
 @pytree
@@ -111,9 +111,10 @@ class EDM:
 
     def __call__(self, t) -> Level:
         t = jnp.asarray(t, float)
-        low, high = jnp.power(self.sigma_min, 1 / self.rho), jnp.power(self.sigma_max, 1 / self.rho)
-        sigma = jnp.power(low + t * (high - low), self.rho) - (1 - t) * self.sigma_min
-        return Level(t, jnp.ones_like(t), jnp.where(t > 0, sigma, 0.0))
+        root_ratio = jnp.power(self.sigma_max / self.sigma_min, 1 / self.rho)
+        # the first two terms over σ_min, less 1, without cancellation near t = 0
+        growth = jnp.expm1(self.rho * jnp.log1p(t * (root_ratio - 1)))
+        return Level(t, jnp.ones_like(t), self.sigma_min * (growth + t))
 
 
 @pytree
@@ -124,8 +125,8 @@ class RectifiedFlow:
 
     def __call__(self, t) -> Level:
         t = jnp.asarray(t, float)
-        u = self.shift * t / (1 + (self.shift - 1) * t)
-        return Level(t, 1 - u, u)
+        total = 1 + (self.shift - 1) * t
+        return Level(t, (1 - t) / total, self.shift * t / total)
 
 
 @pytree

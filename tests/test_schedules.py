@@ -106,6 +106,16 @@ def test_vp_keeps_unit_variance(name):
     np.testing.assert_allclose(level.alpha**2 + level.sigma**2, 1.0, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", CLOSED_FORMS)
+def test_sigma_keeps_its_digits_near_0(name):
+    t = fine_grid().astype(np.float32)
+    sigma = np.asarray(levels(SCHEDULES[name], t).sigma, np.float64)
+    with jax.enable_x64(True):
+        exact = np.asarray(levels(SCHEDULES[name], t.astype(np.float64)).sigma)
+    # powers and exponentials of up to 17 amplify float32's 6e-8 by as much; cancellation near 0 would cost 1e-2 and more
+    np.testing.assert_allclose(sigma, exact, rtol=4e-6)
+
+
 # Formulas, in NumPy
 
 
@@ -157,6 +167,17 @@ def test_formula(schedule, formula):
         # the NumPy forms cancel near t = 0 (EDM: 1e-3 of its terms)
         np.testing.assert_allclose(level.alpha, alpha, rtol=1e-12)
         np.testing.assert_allclose(level.sigma, sigma, rtol=1e-10)
+
+
+def test_ends():
+    assert float(EDM()(1.0).sigma) == pytest.approx(80.0, rel=1e-5)  # a seventh power in float32
+    assert float(VE()(1.0).sigma) == pytest.approx(50.0, rel=1e-5)
+    assert float(Cosine()(1.0).alpha) == pytest.approx(1e-3, rel=1e-3)  # cos near π/2 in float32
+    for shift in (0.3, 1.0, 1.15, 3.0, 7.0):
+        level = RectifiedFlow(shift)(1.0)
+        assert float(level.alpha) == 0.0
+        assert float(level.sigma) == pytest.approx(1.0, rel=1e-6)  # float32 rounding
+    assert float(RectifiedFlow(0.5)(0.5).sigma) == pytest.approx(1 / 3, rel=1e-6)
 
 
 def test_cosine_is_the_paper_s_before_its_clip():
