@@ -160,14 +160,11 @@ class Discrete:
         t = jnp.asarray(t, float)
         table = jnp.asarray(self.alphas_cumprod)
         num_steps = table.shape[0]
-        position = t * num_steps - 1  # an index, −1 clean
-        # an index within rounding of an integer is that integer: the trained levels are met exactly
-        nearest = jnp.round(position)
-        position = jnp.where(jnp.abs(position - nearest) < 4 * num_steps * jnp.finfo(t.dtype).eps, nearest, position)
-        lower = jnp.clip(jnp.floor(position), -1, num_steps - 2).astype(int)
+        position = _position(t, num_steps)
+        lower = jnp.clip(jnp.floor(position), 0, num_steps - 1).astype(int)
         fraction = jnp.clip(position - lower, 0.0, 1.0)
-        first, ends_clean = table[jnp.maximum(lower, 0)], lower < 0
-        last = table[lower + 1]
+        first, ends_clean = table[jnp.maximum(lower - 1, 0)], lower == 0
+        last = table[lower]
         ends_pure = last <= 0
         inner_first = jnp.where(ends_clean, 0.5, first)
         inner_last = jnp.where(ends_pure, 0.5, last)
@@ -208,7 +205,16 @@ class DiscreteTime:
     num_train_steps: int = static(default=1000)
 
     def __call__(self, t):
-        return t * self.num_train_steps - 1
+        return _position(jnp.asarray(t, float), self.num_train_steps) - 1
+
+
+def _position(t, num_train_steps):
+    # t T: 0 is clean, i + 1 is index i. Within rounding of an integer it is that integer: trained levels are met exactly,
+    # and a network that looks its time up finds its row
+    position = t * num_train_steps
+    nearest = jnp.round(position)
+    close = jnp.abs(position - nearest) < 4 * num_train_steps * jnp.finfo(position.dtype).eps
+    return jnp.where(close & (nearest > 0), nearest, position)
 
 
 def diffuse(key: Array, x0: Array, level: Level) -> Array:

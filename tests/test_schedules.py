@@ -79,6 +79,13 @@ def test_time_0_is_exactly_clean(schedule):
         assert float(level.log_snr()) == np.inf
 
 
+def test_log_snr_strictly_decreases_in_float32(schedule):
+    level = levels(schedule, fine_grid())
+    assert level.alpha.dtype == level.sigma.dtype == jnp.float32
+    assert (np.diff(level.log_snr()) < 0).all()
+    assert (np.asarray(level.alpha) >= 0).all()
+
+
 def test_level_has_the_shape_of_t(schedule):
     t = np.array([0.0, 0.3, 1.0])
     together = schedule(t)
@@ -114,6 +121,17 @@ def test_sigma_keeps_its_digits_near_0(name):
         exact = np.asarray(levels(SCHEDULES[name], t.astype(np.float64)).sigma)
     # powers and exponentials of up to 17 amplify float32's 6e-8 by as much; cancellation near 0 would cost 1e-2 and more
     np.testing.assert_allclose(sigma, exact, rtol=4e-6)
+
+
+@pytest.mark.parametrize("name", VP_FAMILY)
+def test_float32_table_or_formula_agrees_with_float64(name):
+    t = fine_grid().astype(np.float32)
+    single = levels(SCHEDULES[name], t)
+    with jax.enable_x64(True):
+        exact = levels(SCHEDULES[name], t.astype(np.float64))
+    # index t T − 1 in float32 is off by up to 1e-4, and 1 − ᾱ_0 = 1e-4 keeps three to four digits of a float32 table
+    np.testing.assert_allclose(single.sigma, exact.sigma, rtol=5e-4)
+    np.testing.assert_allclose(single.alpha, exact.alpha, rtol=5e-4, atol=1e-5)
 
 
 # Formulas, in NumPy
@@ -198,6 +216,17 @@ def test_every_index_is_met_exactly_in_float32(name):
         level = levels(schedule, times)
         np.testing.assert_array_equal(level.alpha, np.sqrt(table))
         np.testing.assert_array_equal(level.sigma, np.sqrt(1 - table))
+
+
+@pytest.mark.parametrize("num_train_steps", [10, 1000, 4000])
+def test_discrete_time_is_an_exact_index(num_train_steps):
+    # a network that looks its time up truncates: 499.99997 would be the wrong row
+    index = np.arange(num_train_steps)
+    found = jax.jit(DiscreteTime(num_train_steps))(jnp.asarray((index + 1) / num_train_steps, jnp.float32))
+    np.testing.assert_array_equal(found, index)
+    np.testing.assert_array_equal(found.astype(int), index)
+    # 5e-4 is rounding of t T in float32
+    assert float(DiscreteTime(1000)(0.50025)) == pytest.approx(499.25, abs=5e-4)
 
 
 def test_log_snr_is_linear_between_indices():
