@@ -274,7 +274,7 @@ def discrete_times(
         Lin et al. 2024, table 2.
       offset: `steps_offset` of the scheduler's config, added to "leading" indices (1 for Stable Diffusion).
     Raises:
-      ValueError: another spacing, or more steps than the table has.
+      ValueError: another spacing, more steps than the table has, or an offset that leaves it.
 
     Example:
       >>> (discrete_times(1000, 4, offset=1) * 1000 - 1).round().astype(int).tolist()
@@ -290,7 +290,8 @@ def discrete_times(
         index = np.linspace(0, num_train_steps - 1, num_steps).round()[::-1]
     else:
         raise ValueError(f'spacing is {spacing!r}; choose "leading", "trailing" or "linspace"')
-    index = np.clip(index, 0, num_train_steps - 1)
+    if index[0] >= num_train_steps or index[-1] < 0:
+        raise ValueError(f"offset {offset} leaves the table: indices {index[0]} to {index[-1]} of {num_train_steps}")
     return np.append((index + 1.0) / num_train_steps, 0.0)
 
 

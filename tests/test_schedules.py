@@ -423,6 +423,28 @@ def test_time_of_log_snr_at_the_ends():
     np.testing.assert_allclose(t, [0.0, 1.0], atol=1e-6)  # float32
 
 
+def test_errors():
+    for grid in (log_snr_times, karras_times):
+        with pytest.raises(ValueError, match="t_max 0.2 and t_min 0.5"):
+            grid(VPLinear(), 10, t_max=0.2, t_min=0.5)
+        with pytest.raises(ValueError, match="0 < t_min"):
+            grid(VPLinear(), 10, t_min=0.0)
+        with pytest.raises(ValueError, match="needs at least 2"):
+            grid(VPLinear(), 1)
+        with pytest.raises(ValueError, match="needs at least 3"):
+            grid(RectifiedFlow(), 2)
+    with pytest.raises(ValueError, match="allows 1 to 1000"):
+        discrete_times(1000, 1001)
+    with pytest.raises(ValueError, match="allows 1 to 1000"):
+        discrete_times(1000, 0)
+    with pytest.raises(ValueError, match="spacing is 'Leading'"):
+        discrete_times(1000, 10, spacing="Leading")
+    with pytest.raises(ValueError, match="offset 1 leaves the table"):
+        discrete_times(1000, 1000, offset=1)  # diffusers fails here with an index error
+    with pytest.raises(ValueError, match="offset -1 leaves the table"):
+        discrete_times(1000, 10, offset=-1)
+
+
 # Diffusing
 
 
