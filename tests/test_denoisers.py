@@ -261,6 +261,17 @@ def test_cfg_calls_the_network_once_with_twice_the_batch():
     assert [s[0].shape for s in seen] == [(3, 2)]
 
 
+@pytest.mark.parametrize("null", [10, np.int32(10), np.array(10)])
+def test_an_empty_label_stays_an_integer(null):
+    # nn.Embed refuses floats; numbers of components become floats under jit
+    model = DiffusionModel(cfg(from_model(Net().apply), 7.5, null), VPLinear(), (2,))
+    free, empty = (
+        guided_sample(net_params(), jax.random.key(0), None, model=model, num_samples=2, cond=cond, num_steps=2).x
+        for cond in (None, jnp.array([10, 10]))
+    )
+    np.testing.assert_allclose(free, empty, rtol=1e-4, atol=1e-5)  # one batch or two of them, float32
+
+
 def test_a_new_cfg_scale_compiles_nothing():
     count = 0
 
