@@ -265,7 +265,7 @@ def karras_times(
 def discrete_times(
     num_train_steps: int, num_steps: int, *, spacing: str = "leading", offset: int = 0
 ) -> Float[np.ndarray, " times"]:
-    """The grids of discrete models: the indices that diffusers' schedulers visit, as t = (i + 1)/T, then 0.
+    """The grids of discrete models: the indices that diffusers' DDIM and DDPM visit, as t = (i + 1)/T, then 0.
 
     Args:
       num_train_steps: T.

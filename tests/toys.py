@@ -112,7 +112,7 @@ def run(sampler, denoiser, schedule, times, x, key=None, params=None, cond=None)
 
 
 def flow_error(sampler, schedule, num_steps, *, world=None, t_max=1.0, t_min=1e-3):
-    """RMS error of a solver between two levels against the exact flow, on a grid uniform in log-SNR. For float64."""
+    """RMS error between two levels against the exact flow, on a grid uniform in log-SNR. For float64."""
     world = Gaussian(mean=np.array([0.7, -1.2]), var=np.array([0.3, 2.0])) if world is None else world
     times = log_snr_times(schedule, num_steps, t_max=t_max, t_min=t_min, final=False)
     t, s = schedule(times[0]), schedule(times[-1])
