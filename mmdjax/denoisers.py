@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from mmdjax.particles import per_sample
@@ -119,7 +120,7 @@ def score(denoiser: Denoiser, params: Any, x: Array, level: Level, cond: Any = N
 
 @pytree
 class CFG:
-    """Classifier-free guidance; see `cfg`."""
+    """Classifier-free guidance; see `cfg`. `null_cond` is one row [1, ...]: so a label stays an integer."""
 
     denoiser: Any
     scale: Any
@@ -127,7 +128,7 @@ class CFG:
 
     def __call__(self, params, x, level, cond):
         n = x.shape[0]
-        null = jax.tree.map(lambda c: jnp.broadcast_to(jnp.asarray(c), (n, *jnp.shape(c))), self.null_cond)
+        null = jax.tree.map(lambda c: jnp.broadcast_to(c, (n, *c.shape[1:])), self.null_cond)
         if cond is None:
             return self.denoiser(params, x, level, null)
         both = jax.tree.map(lambda a, b: jnp.concatenate([a, b.astype(a.dtype)]), cond, null)
@@ -152,7 +153,8 @@ def cfg(denoiser: Denoiser, scale: Any, null_cond: Any) -> CFG:
       >>> guided(None, jnp.zeros((1, 2)), Level(0.5, 0.7, 0.7), jnp.array([2.0])).tolist()
       [[4.0, 4.0]]
     """
-    return CFG(as_component(denoiser), scale, null_cond)
+    row = jax.tree.map(lambda c: (c if isinstance(c, jax.Array) else np.asarray(c))[None], null_cond)
+    return CFG(as_component(denoiser), scale, row)
 
 
 @pytree

@@ -76,10 +76,10 @@ class Cosine:
     def __call__(self, t) -> Level:
         t = jnp.asarray(t, float)
         phi_0 = 0.5 * math.pi * self.offset / (1 + self.offset)
-        phi = phi_0 + t * (jnp.arccos(self.alpha_min * jnp.cos(phi_0)) - phi_0)
+        turn = t * (jnp.arccos(self.alpha_min * jnp.cos(phi_0)) - phi_0)  # φ − φ_0
         # 1 − α² = sin(φ − φ_0) sin(φ + φ_0) / cos² φ_0, without cancellation near t = 0
-        sigma2 = jnp.sin(phi - phi_0) * jnp.sin(phi + phi_0) / jnp.cos(phi_0) ** 2
-        return Level(t, jnp.cos(phi) / jnp.cos(phi_0), safe_sqrt(sigma2))
+        sigma2 = jnp.sin(turn) * jnp.sin(turn + 2 * phi_0) / jnp.cos(phi_0) ** 2
+        return Level(t, jnp.cos(phi_0 + turn) / jnp.cos(phi_0), safe_sqrt(sigma2))
 
 
 @pytree
@@ -111,9 +111,10 @@ class EDM:
 
     def __call__(self, t) -> Level:
         t = jnp.asarray(t, float)
-        low, high = jnp.power(self.sigma_min, 1 / self.rho), jnp.power(self.sigma_max, 1 / self.rho)
-        sigma = jnp.power(low + t * (high - low), self.rho) - (1 - t) * self.sigma_min
-        return Level(t, jnp.ones_like(t), jnp.where(t > 0, sigma, 0.0))
+        root_ratio = jnp.power(self.sigma_max / self.sigma_min, 1 / self.rho)
+        # the first two terms over σ_min, less 1, without cancellation near t = 0
+        growth = jnp.expm1(self.rho * jnp.log1p(t * (root_ratio - 1)))
+        return Level(t, jnp.ones_like(t), self.sigma_min * (growth + t))
 
 
 @pytree
@@ -124,8 +125,8 @@ class RectifiedFlow:
 
     def __call__(self, t) -> Level:
         t = jnp.asarray(t, float)
-        u = self.shift * t / (1 + (self.shift - 1) * t)
-        return Level(t, 1 - u, u)
+        total = 1 + (self.shift - 1) * t
+        return Level(t, (1 - t) / total, self.shift * t / total)
 
 
 @pytree
@@ -159,14 +160,11 @@ class Discrete:
         t = jnp.asarray(t, float)
         table = jnp.asarray(self.alphas_cumprod)
         num_steps = table.shape[0]
-        position = t * num_steps - 1  # an index, −1 clean
-        # an index within rounding of an integer is that integer: the trained levels are met exactly
-        nearest = jnp.round(position)
-        position = jnp.where(jnp.abs(position - nearest) < 4 * num_steps * jnp.finfo(t.dtype).eps, nearest, position)
-        lower = jnp.clip(jnp.floor(position), -1, num_steps - 2).astype(int)
+        position = _position(t, num_steps)
+        lower = jnp.clip(jnp.floor(position), 0, num_steps - 1).astype(int)
         fraction = jnp.clip(position - lower, 0.0, 1.0)
-        first, ends_clean = table[jnp.maximum(lower, 0)], lower < 0
-        last = table[lower + 1]
+        first, ends_clean = table[jnp.maximum(lower - 1, 0)], lower == 0
+        last = table[lower]
         ends_pure = last <= 0
         inner_first = jnp.where(ends_clean, 0.5, first)
         inner_last = jnp.where(ends_pure, 0.5, last)
@@ -207,7 +205,16 @@ class DiscreteTime:
     num_train_steps: int = static(default=1000)
 
     def __call__(self, t):
-        return t * self.num_train_steps - 1
+        return _position(jnp.asarray(t, float), self.num_train_steps) - 1
+
+
+def _position(t, num_train_steps):
+    # t T: 0 is clean, i + 1 is index i. Within rounding of an integer it is that integer: trained levels are met exactly,
+    # and a network that looks its time up finds its row
+    position = t * num_train_steps
+    nearest = jnp.round(position)
+    close = jnp.abs(position - nearest) < 4 * num_train_steps * jnp.finfo(position.dtype).eps
+    return jnp.where(close & (nearest > 0), nearest, position)
 
 
 def diffuse(key: Array, x0: Array, level: Level) -> Array:
@@ -258,7 +265,7 @@ def karras_times(
 def discrete_times(
     num_train_steps: int, num_steps: int, *, spacing: str = "leading", offset: int = 0
 ) -> Float[np.ndarray, " times"]:
-    """The grids of discrete models: the indices that diffusers' schedulers visit, as t = (i + 1)/T, then 0.
+    """The grids of discrete models: the indices that diffusers' DDIM and DDPM visit, as t = (i + 1)/T, then 0.
 
     Args:
       num_train_steps: T.
@@ -267,7 +274,7 @@ def discrete_times(
         Lin et al. 2024, table 2.
       offset: `steps_offset` of the scheduler's config, added to "leading" indices (1 for Stable Diffusion).
     Raises:
-      ValueError: another spacing, or more steps than the table has.
+      ValueError: another spacing, more steps than the table has, or an offset that leaves it.
 
     Example:
       >>> (discrete_times(1000, 4, offset=1) * 1000 - 1).round().astype(int).tolist()
@@ -283,7 +290,8 @@ def discrete_times(
         index = np.linspace(0, num_train_steps - 1, num_steps).round()[::-1]
     else:
         raise ValueError(f'spacing is {spacing!r}; choose "leading", "trailing" or "linspace"')
-    index = np.clip(index, 0, num_train_steps - 1)
+    if index[0] >= num_train_steps or index[-1] < 0:
+        raise ValueError(f"offset {offset} leaves the table: indices {index[0]} to {index[-1]} of {num_train_steps}")
     return np.append((index + 1.0) / num_train_steps, 0.0)
 
 
