@@ -4,12 +4,12 @@ Every network, whatever it predicts, is used through one function
 
     Denoiser: (params, x [n, ...], level, cond) -> x0_hat [n, ...] = E[x_0 | x_t = x].
 
-With x_t = α x_0 + σ ε:  eps: x̂0 = (x − σ ε̂)/α;  v = α ε − σ x_0: x̂0 = (α x − σ v̂)/(α² + σ²);  score = −ε/σ: x̂0 = (x + σ² ŝ)/α;
-flow = ε − x_0: x̂0 = (x − σ û)/(α + σ).
+With x_t = α x_0 + σ ε:  eps: x̂0 = (x − σ ε̂)/α;  v = α ε − σ x_0: x̂0 = (α x − σ v̂)/(α² + σ²);  score = −ε/σ: x̂0 =
+(x + σ² ŝ)/α; flow = ε − x_0: x̂0 = (x − σ û)/(α + σ).
 
 References:
-  Ho et al. 2020 (eps), Salimans & Ho 2022 (v), Lipman et al. 2023 (flow), Ho & Salimans 2022 (classifier-free guidance),
-  Saharia et al. 2022, section 2.3 (dynamic thresholding).
+  Ho et al. 2020 (eps), Salimans & Ho 2022 (v), Lipman et al. 2023 (flow), Ho & Salimans 2022 (classifier-free
+  guidance), Saharia et al. 2022, section 2.3 (dynamic thresholding).
 """
 
 from collections.abc import Callable
@@ -47,8 +47,8 @@ def from_model(apply: Callable, prediction: Prediction = "eps", time: Callable |
     """A denoiser from a network and what it predicts.
 
     Args:
-      apply: (params, x [n, ...], t [n], cond) -> [n, ...]. A bound Linen `module.apply` compares by the module's value; any
-        other function by identity, so make it once.
+      apply: (params, x [n, ...], t [n], cond) -> [n, ...]. A bound Linen `module.apply` compares by the module's value;
+        any other function by identity, so make it once.
       prediction: "eps", "v" (α ε − σ x_0), "x0", "score" (∇ log p_t) or "flow" (ε − x_0).
       time: maps level.t in [0, 1] to what the network wants; `DiscreteTime(T)` for the index of a discrete model.
     Raises:
@@ -145,7 +145,8 @@ def cfg(denoiser: Denoiser, scale: Any, null_cond: Any) -> CFG:
     Args:
       denoiser: a conditional denoiser.
       scale: 1 is plain conditional sampling, 0 unconditional.
-      null_cond: the empty condition of one sample (no batch axis), of cond's structure. With cond=None it is used alone.
+      null_cond: the empty condition of one sample (no batch axis), of cond's structure. With cond=None it is used
+        alone.
 
     Example:
       >>> toy = from_model(lambda params, x, t, cond: jnp.zeros_like(x) + cond[:, None], "x0")
@@ -174,7 +175,9 @@ class Clipped:
 
 @pytree
 class Thresholded:
-    """x̂0 clipped to ±s and divided by s, s = max(1, the quantile of |x̂0| of each sample).  Saharia et al. 2022, section 2.3."""
+    """x̂0 clipped to ±s and divided by s, s = max(1, the quantile of |x̂0| of each sample).  Saharia et al. 2022,
+    section 2.3.
+    """
 
     denoiser: Any
     quantile: Any = 0.995
@@ -193,8 +196,8 @@ class Thresholded:
 class DiffusionModel:
     """A pretrained diffusion model without its parameters: what `guided_sample` runs backwards.
 
-    A frozen pytree: functions, modules, prediction type and shape are static; cfg scale, null condition and schedule tables are
-    leaves. It may be closed over or passed through `jit`; in the second form new leaves compile nothing.
+    A frozen pytree: functions, modules, prediction type and shape are static; cfg scale, null condition and schedule
+    tables are leaves. It may be closed over or passed through `jit`; in the second form new leaves compile nothing.
 
     Args:
       denoiser: `from_model(...)`, `cfg(...)` or any `(params, x, level, cond) -> x0_hat`.

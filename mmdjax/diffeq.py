@@ -37,12 +37,12 @@ import numpy as np
 from jaxtyping import Array
 
 from mmdjax.denoisers import DiffusionModel
-from mmdjax.guidance import MMDGuidance, bind
+from mmdjax.guidance import MMDGuidance, bind, fit_kernel
 from mmdjax.memory import Memory
 from mmdjax.numerics import safe_sqrt
 from mmdjax.particles import Particles, as_particles
 from mmdjax.samplers import DDIM
-from mmdjax.sampling import _check_call, _check_memory, _fit_outside
+from mmdjax.sampling import as_memory, check_call
 from mmdjax.schedules import Level, Schedule, time_of_log_snr
 from mmdjax.tree import is_concrete, pytree, replace, strong
 
@@ -83,7 +83,7 @@ def probability_flow(
     model: DiffusionModel,
     num_samples: int,
     cond: Any = None,
-    guidance: MMDGuidance | None = None,
+    guidance: MMDGuidance = MMDGuidance(),
     solver: Any = None,
     rtol: Any = 1e-3,
     atol: Any = 1e-3,
@@ -113,7 +113,7 @@ def probability_flow(
       model: the diffusion model.
       num_samples: n, the size of the batch.
       cond: the samples' conditions, a pytree of [n, ...], or None.
-      guidance: default `MMDGuidance()`; at="denoised" only.
+      guidance: at="denoised" only.
       solver: an adaptive diffrax ODE solver, default `diffrax.Tsit5()`.
       rtol: relative tolerance of a step on y = x/√(α² + σ²).
       atol: absolute tolerance; y has the data's units at the clean end. The error is the largest of the samples' RMS
@@ -174,7 +174,7 @@ def reverse_sde(
     model: DiffusionModel,
     num_samples: int,
     cond: Any = None,
-    guidance: MMDGuidance | None = None,
+    guidance: MMDGuidance = MMDGuidance(),
     solver: Any = None,
     rtol: Any = 5e-2,
     atol: Any = 5e-2,
@@ -253,9 +253,8 @@ def _call(
     params, key, refs, model, num_samples, cond, guidance, solver, numbers, x_init, memory, adjoint,
     *, stochastic, final, max_steps, throw,
 ):  # fmt: skip
-    guidance = MMDGuidance() if guidance is None else guidance
     refs = None if refs is None else as_particles(refs)
-    _check_call(key, refs, model, num_samples, cond, guidance, DDIM(), x_init)
+    check_call(key, refs, model, num_samples, cond, guidance, DDIM(), x_init)
     if refs is not None and guidance.at != "denoised":
         raise ValueError(
             f'at="{guidance.at}" moves x after a step, which an adaptive solver may reject; use guided_sample, or '
@@ -264,7 +263,7 @@ def _call(
     _check_numbers(*numbers)
     if not isinstance(max_steps, (int, np.integer)) or max_steps < 1:
         raise ValueError(f"max_steps is {max_steps}; give an integer of at least 1")
-    memory = _check_memory(memory, model, num_samples, cond)
+    memory = as_memory(memory, model, cond)
     if not isinstance(solver, diffrax.AbstractSolver):
         raise TypeError(f"solver is {solver!r}; give a solver from diffrax, such as diffrax.Tsit5()")
     adjoint = diffrax.RecursiveCheckpointAdjoint() if adjoint is None else adjoint
@@ -272,7 +271,7 @@ def _call(
         raise TypeError(f"adjoint is {adjoint!r}; give an adjoint from diffrax, such as diffrax.DirectAdjoint()")
 
     refs, guidance, model, cond, numbers = strong((refs, guidance, model, cond, numbers))
-    kernel = None if refs is None else _fit_outside(guidance, refs)
+    kernel = None if refs is None else fit_kernel(guidance, refs)
     arrays, choices = eqx.partition((solver, adjoint), eqx.is_array)  # what is left of a diffrax object can be hashed
     return _solve(
         params,

@@ -387,8 +387,8 @@ def fit_kernel(guidance: MMDGuidance, refs: Particles) -> Kernel:
     """The guidance's kernel with all that it takes from the references filled in.
 
     Raises:
-      ValueError: a bandwidth comes out as 0, the references being all equal. Inside `jit`, where that is not seen, it is
-        NaN.
+      ValueError: a bandwidth comes out as 0, the references being all equal. Inside `jit`, where that is not seen, it
+        is NaN.
     """
     kernel = _fit(default_kernel(guidance.at) if guidance.kernel is None else guidance.kernel, refs)
     for leaf in jax.tree.leaves(kernel):

@@ -1,7 +1,7 @@
 """Past samples, in a ring of fixed capacity.
 
-Finished samples join the generated side of MMD², so that a long run in small batches aligns as one large batch does: each new
-batch sees what has been made. Shapes never change; empty slots have weight 0.
+Finished samples join the generated side of MMD², so that a long run in small batches aligns as one large batch does:
+each new batch sees what has been made. Shapes never change; empty slots have weight 0.
 """
 
 from typing import Any

@@ -5,8 +5,9 @@ A sampler is stateless; what it remembers travels in its carry. The contract:
     init(x) -> carry
     step(key, x, carry, state, denoise, t, s) -> (x, carry, state)
 
-with x [n, ...] at level t, `denoise(x, level, state) -> (x0_hat, state)` (params and condition bound, `state` passed through
-every call), t and s `Level`s, and the x returned at level s. A step to the clean level (σ_s = 0) returns x̂0 without noise.
+with x [n, ...] at level t, `denoise(x, level, state) -> (x0_hat, state)` (params and condition bound, `state` passed
+through every call), t and s `Level`s, and the x returned at level s. A step to the clean level (σ_s = 0) returns x̂0
+without noise.
 
 Notation: ε̂ = (x − α x̂0)/σ, and x_t given x_s is N(α_t/α_s x_s, σ_{t|s}²) with σ_{t|s}² = σ_t² − (α_t/α_s)² σ_s².
 """
@@ -82,7 +83,8 @@ class DDIM:
 class DDPM:
     """x_s ~ N(E[x_s | x_t, x̂0], v): ancestral sampling.  Ho et al. 2020, eq. 7.
 
-    E = (α_t/α_s) σ_s²/σ_t² x_t + α_s σ_{t|s}²/σ_t² x̂0,  v = σ_{t|s}² σ_s²/σ_t² ("small", the posterior's) or σ_{t|s}² ("large").
+    E = (α_t/α_s) σ_s²/σ_t² x_t + α_s σ_{t|s}²/σ_t² x̂0,  v = σ_{t|s}² σ_s²/σ_t² ("small", the posterior's) or σ_{t|s}²
+    ("large").
     """
 
     variance: str = static(default="small")
@@ -108,8 +110,8 @@ class DDPM:
 class EulerMaruyama:
     """Euler–Maruyama on the reverse SDE of x̄ = x/α with time σ̄² = σ²/α²:  dx̄ = (x̂0 − x̄)/σ̄² |dσ̄²| + √|dσ̄²| dw.
 
-    Song et al. 2021b, eq. 6, in the variable in which the forward process is σ̄ dw, so that the linear part is exact. Weak
-    order 1. It starts where α > 0: rectified flow needs times[0] < 1.
+    Song et al. 2021b, eq. 6, in the variable in which the forward process is σ̄ dw, so that the linear part is exact.
+    Weak order 1. It starts where α > 0: rectified flow needs times[0] < 1.
     """
 
     def init(self, x):
@@ -129,8 +131,9 @@ class EulerMaruyama:
 class Heun:
     """The trapezoidal rule on dx = x̂0 dα + ε̂ dσ, the probability flow along a schedule.  Karras et al. 2022, alg. 1.
 
-    x_s = x_t + (α_s − α_t)(x̂0_t + x̂0_s)/2 + (σ_s − σ_t)(ε̂_t + ε̂_s)/2, predicted by DDIM: for α = 1 the paper's step, for
-    rectified flow Heun's in t, and nothing singular where α_t = 0. Order 2, two network calls a step; one for the step to σ = 0.
+    x_s = x_t + (α_s − α_t)(x̂0_t + x̂0_s)/2 + (σ_s − σ_t)(ε̂_t + ε̂_s)/2, predicted by DDIM: for α = 1 the paper's
+    step, for rectified flow Heun's in t, and nothing singular where α_t = 0. Order 2, two network calls a step; one for
+    the step to σ = 0.
     """
 
     def init(self, x):
@@ -156,8 +159,8 @@ class Heun:
 class DPMSolverPP2M:
     """x_s = σ_s/σ_t x_t + α_s (1 − e^{−h}) D,  D = x̂0_t + h/2h₋ (x̂0_t − x̂0₋),  h = λ_s − λ_t,  λ = log(α/σ).
 
-    Lu et al. 2022b, alg. 2; h₋ and x̂0₋ are the last step's. Order 2 with one network call a step; the first step and the one to
-    σ = 0 are of order 1 (D = x̂0_t).
+    Lu et al. 2022b, alg. 2; h₋ and x̂0₋ are the last step's. Order 2 with one network call a step; the first step and
+    the one to σ = 0 are of order 1 (D = x̂0_t).
     """
 
     def init(self, x):

@@ -117,9 +117,9 @@ def guided_sample(
     Source: arXiv 2601.08379.
     """
     refs = None if refs is None else as_particles(refs)
-    _check_call(key, refs, model, num_samples, cond, guidance, sampler, x_init)
+    check_call(key, refs, model, num_samples, cond, guidance, sampler, x_init)
     times = _check_times(times, num_steps)
-    memory = _check_memory(memory, model, num_samples, cond)
+    memory = as_memory(memory, model, cond)
     if checks and not is_concrete((params, key, refs, model, cond, guidance, sampler, times, x_init, memory)):
         raise ValueError(
             "checks=True reads values, which a call inside jit, vmap or grad has none of; call it outside of them"
@@ -213,7 +213,17 @@ def _sample(
     return Samples(x, memory, trace), finite
 
 
-def _check_call(key, refs, model, num_samples, cond, guidance, sampler, x_init):
+def check_call(
+    key: Any,
+    refs: Particles | None,
+    model: Any,
+    num_samples: Any,
+    cond: Any,
+    guidance: Any,
+    sampler: Any,
+    x_init: Any,
+) -> None:
+    """Raise the TypeError or ValueError of `guided_sample` for arguments that do not fit each other."""
     if not (hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
         raise TypeError(f"key is {type(key).__name__} without a key type; make one with jax.random.key(seed)")
     if key.shape != ():
@@ -254,7 +264,8 @@ def _check_times(times: Any, num_steps: int) -> Any:
     return times
 
 
-def _check_memory(memory: Any, model: DiffusionModel, num_samples: int, cond: Any) -> Memory | None:
+def as_memory(memory: Any, model: DiffusionModel, cond: Any) -> Memory | None:
+    """The memory of an earlier call, checked against the model; a new one from its capacity; None from None."""
     if memory is None:
         return None
     if isinstance(memory, (int, np.integer)):

@@ -1,7 +1,7 @@
 """Noise schedules t → Level and time grids.
 
-A schedule says how noisy x_t is: p(x_t | x_0) = N(α_t x_0, σ_t² I), with t in [0, 1], 0 clean (α 1, σ 0) and 1 noisiest. It is
-any callable `(t) -> Level`; those here are frozen pytrees whose numbers are leaves.
+A schedule says how noisy x_t is: p(x_t | x_0) = N(α_t x_0, σ_t² I), with t in [0, 1], 0 clean (α 1, σ 0) and 1
+noisiest. It is any callable `(t) -> Level`; those here are frozen pytrees whose numbers are leaves.
 
 References:
   Ho et al. 2020 (linear β), Nichol & Dhariwal 2021 (cosine), Song et al. 2021 (VP and VE SDEs, eq. 29–33),
@@ -65,7 +65,8 @@ class VPLinear:
 
 @pytree
 class Cosine:
-    """α_t = cos φ_t / cos φ_0 with φ linear in t, φ_0 = πs/2(1 + s), up to α_1 = `alpha_min`.  Nichol & Dhariwal 2021, eq. 17.
+    """α_t = cos φ_t / cos φ_0 with φ linear in t, φ_0 = πs/2(1 + s), up to α_1 = `alpha_min`.  Nichol & Dhariwal 2021,
+    eq. 17.
 
     The paper clips β at 0.999 near t = 1; here φ ends where α is `alpha_min`, which keeps log-SNR strictly decreasing.
     """
@@ -102,7 +103,8 @@ class VE:
 class EDM:
     """α = 1, σ_t = (σ_min^{1/ρ} + t (σ_max^{1/ρ} − σ_min^{1/ρ}))^ρ − (1 − t) σ_min.  Karras et al. 2022, eq. 5.
 
-    The paper's grid ends at σ_min and then jumps to 0; the last term joins the two, so that σ_0 = 0. σ in the data's units.
+    The paper's grid ends at σ_min and then jumps to 0; the last term joins the two, so that σ_0 = 0. σ in the data's
+    units.
     """
 
     sigma_min: Any = 0.002
@@ -119,7 +121,9 @@ class EDM:
 
 @pytree
 class RectifiedFlow:
-    """α = 1 − u, σ = u with u = shift · t / (1 + (shift − 1) t).  Lipman et al. 2023; the shift is Esser et al. 2024, eq. 23."""
+    """α = 1 − u, σ = u with u = shift · t / (1 + (shift − 1) t).  Lipman et al. 2023; the shift is Esser et al. 2024,
+    eq. 23.
+    """
 
     shift: Any = 1.0
 
@@ -133,8 +137,8 @@ class RectifiedFlow:
 class Discrete:
     """A trained table ᾱ_0 > … > ᾱ_{T−1}: index i sits at t = (i + 1)/T with α² = ᾱ_i, σ² = 1 − ᾱ_i.
 
-    Between two indices log-SNR is linear in t. It has no value at the clean end and, with zero terminal SNR (ᾱ_{T−1} = 0), at
-    the noisy one: in the first interval σ²/α² is linear instead, in such a last one α²/σ².
+    Between two indices log-SNR is linear in t. It has no value at the clean end and, with zero terminal SNR (ᾱ_{T−1} =
+    0), at the noisy one: in the first interval σ²/α² is linear instead, in such a last one α²/σ².
 
     Args:
       alphas_cumprod: [T], decreasing, in (0, 1); the last may be 0.
@@ -209,8 +213,8 @@ class DiscreteTime:
 
 
 def _position(t, num_train_steps):
-    # t T: 0 is clean, i + 1 is index i. Within rounding of an integer it is that integer: trained levels are met exactly,
-    # and a network that looks its time up finds its row
+    # t T: 0 is clean, i + 1 is index i. Within rounding of an integer it is that integer: trained levels are met
+    # exactly, and a network that looks its time up finds its row
     position = t * num_train_steps
     nearest = jnp.round(position)
     close = jnp.abs(position - nearest) < 4 * num_train_steps * jnp.finfo(position.dtype).eps
@@ -241,7 +245,8 @@ def log_snr_times(
 ) -> Float[Array, " times"]:
     """Uniform in log-SNR between t_max and t_min, then, with `final`, one last step to t = 0.
 
-    Where α(t_max) is 0 and log-SNR infinite (rectified flow), the grid starts at t_max and is uniform from .999 t_max on.
+    Where α(t_max) is 0 and log-SNR infinite (rectified flow), the grid starts at t_max and is uniform from .999 t_max
+    on.
     """
 
     def spacing(fraction, first, last):
@@ -253,7 +258,9 @@ def log_snr_times(
 def karras_times(
     schedule: Schedule, num_steps: int, *, rho: float = 7.0, t_max: float = 1.0, t_min: float = 1e-3, final: bool = True
 ) -> Float[Array, " times"]:
-    """(σ/α)^{1/ρ} uniform between t_max and t_min, then, with `final`, one last step to t = 0.  Karras et al. 2022, eq. 5."""
+    """(σ/α)^{1/ρ} uniform between t_max and t_min, then, with `final`, one last step to t = 0.  Karras et al. 2022, eq.
+    5.
+    """
 
     def spacing(fraction, first, last):
         roots = jnp.exp(-first / (2 * rho)), jnp.exp(-last / (2 * rho))
@@ -296,7 +303,8 @@ def discrete_times(
 
 
 def time_of_log_snr(schedule: Schedule, log_snr: Any) -> Array:
-    """The t at which a schedule has this log(α²/σ²), by bisection: any decreasing schedule serves. Not differentiable."""
+    """The t at which a schedule has this log(α²/σ²), by bisection: any decreasing schedule serves. Not differentiable.
+    """
     log_snr = jax.lax.stop_gradient(jnp.asarray(log_snr, float))
 
     def halve(_, bounds):

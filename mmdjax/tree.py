@@ -123,7 +123,11 @@ def strong(tree: T) -> T:
     def leaf(x):
         if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.extended):
             return x
-        dtype = jnp.result_type(float) if jnp.ndim(x) == 0 and jnp.result_type(x) != bool else jnp.result_type(x)
+        dtype = (
+            jnp.result_type(float)
+            if jnp.ndim(x) == 0 and not jnp.issubdtype(jnp.result_type(x), jnp.bool_)
+            else jnp.result_type(x)
+        )
         return jax.lax.convert_element_type(x, jax.dtypes.canonicalize_dtype(dtype))
 
     return jax.tree.map(leaf, tree)
