@@ -166,7 +166,7 @@ def _sample(
         first = jax.tree.map(lambda v: v[0], levels)
         x = jnp.sqrt(first.alpha**2 + first.sigma**2) * jax.random.normal(key_init, (num_samples, *model.shape))
     else:
-        x = jnp.asarray(x_init, jnp.promote_types(jnp.result_type(x_init), jnp.float32))
+        x = jnp.asarray(x_init, jnp.promote_types(jnp.result_type(x_init), levels.alpha.dtype))
     x = place(x)
 
     if refs is not None:

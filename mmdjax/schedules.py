@@ -258,8 +258,9 @@ def log_snr_times(
 def karras_times(
     schedule: Schedule, num_steps: int, *, rho: float = 7.0, t_max: float = 1.0, t_min: float = 1e-3, final: bool = True
 ) -> Float[Array, " times"]:
-    """(σ/α)^{1/ρ} uniform between t_max and t_min, then, with `final`, one last step to t = 0.  Karras et al. 2022, eq.
-    5.
+    """(σ/α)^{1/ρ} uniform between t_max and t_min, then, with `final`, one last step to t = 0.
+
+    Karras et al. 2022, eq. 5; their grid ends at σ_min, which is t_min=time_of_log_snr(schedule, −2 log σ_min).
     """
 
     def spacing(fraction, first, last):
