@@ -4,7 +4,8 @@
     python examples/train_digits.py --evaluate                        # the shipped weights
 
 Measured on 2,000 unguided samples (cond=None, the defaults of guided_sample):
-  energy     energy distance (U-statistic) to the 597 held-out images, mean of 10 draws of 200; the same for training images
+  energy     energy distance to the 597 held-out images, mean of 10 draws of 200; the same for training images. The U-statistic
+             is 0 in the mean for fresh data, with a standard error of .004 for 10 draws; the V-statistic is it plus .04
   nearest    mean distance to the nearest training image over that of held-out images; well below 1 is memorisation
   agreement  how often a 1-nearest-neighbour classifier gives class-conditional samples their class; the same for held-out
 """
@@ -17,24 +18,28 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.scipy.ndimage import map_coordinates
 
 from mmdjax import Energy, Particles, guided_sample, mmd2
 from mmdjax.digits import DEFAULT_WEIGHTS, NULL_CLASS, digits_model, load_weights, save_weights, splits
+from mmdjax.digits_network import AUGMENTED, DigitsNetwork
 from mmdjax.training import fit
 
-STEPS, BATCH, LEARNING_RATE, WEIGHT_DECAY, EMA, DROP = 15_000, 128, 2e-3, 1e-2, 0.998, 0.15
+STEPS, WARMUP, BATCH, LEARNING_RATE, WEIGHT_DECAY, EMA = 40_000, 300, 128, 2e-3, 1e-2, 0.998
+AUGMENT, DROP = (
+    0.5,
+    0.25,
+)  # shares of the batch; the null class is what unconditional sampling uses, so it gets a good one
 
 
 def train(seed: int, num_steps: int):
-    """The average of the parameters, [−1, 1] images of the training split only."""
+    """The averaged parameters after training on the training split only."""
     import optax
-
-    from mmdjax.digits_network import DigitsNetwork
 
     (images, labels), _ = splits()
     key_init, key_fit = jax.random.split(jax.random.key(seed))
     params = DigitsNetwork().init(key_init, jnp.zeros((1, 8, 8, 1)), jnp.zeros(1), jnp.zeros(1, int))
-    schedule = optax.cosine_decay_schedule(LEARNING_RATE, num_steps)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, WARMUP, num_steps)
     fitted = fit(
         params,
         key_fit,
@@ -44,10 +49,27 @@ def train(seed: int, num_steps: int):
         batch_size=BATCH,
         optimizer=optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=WEIGHT_DECAY)),
         ema=EMA,
-        null_cond=NULL_CLASS,
-        drop_cond=DROP,
+        augment=augment,
     )
     return fitted.ema_params
+
+
+def augment(key, batch: Particles) -> Particles:
+    """Half of the batch moved, turned and stretched a little and labelled as such; a quarter of all labels dropped.
+
+    Dropping happens here and not in `fit` because an augmented picture has a null class of its own.
+    """
+    n = batch.n
+    key_turn, key_move, key_which, key_drop = jax.random.split(key, 4)
+    turn = jnp.eye(2) + 0.12 * jax.random.normal(key_turn, (n, 2, 2))
+    move = 0.6 * jax.random.normal(key_move, (n, 2))  # pixels
+    grid = jnp.stack(jnp.meshgrid(jnp.arange(8.0), jnp.arange(8.0), indexing="ij")) - 3.5
+    source = jnp.einsum("nij,jab->niab", turn, grid) + move[:, :, None, None] + 3.5
+    warp = jax.vmap(lambda image, at: map_coordinates(image[..., 0], list(at), 1, mode="constant", cval=-1.0))
+    warped = jax.random.bernoulli(key_which, AUGMENT, (n,))
+    labels = jnp.where(jax.random.bernoulli(key_drop, DROP, (n,)), NULL_CLASS, batch.cond)
+    x = jnp.where(warped[:, None, None, None], warp(batch.x, source)[..., None], batch.x)
+    return Particles(x, labels + AUGMENTED * warped)
 
 
 def evaluate(params, seed: int = 0, draws: int = 10, n: int = 200) -> dict[str, float]:
@@ -66,8 +88,10 @@ def evaluate(params, seed: int = 0, draws: int = 10, n: int = 200) -> dict[str, 
     fresh_distance, fresh_index = nearest(held_out, train_images)
     _, index = nearest(of_class, train_images)
     return {
-        "energy of samples": mean_energy(samples, held_out),
-        "energy of training images": mean_energy(subsets, held_out),
+        "energy of samples (U)": mean_energy(samples, held_out, "u"),
+        "energy of training images (U)": mean_energy(subsets, held_out, "u"),
+        "energy of samples (V)": mean_energy(samples, held_out, "v"),
+        "energy of training images (V)": mean_energy(subsets, held_out, "v"),
         "nearest": float(distance.mean() / fresh_distance.mean()),
         "agreement of samples": float((train_labels[index] == np.asarray(labels)).mean()),
         "agreement of held-out images": float((train_labels[fresh_index] == held_out_labels).mean()),
@@ -75,9 +99,9 @@ def evaluate(params, seed: int = 0, draws: int = 10, n: int = 200) -> dict[str, 
     }
 
 
-def mean_energy(draws, held_out) -> float:
-    """Mean over draws of the energy distance (U-statistic) to the held-out images."""
-    energy = jax.jit(lambda a, b: mmd2(Energy(), a, b, estimator="u"))
+def mean_energy(draws, held_out, estimator) -> float:
+    """Mean over draws of the energy distance to the held-out images."""
+    energy = jax.jit(lambda a, b: mmd2(Energy(), a, b, estimator=estimator))
     return float(np.mean([energy(jnp.asarray(x), jnp.asarray(held_out)) for x in draws]))
 
 
@@ -98,7 +122,7 @@ def provenance(seed: int, steps: int, seconds: float) -> dict[str, str]:
         "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown",
         "seed": str(seed),
         "steps": str(steps),
-        "settings": f"batch {BATCH}, adamw {LEARNING_RATE} cosine, weight decay {WEIGHT_DECAY}, ema {EMA}, drop {DROP}",
+        "settings": f"batch {BATCH}, adamw {LEARNING_RATE} cosine, weight decay {WEIGHT_DECAY}, ema {EMA}, augment {AUGMENT}, drop {DROP}",
         "data": "first 1200 of numpy.random.RandomState(0).permutation(1797) of scikit-learn's digits",
         "versions": f"jax {jax.__version__}, flax {flax.__version__}, optax {optax.__version__}",
         "device": jax.devices()[0].device_kind,
@@ -111,7 +135,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="of initialisation, minibatches and noise (default: 0)")
     parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=DEFAULT_WEIGHTS, help="weights to write (default: the package's own)")
+    parser.add_argument(
+        "--out", type=Path, default=DEFAULT_WEIGHTS, help="weights to write (default: the package's own)"
+    )
     parser.add_argument("--evaluate", action="store_true", help="train nothing: measure the weights at --out")
     args = parser.parse_args()
     if not args.evaluate:

@@ -1,6 +1,6 @@
 """Write mmdjax/data/digits.npz from scikit-learn's copy of the digits (which is not needed to use them).
 
-    python examples/write_digits_data.py
+python examples/write_digits_data.py
 """
 
 import argparse

@@ -222,7 +222,9 @@ def fit(
         key_batch, key_augment, key_loss = jax.random.split(key, 3)
         batch = _draw(key_batch, data, batch_size)
         batch = batch if augment is None else augment(key_augment, batch)
-        loss, gradient = jax.value_and_grad(denoising_loss)(params, key_loss, batch.x, batch.cond, model=model, **settings)
+        loss, gradient = jax.value_and_grad(denoising_loss)(
+            params, key_loss, batch.x, batch.cond, model=model, **settings
+        )
         updates, state = optimizer.update(gradient, state, params)
         params = optax.apply_updates(params, updates)
         return (params, optax.incremental_update(params, average, 1 - ema), state), loss
@@ -240,7 +242,9 @@ def fit(
             losses.append(np.asarray(loss))
             if not np.isfinite(losses[-1]).all():
                 step = start + int(np.argmin(np.isfinite(losses[-1])))
-                raise FloatingPointError(f"the loss is {losses[-1][step - start]} at step {step}; lower the learning rate or clip")
+                raise FloatingPointError(
+                    f"the loss is {losses[-1][step - start]} at step {step}; lower the learning rate or clip"
+                )
             bar.update(len(loss))
             bar.set_postfix(loss=f"{losses[-1].mean():.4f}")
     return Fitted(carry[0], carry[1], np.concatenate(losses))
@@ -250,7 +254,9 @@ def _as_weighting(weighting: Any) -> Weighting:
     if callable(weighting):
         return weighting
     if weighting not in WEIGHTINGS:
-        raise ValueError(f"weighting is {weighting!r}; choose one of {tuple(WEIGHTINGS)}, or give a function of the Level")
+        raise ValueError(
+            f"weighting is {weighting!r}; choose one of {tuple(WEIGHTINGS)}, or give a function of the Level"
+        )
     return WEIGHTINGS[weighting]
 
 
@@ -273,10 +279,14 @@ def _draw(key, data, batch_size):
 
 def _check_batch(x0, cond, model, null_cond, drop_cond):
     if np.ndim(x0) == 0 or np.shape(x0)[1:] != model.shape:
-        raise ValueError(f"data has shape {np.shape(x0)} but the model is of shape {model.shape}; give [n, {model.shape}]")
+        raise ValueError(
+            f"data has shape {np.shape(x0)} but the model is of shape {model.shape}; give [n, {model.shape}]"
+        )
     for leaf in jax.tree.leaves(cond):
         if np.shape(leaf)[:1] != np.shape(x0)[:1]:
-            raise ValueError(f"cond has shape {np.shape(leaf)}; it needs one row for each of the {np.shape(x0)[0]} samples")
+            raise ValueError(
+                f"cond has shape {np.shape(leaf)}; it needs one row for each of the {np.shape(x0)[0]} samples"
+            )
     if not 0 <= drop_cond <= 1:
         raise ValueError(f"drop_cond is {drop_cond}; it is a probability, in [0, 1]")
     if drop_cond and (cond is None or jax.tree.structure(cond) != jax.tree.structure(null_cond)):
@@ -301,4 +311,6 @@ def _check_fit(params, key, data, model, *, ema, **counts):
         raise ValueError(f"ema is {ema}; give a decay in [0, 1), such as 0.999")
     leaves = jax.tree.leaves(params)
     if not leaves or not all(jnp.issubdtype(jnp.result_type(leaf), jnp.floating) for leaf in leaves):
-        raise ValueError(f"params must be a pytree of float arrays; the dtypes are {[str(jnp.result_type(v)) for v in leaves[:5]]}")
+        raise ValueError(
+            f"params must be a pytree of float arrays; the dtypes are {[str(jnp.result_type(v)) for v in leaves[:5]]}"
+        )

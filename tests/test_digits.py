@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from mmdjax import Energy, Level, guided_sample, mmd2
-from mmdjax.digits import DEFAULT_WEIGHTS, NULL_CLASS, load_digits, load_weights, save_weights, slant, splits, thicken
+from mmdjax import guided_sample
+from mmdjax.digits import DEFAULT_WEIGHTS, NULL_CLASS, load_digits, load_weights, save_weights, splits
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,14 @@ from mmdjax.schedules import EDM, VE, Cosine, Discrete, RectifiedFlow, VPLinear,
 from mmdjax.training import WEIGHTINGS, EDMLoss, Fitted, MinSNR, UniformTimes, denoising_loss, fit, snr
 
 KEY = jax.random.key(0)
-SCHEDULES = [VPLinear(), Cosine(), Discrete(np.linspace(0.95, 0.05, 20)), VE(0.01, 5.0), EDM(0.002, 10.0), RectifiedFlow()]
+SCHEDULES = [
+    VPLinear(),
+    Cosine(),
+    Discrete(np.linspace(0.95, 0.05, 20)),
+    VE(0.01, 5.0),
+    EDM(0.002, 10.0),
+    RectifiedFlow(),
+]
 LEVEL = Level(jnp.array([0.2, 0.6]), jnp.array([0.9, 0.4]), jnp.array([0.5, 0.8]))  # not variance preserving
 
 
@@ -212,7 +219,11 @@ COUNT = itertools.count()
         bad(r"drop_cond is 1.5; it is a probability", drop_cond=1.5),
         bad(r"cond is None and null_cond None; give both", drop_cond=0.1),
         bad(r"data has shape \(16, 3\) but the model is of shape \(4,\)", model=model_of(shape=(4,))),
-        bad(r"the loss is nan at step 0; lower the learning rate", FloatingPointError, weighting=lambda level: jnp.nan * level.t),
+        bad(
+            r"the loss is nan at step 0; lower the learning rate",
+            FloatingPointError,
+            weighting=lambda level: jnp.nan * level.t,
+        ),
     ],
 )
 def test_bad_numbers_name_value_and_remedy(error, message, kwargs):
