@@ -3,7 +3,7 @@
 The images are scikit-learn's (8 × 8, 17 grey levels), pixel p in 0 … 16 scaled to p/8 − 1. The denoiser was trained by
 `examples/train_digits.py` on the 1,200 images of the training split only.
 
-Sources: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository (CC BY 4.0).
+Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, CC BY 4.0.
 """
 
 import functools
@@ -37,7 +37,8 @@ def digits_model() -> DiffusionModel:
 def load_digits() -> tuple[DiffusionModel, Any]:
     """A trained class-conditional denoiser of 8 × 8 digits and its parameters, from the package's own files.
 
-    cond is an integer label [n], 0 to 9; None, or label 10, is the null class. Two calls give equal models: nothing recompiles.
+    cond is an integer label [n], 0 to 9; None, or label 10, is the null class. Two calls give equal models: nothing
+    recompiles.
 
     Returns:
       (model, params): model.shape is (8, 8, 1), images in [−1, 1]; params are float32 NumPy arrays.
@@ -58,7 +59,7 @@ def load_digits() -> tuple[DiffusionModel, Any]:
 def splits() -> tuple[Split, Split]:
     """(train_images, train_labels), (held_out_images, held_out_labels): what the denoiser saw, and what it never did.
 
-    The training split is the first 1,200 of `numpy.random.RandomState(0).permutation(1797)`, the other 597 are held out.
+    Training: the first 1,200 of `numpy.random.RandomState(0).permutation(1797)`; held out: the other 597.
 
     Returns:
       Images [n, 8, 8, 1] float32 in [−1, 1], labels [n] int32.
@@ -75,9 +76,9 @@ def splits() -> tuple[Split, Split]:
 
 
 def thicken(images: Float[Array | np.ndarray, "n 8 8 1"], amount: float = 0.4) -> Float[np.ndarray, "n 8 8 1"]:
-    """Digits of a broader pen: each image blended with its grey dilation, the maximum over a pixel and its four neighbours.
+    """Digits of a broader pen: each image blended with its grey dilation by a cross.
 
-    x + amount (max_{cross} x − x).
+    x + amount (max_cross x − x), the maximum being over a pixel and its four neighbours.
 
     Args:
       images: [n, 8, 8, 1] in [−1, 1].

@@ -240,7 +240,7 @@ def test_bad_data_and_params():
         fit(start, KEY, jnp.zeros((2, 3), jnp.uint8), model=model, num_steps=1)
     with pytest.raises(TypeError, match=r"jax.random.key\(seed\)"):
         fit(start, jax.random.PRNGKey(0), jnp.zeros((2, 3)), model=model, num_steps=1)
-    with pytest.raises(ValueError, match="params must be a pytree of float arrays; the dtypes are .'int32'"):
+    with pytest.raises(ValueError, match=r"params must be a pytree of float arrays; the dtypes are \['int32'"):
         fit({"a": jnp.zeros((), jnp.int32)}, KEY, jnp.zeros((2, 3)), model=model, num_steps=1)
     with pytest.raises(ValueError, match=r"cond has shape \(3,\); it needs one row for each of the 2"):
         denoising_loss(start, KEY, jnp.zeros((2, 3)), jnp.zeros(3), model=model)
