@@ -119,8 +119,8 @@ def provenance(seed: int, steps: int) -> dict[str, str]:
         "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown",
         "seed": str(seed),
         "steps": str(steps),
-        "settings": f"batch {BATCH}, adamw {LEARNING_RATE} to 0 (warmup {WARMUP}, cosine), weight decay {WEIGHT_DECAY}, "
-        f"ema {EMA}, augment {AUGMENT}, drop {DROP}",
+        "settings": f"batch {BATCH}, adamw {LEARNING_RATE} to 0 (warmup {WARMUP}, cosine), "
+        f"weight decay {WEIGHT_DECAY}, ema {EMA}, augment {AUGMENT}, drop {DROP}",
         "data": "first 1200 of numpy.random.RandomState(0).permutation(1797) of scikit-learn's digits",
         "versions": f"jax {jax.__version__}, flax {flax.__version__}, optax {optax.__version__}",
         "device": jax.devices()[0].device_kind,

@@ -3,7 +3,7 @@
 The images are scikit-learn's (8 × 8, 17 grey levels), pixel p in 0 … 16 scaled to p/8 − 1. The denoiser was trained by
 `examples/train_digits.py` on the 1,200 images of the training split only.
 
-Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, CC BY 4.0.
+Source: Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository (CC BY).
 """
 
 import functools
@@ -21,7 +21,7 @@ DEFAULT_WEIGHTS = DATA / "digits.safetensors"
 NULL_CLASS = 10
 NUM_TRAIN = 1200
 
-Split = tuple[Float[np.ndarray, "n 8 8 1"], Int[np.ndarray, " n"]]
+Split = tuple[Float[np.ndarray, "_ 8 8 1"], Int[np.ndarray, " _"]]
 
 
 def digits_model() -> DiffusionModel:

@@ -108,16 +108,16 @@ def denoising_loss(
       x0: clean samples [n, *model.shape].
       cond: a pytree of [n, ...], or None.
       model: any denoiser and schedule; the schedule is called with t [n].
-      weighting: the loss whose square error is averaged ("eps", "x0", "v", "flow"), or a function of the Level [n] such as
-        `MinSNR(5.0)` or `EDMLoss(0.5)`. It need not be what the network predicts.
+      weighting: the prediction whose squared error is averaged ("eps", "x0", "v", "flow"), or a function of the Level,
+        [n], such as `MinSNR(5.0)` or `EDMLoss(0.5)`. It need not be what the network predicts.
       times: (key, n) -> t [n] in (0, 1]; default `UniformTimes()`.
       null_cond: the empty condition of one sample (no batch axis), of cond's structure.
       drop_cond: probability that a sample's cond becomes null_cond, for classifier-free guidance.  Ho & Salimans 2022.
     Returns:
       Scalar.
     Raises:
-      ValueError: x0 does not have the model's shape, another weighting, a probability outside [0, 1], or dropping without
-        cond and null_cond.
+      ValueError: x0 does not have the model's shape, another weighting, a probability outside [0, 1], or dropping
+        without cond and null_cond.
 
     Example:
       >>> from mmdjax import from_model
@@ -178,7 +178,7 @@ def fit(
     Args:
       params: a pytree of float arrays to start from.
       key: a typed PRNG key.
-      data: an array [m, *model.shape], or Particles with cond (trained on together) and weight (how often each is drawn).
+      data: an array [m, *model.shape], or Particles, with cond to condition on and weight to draw by.
       model: what is trained.
       num_steps: optimizer steps.
       optimizer: an `optax.GradientTransformation`; default Adam at 1e-3 with the gradient's norm clipped to 1.
@@ -250,13 +250,11 @@ def fit(
     return Fitted(carry[0], carry[1], np.concatenate(losses))
 
 
-def _as_weighting(weighting: Any) -> Weighting:
-    if callable(weighting):
+def _as_weighting(weighting: str | Weighting) -> Weighting:
+    if not isinstance(weighting, str):
         return weighting
     if weighting not in WEIGHTINGS:
-        raise ValueError(
-            f"weighting is {weighting!r}; choose one of {tuple(WEIGHTINGS)}, or give a function of the Level"
-        )
+        raise ValueError(f"weighting is {weighting!r}; choose of {tuple(WEIGHTINGS)}, or give a function of the Level")
     return WEIGHTINGS[weighting]
 
 

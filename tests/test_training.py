@@ -244,5 +244,5 @@ def test_bad_data_and_params():
         fit({"a": jnp.zeros((), jnp.int32)}, KEY, jnp.zeros((2, 3)), model=model, num_steps=1)
     with pytest.raises(ValueError, match=r"cond has shape \(3,\); it needs one row for each of the 2"):
         denoising_loss(start, KEY, jnp.zeros((2, 3)), jnp.zeros(3), model=model)
-    with pytest.raises(ValueError, match="weighting is 'snr'; choose one of"):
+    with pytest.raises(ValueError, match="weighting is 'snr'; choose of"):
         denoising_loss(start, KEY, jnp.zeros((2, 3)), model=model, weighting="snr")
