@@ -6,6 +6,7 @@ Source: arXiv 2601.08379.
 
 from mmdjax._version import __version__
 from mmdjax.denoisers import DiffusionModel, cfg, from_model
+from mmdjax.digits import load_digits
 from mmdjax.guidance import MMDGuidance, guide_denoiser, guide_sampler
 from mmdjax.kernels import (
     IMQ,
@@ -59,6 +60,7 @@ __all__ = [
     "guide_denoiser",
     "guide_sampler",
     "guided_sample",
+    "load_digits",
     "median_bandwidth",
     "mmd2",
     "witness",
