@@ -50,7 +50,7 @@ def start(schedule=VP, t=1.0, n=N):
 
 def flow(x, tol=1e-3, refs=None, *, mu=MU, key=KEY, solve=probability_flow, **kwargs):
     common = {"model": gaussian(), "num_samples": len(x), "x_init": x, "guidance": GUIDANCE, "final": False}
-    return solve(mu, key, refs, rtol=tol, atol=tol, **(common | kwargs))
+    return solve(mu, key, refs, **(common | {"rtol": tol, "atol": tol} | kwargs))
 
 
 sde = functools.partial(flow, solve=reverse_sde)
@@ -69,15 +69,13 @@ def float64():
 # --- closed forms ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("schedule", "t_max"), [(VP, 1.0), (EDM(), 1.0), (ScaledLinear(), 1.0), (RectifiedFlow(), 0.999)]
-)
-def test_flow_is_the_closed_form_to_the_tolerance(float64, schedule, t_max):
-    x = start(schedule, t_max)
-    exact = exact_flow(x, schedule(t_max), schedule(1e-3))
+@pytest.mark.parametrize("schedule", [VP, EDM(), ScaledLinear()])
+def test_flow_is_the_closed_form_to_the_tolerance(float64, schedule):
+    x = start(schedule)
+    exact = exact_flow(x, schedule(1.0), schedule(1e-3))
     errors = []
     for tol in (1e-3, 1e-5, 1e-7):
-        samples = flow(x, tol, model=gaussian(schedule), t_max=t_max)
+        samples = flow(x, tol, model=gaussian(schedule))
         errors.append(float(jnp.abs(samples.x - exact).max()))
         assert errors[-1] < 5 * tol  # the tolerance is of one step, and a dozen are taken
         assert samples.num_evaluations < {1e-3: 80, 1e-5: 140, 1e-7: 260}[tol]
@@ -206,9 +204,9 @@ def test_error_norm_is_the_worst_samples():
 
 
 def test_easy_samples_do_not_excuse_a_hard_one(float64):
-    hard, middle = jnp.full((1, 2), -30.0), VP(1.0).alpha * MU
-    crowd = jnp.full((N, 2), middle).at[0].set(hard[0])
-    alone, together = flow(jnp.tile(hard, (N, 1)), 1e-4), flow(crowd, 1e-4)
+    # an absolute tolerance: relative to its own size the far sample would be the easy one
+    hard, easy = jnp.full((2,), -30.0), jnp.full((2,), VP(1.0).alpha * MU)
+    alone, together = (flow(jnp.stack([hard] + 7 * [other]), rtol=0.0) for other in (hard, easy))
     assert together.num_steps == alone.num_steps
     np.testing.assert_allclose(together.x[0], alone.x[0], rtol=1e-9)
 
@@ -284,9 +282,8 @@ def test_jit_and_vmap_change_nothing():
         return flow(x, refs=references(), mu=params).x
 
     plain = end(MU, start())
+    both = jax.jit(jax.vmap(end, (0, None)))(jnp.array([MU, 1.0]), start())
     # rounding may change the step lengths, and x by less than the tolerance
-    np.testing.assert_allclose(jax.jit(end)(MU, start()), plain, atol=1e-3)
-    both = jax.vmap(end, (0, None))(jnp.array([MU, 1.0]), start())
     np.testing.assert_allclose(both[0], plain, atol=1e-3)
 
 
