@@ -90,7 +90,6 @@ class Kernel:
 class Radial(Kernel):
     """A kernel of the distance alone: `profile(d²)` and `weight(d²)` = −2 ∂profile/∂d²."""
 
-    short_distances = False  # whether the profile resolves distances that matrix products round away
     has_mass = True
 
     def profile(self, d2: Array) -> Array:
@@ -106,12 +105,12 @@ class Radial(Kernel):
         return ((1.0, self),)
 
     def gram(self, a, b, *, same=False):
-        return self.profile(squared_distance(flat(a.x), flat(b.x), same=same, accurate=self.short_distances))
+        return self.profile(squared_distance(flat(a.x), flat(b.x), same=same, accurate=True))
 
     def gradient(self, a, b, coef, *, same=False, precondition="none"):
         x, unflatten = jax.vjp(flat, a.x)
         y = flat(b.x)
-        d2 = squared_distance(x, y, same=same, accurate=self.short_distances)
+        d2 = squared_distance(x, y, same=same, accurate=True)
         if precondition == "length":
             weight = sum(jnp.reshape(c * k.length2(a), (-1, 1)) * k.weight(d2) for c, k in self.components())
         else:
@@ -222,7 +221,6 @@ class Laplacian(Scaled):
     """
 
     bandwidth: Any = None
-    short_distances = True
 
     def value(self, d2, h):
         return jnp.exp(-safe_sqrt(d2) / h)
@@ -245,7 +243,6 @@ class IMQ(Scaled):
     """
 
     bandwidth: Any = None
-    short_distances = True
 
     def default_rule(self):
         return NearestNeighbour()
@@ -289,7 +286,6 @@ class Energy(Radial):
 
     origin: Any = None
     length: Any = None
-    short_distances = True
 
     def profile(self, d2):
         return -safe_sqrt(d2)
