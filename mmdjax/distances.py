@@ -98,6 +98,7 @@ def _valid_pairs(y: Array, weight: Array, what: str) -> tuple[Array, Array]:
         )
     rows = subset(y.shape[0])
     y, present = jax.lax.stop_gradient(y[rows]), weight[rows] > 0
+    y = jnp.where(present[:, None], y, y[jnp.argmax(present)])  # what lies in an empty slot must not move the centre
     d2 = squared_distance(y, y, same=True, accurate=True)
     return d2, present[:, None] & present[None, :] & ~jnp.eye(d2.shape[0], dtype=bool)
 
