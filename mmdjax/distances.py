@@ -5,6 +5,8 @@ than their norm: 15% off at 1e-3 of it in float32. Where a kernel resolves such 
 the derivative is that of the polynomial throughout, so it is exact there and at the clip at zero, to any order.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -15,6 +17,7 @@ CANCELLATION = 1e-3  # of |x|² + |y|²; there a float32 product is off by about
 SUBSET = 2000  # references that a bandwidth or a constant is taken from
 
 
+@functools.partial(jax.jit, static_argnames=("same", "accurate"))  # outside jit, `cond` would compile at each call
 def squared_distance(
     x: Float[Array, "n d"], y: Float[Array, "m d"], *, same: bool = False, accurate: bool = False
 ) -> Float[Array, "n m"]:
@@ -95,6 +98,7 @@ def _valid_pairs(y: Array, weight: Array, what: str) -> tuple[Array, Array]:
         )
     rows = subset(y.shape[0])
     y, present = jax.lax.stop_gradient(y[rows]), weight[rows] > 0
+    y = jnp.where(present[:, None], y, y[jnp.argmax(present)])  # what lies in an empty slot must not move the centre
     d2 = squared_distance(y, y, same=True, accurate=True)
     return d2, present[:, None] & present[None, :] & ~jnp.eye(d2.shape[0], dtype=bool)
 

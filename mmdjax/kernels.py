@@ -90,7 +90,6 @@ class Kernel:
 class Radial(Kernel):
     """A kernel of the distance alone: `profile(d²)` and `weight(d²)` = −2 ∂profile/∂d²."""
 
-    short_distances = False  # whether the profile resolves distances that matrix products round away
     has_mass = True
 
     def profile(self, d2: Array) -> Array:
@@ -106,12 +105,12 @@ class Radial(Kernel):
         return ((1.0, self),)
 
     def gram(self, a, b, *, same=False):
-        return self.profile(squared_distance(flat(a.x), flat(b.x), same=same, accurate=self.short_distances))
+        return self.profile(squared_distance(flat(a.x), flat(b.x), same=same, accurate=True))
 
     def gradient(self, a, b, coef, *, same=False, precondition="none"):
         x, unflatten = jax.vjp(flat, a.x)
         y = flat(b.x)
-        d2 = squared_distance(x, y, same=same, accurate=self.short_distances)
+        d2 = squared_distance(x, y, same=same, accurate=True)
         if precondition == "length":
             weight = sum(jnp.reshape(c * k.length2(a), (-1, 1)) * k.weight(d2) for c, k in self.components())
         else:
@@ -130,7 +129,11 @@ class Scaled(Radial):
     bandwidth: Any
 
     def __post_init__(self):
-        for h in jax.tree.leaves(self.bandwidth):
+        if isinstance(self.bandwidth, tuple) and not self.bandwidth:
+            raise ValueError("bandwidth is (); give at least one length")
+        rules = jax.tree.map(lambda h: as_component(h) if callable(h) else h, self.bandwidth)
+        object.__setattr__(self, "bandwidth", rules)
+        for h in jax.tree.leaves(rules):
             if is_concrete(h) and not (np.asarray(h) > 0).all():
                 raise ValueError(
                     f"bandwidth is {h}; a length above 0 is needed ({type(self).__name__}(None) takes it from refs)"
@@ -155,6 +158,11 @@ class Scaled(Radial):
                 f"{type(self).__name__}({self.bandwidth}) takes its bandwidth from references; call kernel.fit(refs) first, or "
                 "give a number such as median_bandwidth(refs)"
             )
+        for h in hs:
+            if jnp.ndim(h) > 0:  # would broadcast over the Gram's columns
+                raise ValueError(
+                    f"bandwidth has shape {jnp.shape(h)}; give a tuple for a mixture, or vmap over an array"
+                )
         return hs
 
     def _with_each_bandwidth(self, change: Callable) -> "Kernel":
@@ -222,7 +230,6 @@ class Laplacian(Scaled):
     """
 
     bandwidth: Any = None
-    short_distances = True
 
     def value(self, d2, h):
         return jnp.exp(-safe_sqrt(d2) / h)
@@ -245,7 +252,6 @@ class IMQ(Scaled):
     """
 
     bandwidth: Any = None
-    short_distances = True
 
     def default_rule(self):
         return NearestNeighbour()
@@ -289,7 +295,6 @@ class Energy(Radial):
 
     origin: Any = None
     length: Any = None
-    short_distances = True
 
     def profile(self, d2):
         return -safe_sqrt(d2)
@@ -315,7 +320,9 @@ class Energy(Radial):
         return jax.tree.map(jnp.add, gradient, pushed), mass + (from_origin if precondition == "mass" else 0)
 
     def fit(self, refs):
-        return self if self.length is not None else replace(self, length=Median()(refs))
+        if self.length is not None or refs.n < 2:  # one reference has no length, and only precondition="length" asks
+            return self
+        return replace(self, length=Median()(refs))
 
     def fit_factor(self, refs):
         fitted = self.fit(refs)
@@ -544,6 +551,10 @@ class Mapped(Kernel):
     def __post_init__(self):
         object.__setattr__(self, "fn", as_component(self.fn))
         object.__setattr__(self, "kernel", as_kernel(self.kernel))
+
+    @property
+    def uses_cond(self):
+        return self.kernel.uses_cond
 
     def gram(self, a, b, *, same=False):
         return self.kernel.gram(replace(a, x=self.fn(a.x)), replace(b, x=self.fn(b.x)), same=same)

@@ -73,7 +73,9 @@ def replace(component: T, **changes: Any) -> T:
     """A copy of a component with some fields changed, without running its checks (the values may be traced)."""
     new = object.__new__(type(component))
     for f in dataclasses.fields(component):  # pyright: ignore[reportArgumentType]
-        object.__setattr__(new, f.name, changes.get(f.name, getattr(component, f.name)))
+        object.__setattr__(new, f.name, changes.pop(f.name, getattr(component, f.name)))
+    if changes:
+        raise TypeError(f"{type(component).__name__} has no field {', '.join(changes)}")
     return new
 
 
