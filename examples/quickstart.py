@@ -49,7 +49,7 @@ def main():
         before, after, own = (float(distance(x, target)) for x in (unguided, guided, refs))
         print(f"{name:18}{before:10.4f}{after:10.4f}{own:12.4f}")
 
-    grids = {"references (50)": refs[:48], "unguided": unguided[:48], "guided": guided[:48]}
+    grids = {"references": refs[:40], "unguided": unguided[:40], "guided": guided[:40]}
     path = save_labelled_grids(args.out / "quickstart.png", grids)
     print(f"picture: {path}   ({time.perf_counter() - start:.0f} s)")
 

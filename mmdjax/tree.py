@@ -117,7 +117,7 @@ def as_component(function: Any) -> Any:
 
 
 def strong(tree: T) -> T:
-    """Python and weakly typed numbers in a pytree as arrays of the default float type, so that their kind compiles nothing.
+    """Python and weakly typed numbers in a pytree as arrays of the default float type: their kind compiles nothing.
 
     Typed keys and boolean or integer arrays of rank one and more (labels) keep their type.
     """
