@@ -12,9 +12,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from mmdjax.digits import splits, thicken
 
 from mmdjax import guided_sample, load_digits, median_bandwidth, mmd2
+from mmdjax.digits import splits, thicken
 from mmdjax.kernels import RBF
 from mmdjax.metrics import energy_distance
 from mmdjax.plots import save_labelled_grids
