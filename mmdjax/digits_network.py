@@ -12,7 +12,7 @@ class DigitsNetwork(nn.Module):
     """v̂(x, t, label): residual dense blocks on the 64 pixels, scaled and shifted by an embedding of time and class.
 
     h ← h + W₂ silu(W₁ (LN(h) (1 + s(c)) + b(c))).  The modulation is Perez et al. 2018 (FiLM), W₂, s and b starting at
-    zero as in Peebles & Xie 2023 (adaLN-Zero). Dense, because convolutions on 8 × 8 pixels are slow on a CPU.
+    zero as in Peebles & Xie 2023 (adaLN-Zero). Dense, to be quick on a CPU.
 
     Labels 0 to 9 are the classes, 10 is the null class. `AUGMENTED` added to them marks augmented pictures in training:
     these teach the network without being drawn.  Karras et al. 2022, appendix F.2 (non-leaking augmentation).
