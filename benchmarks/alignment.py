@@ -75,7 +75,8 @@ def digits_mixture() -> Task:
 
     References are 50, 30 and 20 held-out images. A class has some 178 images in all, so those that are left, the
     model's training images among them, make two disjoint sets, weighted to the target's proportions: fresh samples and
-    what all are compared with.
+    what all are compared with. Both come from one finite pool without replacement, so a perfect method's energy is a
+    little below 0 here.
     """
     model, params = load_digits()
     proportions = {0: 0.5, 3: 0.3, 6: 0.2}
