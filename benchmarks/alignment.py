@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from mmdjax.digits import splits, thicken
 from provenance import provenance
 
 from mmdjax import DiffusionModel, MMDGuidance, Particles, guided_sample, load_digits
+from mmdjax.digits import splits, thicken
 from mmdjax.metrics import energy_distance, nearest_ratio
 from mmdjax.schedules import VPLinear
 
@@ -131,6 +131,28 @@ def measure(task: Task, seeds: range) -> dict[str, dict[str, list[float]]]:
     return table
 
 
+def markdown(results: dict[str, Any]) -> str:
+    """The README's table from the JSON's "tasks": energy ± standard error (nearest-reference ratio)."""
+    lines = ["| | " + " | ".join(results) + " |", "|---|" + "---|" * len(results)]
+    names = [name for name in next(iter(results.values())) if not name.startswith("paper")]
+
+    def cell(row):
+        error = np.std(row["energy"], ddof=1) / np.sqrt(len(row["energy"]))
+        return f"{np.mean(row['energy']):.3f} ± {error:.3f} ({np.mean(row['ratio']):.2f})"
+
+    for name in names:
+        label = f"**`{name}`**" if name.startswith("MMDGuidance") else name
+        lines.append(f"| {label} | " + " | ".join(cell(table[name]) for table in results.values()) + " |")
+    best = [table[best_alpha(table)] for table in results.values()]
+    lines.append("| the authors' rule, best α of seven | " + " | ".join(map(cell, best)) + " |")
+    return "\n".join(lines)
+
+
+def best_alpha(table: dict[str, dict[str, list[float]]]) -> str:
+    """The authors' rule at the α with the smallest mean energy."""
+    return min((name for name in table if name.startswith("paper")), key=lambda name: np.mean(table[name]["energy"]))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="how many (default 3)")
@@ -143,7 +165,7 @@ def main():
     for task in (ring(), digits_mixture(), digits_thick()):
         table = results[task.name] = measure(task, seeds)
         print(f"\n{task.name}\n{'':28}{'energy':>10}{'± s.e.':>10}{'nearest ratio':>16}")
-        best = min((name for name in table if name.startswith("paper")), key=lambda n: np.mean(table[n]["energy"]))
+        best = best_alpha(table)
         for name, row in table.items():
             if name.startswith("paper") and name != best:
                 continue
