@@ -115,7 +115,7 @@ def measure(task: Task, seeds: range) -> dict[str, dict[str, list[float]]]:
     methods: dict[str, Callable[[int], Any]] = {
         "fresh sample": lambda i: draws[i][1],
         "references": lambda i: draws[i][0],
-        "unguided": lambda i: sampled(None, None, seeds[i]),
+        "unguided": lambda i: sampled(None, MMDGuidance(), seeds[i]),
         "MMDGuidance()": lambda i: sampled(draws[i][0], MMDGuidance(), seeds[i]),
         'MMDGuidance(at="sample")': lambda i: sampled(draws[i][0], MMDGuidance(at="sample"), seeds[i]),
     }

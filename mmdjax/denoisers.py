@@ -223,7 +223,7 @@ class DiffusionModel:
             if not callable(getattr(self, name)):
                 raise TypeError(f"{name} must be callable, not {type(getattr(self, name)).__name__}")
             object.__setattr__(self, name, as_component(getattr(self, name)))
-        shape = tuple(self.shape) if hasattr(self.shape, "__iter__") else (self.shape,)
+        shape: tuple[Any, ...] = tuple(self.shape) if hasattr(self.shape, "__iter__") else (self.shape,)
         if not all(hasattr(size, "__index__") for size in shape):
             raise TypeError(f"shape is {self.shape}; give the integer sizes of one sample, without the batch axis")
         if any(size < 1 for size in shape):

@@ -234,7 +234,7 @@ def _diffused_pair(kernel: Kernel, level: Level | None, size: int = 1) -> Any:
         case RBF(bandwidth=h):
             if level is None:
                 return None
-            among = kernel.at_level(level)
+            among: Any = kernel.at_level(level)
             hs = among.bandwidth if isinstance(h, tuple) else (among.bandwidth,)
             parts = [DiffusedRBF(width, level.sigma, size) for width in hs]
             return among, parts[0] if len(parts) == 1 else Sum(*parts, weights=(1.0 / len(parts),) * len(parts))
@@ -371,7 +371,7 @@ class BoundGuidance:
                 return jnp.full((), jnp.nan, wide_dtype(z.x))  # memory is in closed form, the batch is not: no one Gram
             weight = jnp.concatenate([jnp.ones(z.n, memory.weight.dtype), memory.weight])
             joined = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), (z.x, z.cond), (memory.x, memory.cond))
-            generated = Particles(*joined, weight)
+            generated = Particles(joined[0], joined[1], weight)
         own = self_term(among, generated, self.guidance.estimator)
         return own - 2 * cross_term(fixed, generated, refs)
 

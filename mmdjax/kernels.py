@@ -90,7 +90,9 @@ class Kernel:
 class Radial(Kernel):
     """A kernel of the distance alone: `profile(d²)` and `weight(d²)` = −2 ∂profile/∂d²."""
 
-    has_mass = True
+    @property
+    def has_mass(self):
+        return True
 
     def profile(self, d2: Array) -> Array:
         """k as a function of the squared distance."""
@@ -497,7 +499,9 @@ class Product(Kernel):
         object.__setattr__(self, "x", as_kernel(self.x))
         object.__setattr__(self, "cond", as_kernel(self.cond))
 
-    uses_cond = True
+    @property
+    def uses_cond(self):
+        return True
 
     @property
     def has_mass(self):

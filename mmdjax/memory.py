@@ -68,7 +68,7 @@ class Memory:
             (self.particles.x, self.particles.cond),
             (new.x, new.cond),
         )
-        particles = Particles(*written, self.particles.weight.at[slots].set(1.0))
+        particles = Particles(written[0], written[1], self.particles.weight.at[slots].set(1.0))
         return replace(self, particles=particles, next=(self.next + new.n) % self.capacity)
 
     def reset_when_full(self) -> "Memory":

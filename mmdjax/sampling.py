@@ -195,7 +195,11 @@ def _sample(
         if progress:
             jax.debug.callback(bar, index)
         guidance_state = sampler_carry[1] if refs is not None else None
-        trace = Trace(jnp.nan, 0.0) if guidance_state is None else Trace(guidance_state.mmd2, guidance_state.shift_norm)
+        trace = (
+            Trace(jnp.full((), jnp.nan), jnp.zeros(()))
+            if guidance_state is None
+            else Trace(guidance_state.mmd2, guidance_state.shift_norm)
+        )
         return (x, sampler_carry), (trace, {"x0_hat": finite, "x": jnp.isfinite(x).all()} if checks else None)
 
     steps = (

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 T = TypeVar("T")
 
@@ -138,6 +139,6 @@ def strong(tree: T) -> T:
 def is_concrete(tree: Any) -> bool:
     """Whether every leaf has a value now: nothing is traced, and all of it is on this process's devices."""
     return all(
-        not isinstance(x, jax.core.Tracer) and (not isinstance(x, jax.Array) or x.is_fully_addressable)
+        not isinstance(x, Tracer) and (not isinstance(x, jax.Array) or x.is_fully_addressable)
         for x in jax.tree.leaves(tree)
     )
