@@ -18,7 +18,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from mmdjax.kernels import as_kernel
-from mmdjax.particles import Particles, as_particles, check_points
+from mmdjax.numerics import product
+from mmdjax.particles import Particles, as_particles, check_points, widen
 
 Estimator = Literal["u", "v"]
 
@@ -59,12 +60,12 @@ def self_term(kernel: Any, p: Particles, estimator: str) -> Float[Array, ""]:
     gram = kernel.gram(p, p, same=True)
     if estimator == "u":
         gram = jnp.where(jnp.eye(p.n, dtype=bool), 0.0, gram)
-    return u @ gram @ u / pair_norm(u, estimator)
+    return product(product(u, gram), u) / pair_norm(u, estimator)
 
 
 def cross_term(kernel: Any, p: Particles, q: Particles) -> Float[Array, ""]:
     """E k(x, y) between two point sets."""
-    return p.probabilities() @ kernel.gram(p, q) @ q.probabilities()
+    return product(product(p.probabilities(), kernel.gram(p, q)), q.probabilities())
 
 
 def mmd2(kernel: Any, p: Any, q: Any, *, estimator: Estimator = "v") -> Float[Array, ""]:
@@ -93,6 +94,7 @@ def mmd2(kernel: Any, p: Any, q: Any, *, estimator: Estimator = "v") -> Float[Ar
     p, q = as_particles(p), as_particles(q)
     check_points("p", p), check_points("q", q)
     check_comparable("p", p, "q", q)
+    p, q = widen(p), widen(q)
     kernel = as_kernel(kernel).fit(q)
     return self_term(kernel, p, estimator) - 2 * cross_term(kernel, p, q) + self_term(kernel, q, estimator)
 
@@ -118,5 +120,7 @@ def witness(kernel: Any, p: Any, q: Any, points: Any) -> Float[Array, " k"]:
     p, q, points = as_particles(p), as_particles(q), as_particles(points)
     check_points("p", p), check_points("q", q), check_points("points", points)
     check_comparable("p", p, "q", q), check_comparable("points", points, "q", q)
+    p, q, points = widen(p), widen(q), widen(points)
     kernel = as_kernel(kernel).fit(q)
-    return kernel.gram(points, p) @ p.probabilities() - kernel.gram(points, q) @ q.probabilities()
+    to_p = product(kernel.gram(points, p), p.probabilities())
+    return to_p - product(kernel.gram(points, q), q.probabilities())

@@ -58,6 +58,16 @@ def wide_dtype(tree: PyTree) -> Any:
     return jnp.result_type(jnp.float32, *[x for x in map(jnp.result_type, jax.tree.leaves(tree)) if x == jnp.float64])
 
 
+def widen(points: Particles) -> Particles:
+    """The points with bfloat16 and float16 as float32: cast once, so that gradients add up before they are rounded."""
+
+    def cast(x):
+        floating = jnp.issubdtype(jnp.result_type(x), jnp.floating)
+        return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32)) if floating else x
+
+    return jax.tree.map(cast, points)
+
+
 def flat(x: PyTree) -> Float[Array, "n d"]:
     """A pytree of samples as one matrix, a row a sample, in `wide_dtype`.
 

@@ -1,0 +1,89 @@
+"""Weighted point sets."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from mmdjax import Particles
+from mmdjax.particles import as_particles, check_points, flat, per_sample, wide_dtype, widen
+
+
+def test_weights_are_normalised():
+    x = jnp.zeros((4, 2))
+    np.testing.assert_allclose(Particles(x).probabilities(), [0.25] * 4)
+    np.testing.assert_allclose(Particles(x, weight=[1, 3, 0, 4]).probabilities(), [1 / 8, 3 / 8, 0, 1 / 2], rtol=1e-6)
+    assert Particles(x, weight=jnp.zeros(4)).probabilities().tolist() == [0.0] * 4  # an empty memory, not NaN
+    gradient = jax.grad(lambda w: Particles(x, weight=w).probabilities()[0])(jnp.array([1.0, 3.0, 0.0, 4.0]))
+    np.testing.assert_allclose(gradient, [7 / 64, -1 / 64, -1 / 64, -1 / 64], rtol=1e-6)  # of w_0 / Σ w
+
+
+def test_points_as_particles():
+    x = np.zeros((3, 2))
+    assert as_particles(x).x is x
+    p = Particles(x)
+    assert as_particles(p) is p
+    assert as_particles({"a": x, "b": x}).n == 3
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.int32, jnp.uint8, bool])
+def test_computing_is_at_least_in_float32(dtype):
+    x = jnp.ones((2, 3), dtype)
+    assert wide_dtype(x) == flat(x).dtype == Particles(x).probabilities().dtype == jnp.float32
+    with jax.enable_x64(True):
+        assert wide_dtype(x) == jnp.float32
+        assert wide_dtype({"a": x, "b": jnp.ones(2)}) == jnp.float64
+
+
+def test_widen_leaves_all_but_half_precision_alone():
+    wide = widen(Particles(jnp.ones((2, 3), jnp.bfloat16), {"label": jnp.arange(2), "text": jnp.ones(2, "f2")}))
+    assert (wide.x.dtype, wide.cond["label"].dtype, wide.cond["text"].dtype) == (jnp.float32, jnp.int32, jnp.float32)
+    assert wide.weight is None
+
+
+def test_flat_keeps_each_number_of_each_sample():
+    tree = {"a": jnp.arange(12.0).reshape(3, 2, 2), "b": jnp.array([7, 8, 9])}
+    assert flat(tree)[1].tolist() == [4, 5, 6, 7, 8]
+    assert flat(jnp.arange(3.0)).shape == (3, 1)
+
+
+def test_per_sample_lines_up_with_the_first_axis():
+    x = jnp.ones((2, 3, 4))
+    assert (per_sample(jnp.array([2.0, 5.0]), x) * x)[:, 0, 0].tolist() == [2, 5]
+    assert per_sample(3.0, x).shape == ()
+
+
+X = np.ones((3, 2), np.float32)
+BAD = [
+    (Particles(None), ValueError, "refs has no arrays"),
+    (Particles(X[:0]), ValueError, r"refs is empty \(shape \(0, 2\)\)"),
+    (Particles(X, cond=np.ones((4, 2))), ValueError, r"\(3, 2\).*\(4, 2\)"),
+    (Particles(X, weight=np.ones(2)), ValueError, r"\(3, 2\).*\(2,\)"),
+    (Particles({"a": X, "b": X[:2]}), ValueError, r"\(3, 2\).*\(2, 2\)"),
+    (Particles(np.float32(1)), ValueError, "one row a sample"),
+    (Particles(np.array([[0.0], [np.nan], [np.inf]])), ValueError, r"rows \[1, 2\]"),
+    (Particles(np.array([[0.0], [np.nan]], ml_dtypes.bfloat16)), ValueError, r"rows \[1\]"),
+    (Particles(np.full((30, 1), np.nan)), ValueError, r"rows \[0, 1, .*30 in all"),
+    (Particles(X, cond=np.array([0.0, 1.0, np.nan])), ValueError, r"refs.cond is NaN or infinite in rows \[2\]"),
+    (Particles(X, weight=np.array([1.0, -1.0, 1.0])), ValueError, "non-negative"),
+    (Particles(X, weight=np.zeros(3)), ValueError, "not all zero"),
+    (Particles(X, weight=np.array([1.0, np.nan, 1.0])), ValueError, "finite"),
+    (Particles(X.astype(np.uint8)), TypeError, "uint8.*127.5"),
+]
+
+
+@pytest.mark.parametrize(("points", "error", "message"), BAD)
+def test_bad_points_are_named(points, error, message):
+    with pytest.raises(error, match=message):
+        check_points("refs", points, floats=True)
+
+
+def test_good_points_pass():
+    check_points(
+        "refs", Particles(X, cond={"label": np.arange(3), "text": np.ones((3, 7))}, weight=np.array([0, 1, 2]))
+    )
+    check_points("labels", Particles(np.arange(3)))
+    jax.jit(lambda x: check_points("refs", Particles(x)))(np.full((2, 2), np.nan))  # traced values are not looked at
+    with pytest.raises(ValueError, match="one row a sample"):
+        jax.jit(lambda x, w: check_points("refs", Particles(x, weight=w)))(X, np.ones(2))  # shapes are
