@@ -1,8 +1,9 @@
 """Squared distances between rows, right to the last digits that matter.
 
-By matrix products, |x|² + |y|² − 2 xᵀy about the mean of y, in at least float32 at full precision. That cancels for pairs much closer
-than their norm: 15% off at 1e-3 of it in float32. Where a kernel resolves such distances they are computed again by difference;
-the derivative is that of the polynomial throughout, so it is exact there and at the clip at zero, to any order.
+By matrix products, |x|² + |y|² − 2 xᵀy about the mean of y, in at least float32 at full precision. That cancels for
+pairs much closer than their norm: 15% off at 1e-3 of it in float32. Where a kernel resolves such distances they are
+computed again by difference; the derivative is that of the polynomial throughout, so it is exact there and at the clip
+at zero, to any order.
 """
 
 import functools
@@ -82,7 +83,8 @@ def pairwise_median(y: Float[Array, "m d"], weight: Float[Array, " m"]) -> Float
 
 
 def nearest_distance(y: Float[Array, "m d"], weight: Float[Array, " m"]) -> Float[Array, ""]:
-    """The median distance of a row of positive weight to its nearest distinct other one, on at most `SUBSET` rows; detached.
+    """The median distance of a row of positive weight to its nearest distinct other one, on at most `SUBSET` rows;
+    detached.
 
     NaN if all rows are equal.
     """

@@ -35,7 +35,7 @@ from mmdjax.kernels import IMQ, RBF, Kernel, NearestNeighbour, Polynomial, Produ
 from mmdjax.memory import Memory
 from mmdjax.mmd import check_comparable, check_estimator, cross_term, pair_norm, self_term
 from mmdjax.numerics import all_finite, reciprocal
-from mmdjax.particles import Particles, as_particles, check_points, wide_dtype
+from mmdjax.particles import Particles, as_particles, check_points, wide_dtype, widen
 from mmdjax.samplers import Sampler
 from mmdjax.schedules import Level, diffuse
 from mmdjax.tree import as_component, is_concrete, pytree, replace, static
@@ -436,12 +436,9 @@ def bind(
 ) -> BoundGuidance:
     """The guidance bound to its references (in at least float32), conditions and memory; `kernel` from `fit_kernel`."""
 
-    def wide(points):
-        return replace(points, x=jnp.asarray(points.x, wide_dtype(points.x)))
-
     if not kernel.uses_cond:  # carried along they would have to match in structure for nothing
         cond, refs = None, replace(refs, cond=None)
-    refs = wide(refs)
+    refs = widen(refs)
     rows = subset(refs.n)
     some = jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf[rows]), refs)
     refs_term = 0.0
@@ -450,7 +447,7 @@ def bind(
     held = None
     if memory is not None:
         memory = memory.reset_when_full() if guidance.published else memory
-        held = wide(memory.particles)
+        held = widen(memory.particles)
         held = held if kernel.uses_cond else replace(held, cond=None)
     return BoundGuidance(guidance, kernel, refs, refs_term, cond, held)
 

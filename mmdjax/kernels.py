@@ -1,16 +1,17 @@
 """Kernels between samples, and their gradients.
 
-A kernel is a callable (a: Particles, b: Particles) -> Gram [n, m]. The classes here are frozen pytrees with two more abilities:
+A kernel is a callable (a: Particles, b: Particles) -> Gram [n, m]. The classes here are frozen pytrees with two more
+abilities:
 
     fit(refs)                      fills in what was left to the references (bandwidth None, an origin), detached
     gradient(a, b, coef, ...)      Σ_j coef_ij ∂k(a_i, b_j)/∂a_i and the kernel mass Σ_j |coef_ij| w(a_i, b_j)
 
-with w = −2 ∂k/∂(d²) for a kernel of the distance d, the weight of mean shift. Any other callable serves as a kernel too, its
-gradient then being automatic.
+with w = −2 ∂k/∂(d²) for a kernel of the distance d, the weight of mean shift. Any other callable serves as a kernel
+too, its gradient then being automatic.
 
 References:
-  Gretton et al. 2012 (RBF, the median heuristic), Gorham & Mackey 2017 (IMQ), Székely & Rizzo 2013 and Sejdinovic et al. 2013
-  (Energy), Comaniciu & Meer 2002 (mean shift).
+  Gretton et al. 2012 (RBF, the median heuristic), Gorham & Mackey 2017 (IMQ), Székely & Rizzo 2013 and Sejdinovic et
+  al. 2013 (Energy), Comaniciu & Meer 2002 (mean shift).
 """
 
 from collections.abc import Callable
@@ -79,7 +80,8 @@ class Kernel:
         """
         if precondition == "mass":
             raise ValueError(
-                f'{type(self).__name__} is not a kernel of the distance, so it has no mass; use precondition="length" or "none"'
+                f"{type(self).__name__} is not a kernel of the distance, so it has no mass; use "
+                'precondition="length" or "none"'
             )
         gram, pull_back = jax.vjp(lambda x: self.gram(replace(a, x=x), b, same=same), a.x)
         scale = jnp.reshape(self.length2(a), (-1, 1)) if precondition == "length" else 1.0
@@ -126,7 +128,7 @@ class Radial(Kernel):
 
 
 class Scaled(Radial):
-    """A radial kernel with a bandwidth: a number, a tuple (the mean of its kernels), a rule such as `Median`, or None."""
+    """A radial kernel with a bandwidth: a number, a tuple (the mean of its kernels), a rule like `Median`, or None."""
 
     bandwidth: Any
 
@@ -157,8 +159,8 @@ class Scaled(Radial):
         hs = self.bandwidth if isinstance(self.bandwidth, tuple) else (self.bandwidth,)
         if any(h is None or callable(h) for h in hs):
             raise ValueError(
-                f"{type(self).__name__}({self.bandwidth}) takes its bandwidth from references; call kernel.fit(refs) first, or "
-                "give a number such as median_bandwidth(refs)"
+                f"{type(self).__name__}({self.bandwidth}) takes its bandwidth from references; call kernel.fit(refs) first, "
+                "or give a number such as median_bandwidth(refs)"
             )
         for h in hs:
             if jnp.ndim(h) > 0:  # would broadcast over the Gram's columns
@@ -283,8 +285,8 @@ class RationalQuadratic(Scaled):
 class Energy(Radial):
     """−d; MMD² with it is the energy distance 2E|x − y| − E|x − x'| − E|y − y'|.
 
-    Conditionally positive definite. As a factor of `Product` it becomes |x − o| + |y − o| − |x − y| with o the reference mean,
-    which is positive definite and gives the same MMD² on its own.
+    Conditionally positive definite. As a factor of `Product` it becomes |x − o| + |y − o| − |x − y| with o the
+    reference mean, which is positive definite and gives the same MMD² on its own.
 
     Args:
       origin: o, one sample; None for −d.
@@ -480,7 +482,8 @@ class Sum(Kernel):
 
 @pytree
 class Product(Kernel):
-    """k((x, c), (x', c')) = k_x(x, x') k_c(c, c'): a sample is pulled only by references whose condition is like its own.
+    """k((x, c), (x', c')) = k_x(x, x') k_c(c, c'): a sample is pulled only by references whose condition is like its
+    own.
 
     Args:
       x: kernel on the samples.

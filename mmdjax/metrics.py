@@ -62,4 +62,3 @@ def nearest_ratio(x: Any, refs: Any, fresh: Any) -> Float[Array, ""]:
         return points.probabilities() @ jnp.sqrt(d2)
 
     return nearest(x) / nearest(fresh)
-

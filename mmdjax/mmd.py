@@ -84,6 +84,7 @@ def mmd2(kernel: Any, p: Any, q: Any, *, estimator: Estimator = "v") -> Float[Ar
       ValueError: the samples' shapes differ (both are named), or a Product kernel meets particles without cond.
 
     Example:
+      >>> from mmdjax import RBF
       >>> p = Particles(jnp.zeros((2, 3)))
       >>> float(mmd2(RBF(1.0), p, p))
       0.0
@@ -92,7 +93,8 @@ def mmd2(kernel: Any, p: Any, q: Any, *, estimator: Estimator = "v") -> Float[Ar
     """
     check_estimator(estimator)
     p, q = as_particles(p), as_particles(q)
-    check_points("p", p), check_points("q", q)
+    for name, points in (("p", p), ("q", q)):
+        check_points(name, points)
     check_comparable("p", p, "q", q)
     p, q = widen(p), widen(q)
     kernel = as_kernel(kernel).fit(q)
@@ -113,13 +115,15 @@ def witness(kernel: Any, p: Any, q: Any, points: Any) -> Float[Array, " k"]:
       ValueError: the samples' shapes differ.
 
     Example:
+      >>> from mmdjax import RBF
       >>> p, q = jnp.array([[0.0]]), jnp.array([[9.0]])
       >>> witness(RBF(1.0), p, q, jnp.array([[0.0], [9.0]])).tolist()
       [1.0, -1.0]
     """
     p, q, points = as_particles(p), as_particles(q), as_particles(points)
-    check_points("p", p), check_points("q", q), check_points("points", points)
-    check_comparable("p", p, "q", q), check_comparable("points", points, "q", q)
+    for name, particles in (("p", p), ("q", q), ("points", points)):
+        check_points(name, particles)
+        check_comparable(name, particles, "q", q)
     p, q, points = widen(p), widen(q), widen(points)
     kernel = as_kernel(kernel).fit(q)
     to_p = product(kernel.gram(points, p), p.probabilities())

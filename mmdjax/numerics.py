@@ -23,6 +23,6 @@ def reciprocal(x: Array) -> Array:
 
 
 def all_finite(x: Any) -> bool:
-    """Whether a concrete array has neither NaN nor infinity; also where it is closed over by a function being traced."""
+    """Whether a concrete array has neither NaN nor infinity; also where a function being traced closes over it."""
     with jax.ensure_compile_time_eval():
         return bool(jnp.isfinite(x).all())

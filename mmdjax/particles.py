@@ -1,7 +1,7 @@
 """What is compared: weighted point sets, and the numbers read from them.
 
-A point set stands for the measure Σ_i u_i δ(x_i), weights summing to one. References, the generated batch and the memory
-are all `Particles`.
+A point set stands for the measure Σ_i u_i δ(x_i), weights summing to one. References, the generated batch and the
+memory are all `Particles`.
 """
 
 from typing import Any
@@ -90,7 +90,8 @@ def check_points(name: str, points: Particles, *, floats: bool = False) -> None:
 
     Raises:
       TypeError: with `floats`, x is not made of floating-point arrays.
-      ValueError: no rows, rows of different number, values that are not finite, or weights that are negative or all zero.
+      ValueError: no rows, rows of different number, values that are not finite, or weights that are negative or all
+        zero.
     """
     leaves = jax.tree.leaves(points.x)
     if not leaves:
@@ -98,8 +99,8 @@ def check_points(name: str, points: Particles, *, floats: bool = False) -> None:
     for leaf in leaves:
         if floats and not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise TypeError(
-                f"{name} has dtype {jnp.result_type(leaf)}; the model works on floats, so scale them as its training data "
-                f"was, for 8-bit images {name}.astype('float32') / 127.5 - 1"
+                f"{name} has dtype {jnp.result_type(leaf)}; the model works on floats, so scale them as its training "
+                f"data was, for 8-bit images {name}.astype('float32') / 127.5 - 1"
             )
     rows = {np.shape(leaf)[:1] for leaf in jax.tree.leaves((points.x, points.cond, points.weight))}
     if len(rows) > 1 or rows == {()}:

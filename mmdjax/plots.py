@@ -51,7 +51,9 @@ def save_labelled_grids(path: str | Path, grids: dict[str, Any], *, columns: int
     from PIL import Image, ImageDraw, ImageFont
 
     path = Path(path)
-    pictures = {title: image_grid(images, columns=columns, scale=scale, margin=scale) for title, images in grids.items()}
+    pictures = {
+        title: image_grid(images, columns=columns, scale=scale, margin=scale) for title, images in grids.items()
+    }
     gap, header = 16, 34
     width = sum(p.width for p in pictures.values()) + gap * (len(pictures) + 1)
     sheet = Image.new("RGB", (width, max(p.height for p in pictures.values()) + header + gap), "white")

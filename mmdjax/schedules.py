@@ -304,8 +304,7 @@ def discrete_times(
 
 
 def time_of_log_snr(schedule: Schedule, log_snr: Any) -> Array:
-    """The t at which a schedule has this log(α²/σ²), by bisection: any decreasing schedule serves. Not differentiable.
-    """
+    """The t at which a schedule has this log(α²/σ²), by bisection on any decreasing schedule. Not differentiable."""
     log_snr = jax.lax.stop_gradient(jnp.asarray(log_snr, float))
 
     def halve(_, bounds):
