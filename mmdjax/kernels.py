@@ -159,8 +159,8 @@ class Scaled(Radial):
         hs = self.bandwidth if isinstance(self.bandwidth, tuple) else (self.bandwidth,)
         if any(h is None or callable(h) for h in hs):
             raise ValueError(
-                f"{type(self).__name__}({self.bandwidth}) takes its bandwidth from references; call kernel.fit(refs) first, "
-                "or give a number such as median_bandwidth(refs)"
+                f"{type(self).__name__}({self.bandwidth}) takes its bandwidth from references; call "
+                "kernel.fit(refs) first, or give a number such as median_bandwidth(refs)"
             )
         for h in hs:
             if jnp.ndim(h) > 0:  # would broadcast over the Gram's columns
