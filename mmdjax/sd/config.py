@@ -6,7 +6,7 @@ that changes the network and is not implemented here is an error that names it, 
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Config:
     OPEN: ClassVar[bool] = False  # whether unknown keys are harmless: transformers' configs carry training settings
 
     @classmethod
-    def from_json(cls, raw: Mapping[str, Any]) -> Self:
+    def from_json(cls, raw: Mapping[str, Any]) -> Any:
         """The configuration in a parsed config.json; keys left out take the default of the library that wrote the file.
 
         Raises:

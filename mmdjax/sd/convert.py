@@ -93,14 +93,14 @@ def params_from_torch(
     checkpoint: Checkpoint,
     *,
     param_dtype: Any = None,
-    put: Callable[[np.ndarray], Any] = jnp.asarray,
+    put: Callable[[np.ndarray], Any] = jnp.array,
 ) -> dict:
     """The parameters of a module from a checkpoint in diffusers' naming, tensor by tensor.
 
     Args:
       checkpoint: every tensor must be used, every parameter found.
       param_dtype: to cast to; by default each tensor keeps the file's.
-      put: what becomes of each array: `jnp.asarray`, or a `jax.device_put` to a sharding. It is given views of the
+      put: what becomes of each array: `jnp.array`, a copy, or a `jax.device_put` to a sharding. It is given views of the
         file.
     Raises:
       CheckpointError: keys missing, unused or of another shape, all in one message.

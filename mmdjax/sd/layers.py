@@ -151,7 +151,7 @@ def attend(
 
 
 def timestep_embedding(
-    t: Shaped[Array, " n"], dim: int, *, flip: bool = True, shift: float = 0.0
+    t: Shaped[Array, " n"], dim: int, *, flip: bool = True, shift: int | float = 0
 ) -> Float[Array, "n d"]:
     """[cos(t ω), sin(t ω)] with ω_i = 10000^{−i/(dim/2 − shift)}, in float32; without `flip` the sines come first.
 

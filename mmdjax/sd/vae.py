@@ -39,7 +39,7 @@ class AutoencoderConfig(Config):
     latent_channels: int = 4
     norm_num_groups: int = 32
     sample_size: Any = 32
-    scaling_factor: float = 0.18215
+    scaling_factor: int | float = 0.18215
     force_upcast: bool = True
 
     @property
@@ -60,7 +60,7 @@ class AutoencoderKLConfig(AutoencoderConfig):
     CLASSES: ClassVar = ("AutoencoderKL",)
     FIXED: ClassVar = COMMON | {"latents_mean": None, "latents_std": None}
 
-    shift_factor: float | None = None
+    shift_factor: int | float | None = None
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
 
@@ -79,7 +79,7 @@ class VQModelConfig(AutoencoderConfig):
     latent_channels: int = 3
     num_vq_embeddings: int = 256
     vq_embed_dim: int | None = None
-    scaling_factor: float = 1.0
+    scaling_factor: int | float = 1.0
     force_upcast: bool = False
 
     @property
