@@ -71,12 +71,12 @@ class Checkpoint(Mapping[str, np.ndarray]):
     """Names to arrays, each read from disk when it is asked for.
 
     Args:
-      stored: where each tensor lies.
+      stored: where each tensor lies, `Stored`, or how to make it of others, `Entry`.
       source: what to call it in errors.
       metadata: the strings of a safetensors header's `__metadata__`.
     """
 
-    def __init__(self, stored: Mapping[str, Stored], source: str, metadata: Mapping[str, str] | None = None):
+    def __init__(self, stored: Mapping[str, Any], source: str, metadata: Mapping[str, str] | None = None):
         self.stored, self.source, self.metadata = dict(stored), source, dict(metadata or {})
 
     def __getitem__(self, key: str) -> np.ndarray:

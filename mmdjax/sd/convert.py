@@ -66,7 +66,12 @@ def abstract(module: nn.Module, param_dtype: Any = None) -> dict:
 
 def keys(tree: Mapping) -> dict[str, tuple[str, ...]]:
     """PyTorch's key of each parameter, and its path in the tree."""
-    return {".".join((*path[:-1], LEAVES[path[-1]])): path for path in flatten_dict(tree)}
+    return {".".join((*path[:-1], LEAVES[path[-1]])): path for path in flat(tree)}
+
+
+def flat(tree: Mapping) -> dict[tuple[str, ...], Any]:
+    """The leaves of a tree by path."""
+    return dict(flatten_dict(tree))  # pyright: ignore[reportArgumentType, reportReturnType]
 
 
 def to_flax(leaf: str, array: np.ndarray) -> np.ndarray:
@@ -100,15 +105,15 @@ def params_from_torch(
     Args:
       checkpoint: every tensor must be used, every parameter found.
       param_dtype: to cast to; by default each tensor keeps the file's.
-      put: what becomes of each array: `jnp.array`, a copy, or a `jax.device_put` to a sharding. It is given views of the
-        file.
+      put: what becomes of each array: `jnp.array`, a copy, or a `jax.device_put` to a sharding. It is given views of
+        the file.
     Raises:
       CheckpointError: keys missing, unused or of another shape, all in one message.
     """
     tree = abstract(module)
-    wanted = keys(tree)
+    wanted, leaves = keys(tree), flat(tree)
     found = canonical(checkpoint, module)
-    shapes = {key: torch_shape(path[-1], _at(tree, path).shape) for key, path in wanted.items()}
+    shapes = {key: torch_shape(path[-1], leaves[path].shape) for key, path in wanted.items()}
     check(found, shapes, f"{checkpoint.source} as {type(module).__name__}")
     params = {}
     for key, path in wanted.items():
@@ -125,8 +130,8 @@ def params_to_torch(params: Mapping) -> dict[str, Entry]:
     def entry(path, leaf):
         return Entry(torch_shape(path[-1], leaf.shape), leaf.dtype, lambda: to_torch(path[-1], np.asarray(leaf)))
 
-    flat = flatten_dict(params)
-    return {key: entry(path, flat[path]) for key, path in keys(params).items()}
+    leaves = flat(params)
+    return {key: entry(path, leaves[path]) for key, path in keys(params).items()}
 
 
 def canonical(checkpoint: Checkpoint, module: nn.Module) -> Checkpoint:
@@ -167,12 +172,6 @@ def refuse_foreign(found: Checkpoint) -> None:
 def _same(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
     # CompVis files hold linear maps as convolutions of size 1
     return found == wanted or (len(wanted) == 2 and found == wanted + (1,) * (len(found) - 2))
-
-
-def _at(tree: Any, path: tuple[str, ...]) -> Any:
-    for name in path:
-        tree = tree[name]
-    return tree
 
 
 def _inputs(module: Any) -> tuple:
