@@ -73,8 +73,8 @@ def parts(file: Checkpoint, configs: Mapping[str, Mapping] | None = None) -> dic
         raise CheckpointError(
             "\n".join([f"{file.source}: {len(stray)} keys unused", *(f"  unused: {key}" for key in stray)])
         )
-    given = configs or {}
-    return {name: part._replace(config=dict(given.get(name, part.config))) for name, part in found.items()}
+    given: Mapping[str, Any] = configs or {}
+    return {name: part._replace(config={**given.get(name, part.config)}) for name, part in found.items()}
 
 
 def used(part: Part, config: Any, file: Checkpoint) -> Checkpoint:
