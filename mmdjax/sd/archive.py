@@ -21,7 +21,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from mmdjax.sd.checkpoint import Checkpoint, CheckpointError, Stored, map_file
+from mmdjax.sd.checkpoint import MAX_HEADER, Checkpoint, CheckpointError, Stored, map_file
 
 STORAGES = {
     "DoubleStorage": np.float64,
@@ -54,18 +54,22 @@ def open_archive(path: str | Path) -> Checkpoint:
             pickles = [name for name in entries if name.split("/")[-1] == "data.pkl"]
             if len(pickles) != 1:
                 raise CheckpointError(f"{path.name} is a zip archive without data.pkl: not a file of torch.save")
-            tree = _Unpickler(path.name, archive.read(pickles[0])).load()
-    except (zipfile.BadZipFile, NotImplementedError) as error:
-        raise CheckpointError(
-            f"{path.name} is not a whole zip archive: {error}; the download may have been cut off"
-        ) from error
-    except (EOFError, pickle.UnpicklingError, AttributeError, LookupError, TypeError, UnicodeDecodeError) as error:
+            if entries[pickles[0]].file_size > MAX_HEADER:
+                raise CheckpointError(f"{path.name} holds a pickle of more than {MAX_HEADER:,} bytes")
+            program = archive.read(pickles[0])
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError) as error:
+        reason = f"{error}; the download may have been cut off"
+        raise CheckpointError(f"{path.name} is not a whole zip archive: {reason}") from error
+    try:
+        tree = _Unpickler(path.name, program).load()
+    except CheckpointError:
+        raise
+    except Exception as error:  # a pickle is a program: it can fail in any way
         raise CheckpointError(f"{path.name} holds a pickle that cannot be read: {error}") from error
     if isinstance(tree, dict) and isinstance(tree.get("state_dict"), dict):
         tree = tree["state_dict"]
-    tensors = (
-        {key: value for key, value in tree.items() if isinstance(value, _Tensor)} if isinstance(tree, dict) else {}
-    )
+    tree = tree if isinstance(tree, dict) else {}
+    tensors = {key: value for key, value in tree.items() if isinstance(value, _Tensor)}
     if not tensors:
         raise CheckpointError(f'{path.name} holds no tensors, neither at the top nor under "state_dict"')
     prefix = pickles[0].removesuffix("data.pkl")
@@ -131,7 +135,8 @@ def _locate(source, key, tensor, prefix, entries, mapped) -> Stored:
     """A tensor's place in the archive's memory map, checked against the size of its storage."""
     storage = tensor.storage
     numbers = (tensor.offset, *tensor.shape, *tensor.strides)
-    if not isinstance(storage, _Storage) or not all(type(n) is int and n >= 0 for n in numbers):
+    sound = len(tensor.shape) == len(tensor.strides) and all(type(n) is int and n >= 0 for n in numbers)
+    if not isinstance(storage, _Storage) or not sound:
         raise CheckpointError(f"{source}: {key!r} is not a tensor that torch.save wrote")
     info = entries.get(f"{prefix}data/{storage.key}")
     if info is None:
@@ -151,5 +156,7 @@ def _locate(source, key, tensor, prefix, entries, mapped) -> Stored:
 
 def _start(mapped, info) -> int:
     # the local header repeats the name and has extra bytes of its own (torch pads with them)
+    if info.header_offset + 30 > len(mapped):
+        raise CheckpointError(f"{info.filename} lies beyond the end of the archive")
     name, extra = struct.unpack_from("<HH", mapped, info.header_offset + 26)
     return info.header_offset + 30 + name + extra
