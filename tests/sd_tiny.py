@@ -1,7 +1,10 @@
 """Tiny random networks of our own, written as checkpoints: what the tests without torch load."""
 
-import jax
+import zlib
+
+import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from mmdjax.sd import convert
 from mmdjax.sd.load import Component, export, module_from_config
@@ -34,21 +37,35 @@ TEXT = {
 }
 
 
-def component(raw, seed=0, **how):
-    """A network of this config.json with parameters drawn, norms' too."""
+def draw(key, shape):
+    """The value of a parameter of PyTorch's name and shape: from its name alone, so that no file need hold it.
+
+    Norms' scales and biases are drawn too: left at 1 and 0, they would hide a missing or swapped one.
+    """
+    rng = np.random.RandomState(zlib.crc32(key.encode()))
+    noise = rng.standard_normal(shape)
+    if "norm" in key and key.endswith("weight"):
+        noise = 1 + 0.3 * noise
+    elif len(shape) == 1:
+        noise = 0.2 * noise
+    elif "embedding" not in key or "linear" in key:
+        noise = noise / np.sqrt(np.prod(shape[1:]))
+    return noise.astype(np.float32)
+
+
+def component(raw, *, prefix="", **how):
+    """A network of this config.json with parameters drawn by `draw`, of their names without the prefix."""
     module = module_from_config(raw, **how)
-    rng = np.random.default_rng(seed)
-
-    def draw(path, leaf):
-        noise = rng.standard_normal(leaf.shape).astype(np.float32)
-        fan_in = leaf.size / leaf.shape[-1] if path[-1].key == "kernel" else 9.0
-        value = noise / np.sqrt(fan_in) + (path[-1].key == "scale")
-        return jax.numpy.asarray(value, leaf.dtype)
-
-    return Component(module, jax.tree_util.tree_map_with_path(draw, convert.abstract(module)), raw)
+    tree = convert.abstract(module)
+    leaves = convert.flat(tree)
+    params = {}
+    for key, path in convert.keys(tree).items():
+        value = draw(key.removeprefix(prefix), convert.torch_shape(path[-1], leaves[path].shape))
+        params[path] = jnp.array(convert.to_flax(path[-1], value))
+    return Component(module, unflatten_dict(params), raw)
 
 
-def write(folder, raw, seed=0):
+def write(folder, raw):
     """The network as a folder of diffusers, and the path of its weights."""
-    export(folder.parent, {folder.name: component(raw, seed)})
+    export(folder.parent, {folder.name: component(raw)})
     return next(folder.glob("*.safetensors"))

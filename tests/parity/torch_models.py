@@ -1,9 +1,7 @@
-"""Tiny random models of the real libraries, one of each family, and how to run them beside ours.
-
-Norms' scales and biases are drawn too: left at 1 and 0, they would hide a missing or swapped one.
-"""
+"""Tiny random models of the real libraries, one of each family, and how to run them beside ours."""
 
 import numpy as np
+import sd_tiny
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel, VQModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -66,48 +64,39 @@ CLIP_L = TEXT | {"hidden_act": "quick_gelu"}
 CLIP_H = TEXT | {"hidden_act": "gelu"}
 
 
-def randomise(model, seed=0):
-    """Every parameter drawn; norms' scales about 1, the rest small enough to keep activations of order one."""
-    generator = torch.Generator().manual_seed(seed)
+def randomise(model):
+    """Every parameter drawn by its name."""
     with torch.no_grad():
         for name, p in model.named_parameters():
-            noise = torch.randn(p.shape, generator=generator)
-            if "norm" in name and name.endswith("weight"):
-                p.copy_(1 + 0.3 * noise)
-            elif p.ndim == 1:
-                p.copy_(0.2 * noise)
-            elif "embedding" in name and "linear" not in name:
-                p.copy_(noise)
-            else:
-                p.copy_(noise / p[0].numel() ** 0.5)
+            p.copy_(torch.from_numpy(sd_tiny.draw(name, tuple(p.shape))))
     return model.eval()
 
 
-def text_encoder(config, projection=False, seed=0):
+def text_encoder(config, projection=False):
     cls = CLIPTextModelWithProjection if projection else CLIPTextModel
-    return randomise(cls(CLIPTextConfig(**config)), seed)
+    return randomise(cls(CLIPTextConfig(**config)))
 
 
 FAMILIES = {
     "sd1": lambda: {
         "unet": randomise(UNet2DConditionModel(**SD1_UNET | {"cross_attention_dim": 64})),
-        "vae": randomise(AutoencoderKL(**KL), 1),
-        "text_encoder": text_encoder(CLIP_L | {"eos_token_id": 2}, seed=2),
+        "vae": randomise(AutoencoderKL(**KL)),
+        "text_encoder": text_encoder(CLIP_L | {"eos_token_id": 2}),
     },
     "sd2": lambda: {
         "unet": randomise(UNet2DConditionModel(**SD2_UNET | {"cross_attention_dim": 64})),
-        "vae": randomise(AutoencoderKL(**KL), 1),
-        "text_encoder": text_encoder(CLIP_H, seed=2),
+        "vae": randomise(AutoencoderKL(**KL)),
+        "text_encoder": text_encoder(CLIP_H),
     },
     "sdxl": lambda: {
         "unet": randomise(UNet2DConditionModel(**SDXL_UNET | {"cross_attention_dim": 128})),
-        "vae": randomise(AutoencoderKL(**KL | {"scaling_factor": 0.13025}), 1),
-        "text_encoder": text_encoder(CLIP_L, seed=2),
-        "text_encoder_2": text_encoder(CLIP_H, projection=True, seed=3),
+        "vae": randomise(AutoencoderKL(**KL | {"scaling_factor": 0.13025})),
+        "text_encoder": text_encoder(CLIP_L),
+        "text_encoder_2": text_encoder(CLIP_H, projection=True),
     },
     "ldm": lambda: {
         "unet": randomise(UNet2DModel(**LDM_UNET)),
-        "vqvae": randomise(VQModel(**VQ), 1),
+        "vqvae": randomise(VQModel(**VQ)),
     },
 }
 
