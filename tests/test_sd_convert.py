@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 from mmdjax.sd import compvis, convert, single
 from mmdjax.sd.checkpoint import Checkpoint, CheckpointError, Entry, open_safetensors, write_safetensors
 from mmdjax.sd.files import open_file, open_folder
+from mmdjax.sd.layers import SpatialAttention
 from mmdjax.sd.load import export, load_component, load_models, module_from_config, save
 
 
@@ -27,12 +28,13 @@ def test_11_layouts():
             np.testing.assert_array_equal(convert.to_torch(leaf, convert.to_flax(leaf, array)), array)
             assert convert.torch_shape(leaf, convert.to_flax(leaf, array).shape) == array.shape
         if leaf != "kernel":
-            assert convert.to_flax(leaf, conv[0, 0]) is not None
             np.testing.assert_array_equal(convert.to_flax(leaf, conv[0, 0]), conv[0, 0])
 
 
-@pytest.mark.parametrize(("heads", "rows"), [(1, {"q": [0, 1, 2, 3], "v": [8, 9, 10, 11]}),
-                                             (2, {"q": [0, 1, 6, 7], "k": [2, 3, 8, 9], "v": [4, 5, 10, 11]})])  # fmt: skip
+THIRDS = {1: {"q": [0, 1, 2, 3], "v": [8, 9, 10, 11]}, 2: {"q": [0, 1, 6, 7], "k": [2, 3, 8, 9], "v": [4, 5, 10, 11]}}
+
+
+@pytest.mark.parametrize(("heads", "rows"), THIRDS.items())
 def test_5_fused_attention_is_heads_first(heads, rows):
     """CompVis's qkv rows are [head][q, k, v][channel]; OpenCLIP's in_proj is plain thirds."""
     fused = entries({"qkv": np.arange(12.0)[:, None, None] + np.zeros((12, 4, 1))})
@@ -56,7 +58,7 @@ def test_5_fused_attention_is_the_attention_it_was():
     module = module_from_config(raw)
     tree = convert.abstract(module)
     sources = compvis.sources(module, convert.keys(tree))
-    fused = {f"middle_block.1.{k}": rng.standard_normal(s).astype(np.float32) for k, s in {
+    fused = {f"middle_block.1.{k}": (0.3 * rng.standard_normal(s)).astype(np.float32) for k, s in {
         "norm.weight": (64,), "norm.bias": (64,), "qkv.weight": (192, 64, 1), "qkv.bias": (192,),
         "proj_out.weight": (64, 64, 1), "proj_out.bias": (64,)}.items()}  # fmt: skip
     mine = {k: v for k, v in sources.items() if "mid_block.attentions" in k}
@@ -69,10 +71,9 @@ def test_5_fused_attention_is_the_attention_it_was():
         value = value[..., 0].T if value.ndim == 3 else value
         flax_leaf = "bias" if leaf == "bias" else "scale" if part == "group_norm" else "kernel"
         params.setdefault("to_out.0" if part == "to_out" else part, {})[flax_leaf] = jnp.asarray(value)
-    from mmdjax.sd.layers import SpatialAttention
-
     x = rng.standard_normal((1, 3, 5, 64)).astype(np.float32)
-    y = SpatialAttention(4, 32, 1e-5).apply({"params": params}, jnp.asarray(x))
+    with jax.default_matmul_precision("highest"):
+        y = SpatialAttention(4, 32, 1e-5).apply({"params": params}, jnp.asarray(x))
     h = x.astype(np.float64).reshape(15, 32, 2)
     h = (h - h.mean((0, 2), keepdims=True)) / np.sqrt(h.var((0, 2), keepdims=True) + 1e-5)
     h = h.reshape(15, 64) * fused["middle_block.1.norm.weight"] + fused["middle_block.1.norm.bias"]
@@ -83,7 +84,7 @@ def test_5_fused_attention_is_the_attention_it_was():
     weights /= weights.sum(-1, keepdims=True)
     a = np.einsum("hts,hcs->hct", weights, v).reshape(64, 15)
     out = fused["middle_block.1.proj_out.weight"][..., 0] @ a + fused["middle_block.1.proj_out.bias"][:, None]
-    np.testing.assert_allclose(y, x + out.T.reshape(x.shape), rtol=2e-4, atol=2e-4)
+    np.testing.assert_allclose(y, x + out.T.reshape(x.shape), rtol=1e-4, atol=1e-4)
 
 
 def test_20_openclip_names():
@@ -259,5 +260,5 @@ def test_scale_factor_of_the_file(tmp_path):
     file = {f"first_stage_model.{compvis.vae_key(key, 2)}": np.ascontiguousarray(v) for key, v in torch_side.items()}
     save_file(file, tmp_path / "x.safetensors")
     assert single.parts(open_file(tmp_path / "x.safetensors"))["vqvae"].config["scaling_factor"] == 1.0
-    save_file(file | {"scale_factor": np.float32(0.25).reshape(())}, tmp_path / "x.safetensors")
+    save_file(file | {"scale_factor": np.array(0.25, np.float32)}, tmp_path / "x.safetensors")
     assert single.parts(open_file(tmp_path / "x.safetensors"))["vqvae"].config["scaling_factor"] == 0.25

@@ -116,7 +116,9 @@ class EncoderLayer(Block):
             self.dense(f"self_attn.{which}_proj", width)(x).reshape(n, length, cfg.num_attention_heads, -1)
             for which in "qkv"
         )
-        h = h + self.dense("self_attn.out_proj", width)(attend(q, k, v, causal=True).reshape(n, length, width))
+        h = h + self.dense("self_attn.out_proj", width)(
+            attend(q, k, v, causal=True).astype(self.dtype).reshape(n, length, width)
+        )
         x = self.layer_norm("layer_norm2", cfg.layer_norm_eps)(h)
         x = ACTIVATIONS[cfg.hidden_act](self.dense("mlp.fc1", cfg.intermediate_size)(x))
         return h + self.dense("mlp.fc2", width)(x)

@@ -81,7 +81,7 @@ class Block(nn.Module, kw_only=True):
         q = self.dense("to_q", channels, bias)(x).reshape(n, length, heads, -1)
         k = self.dense("to_k", channels, bias)(context).reshape(n, context.shape[1], heads, -1)
         v = self.dense("to_v", channels, bias)(context).reshape(n, context.shape[1], heads, -1)
-        y = attend(q, k, v, upcast=upcast, flash=self.flash).astype(self.dtype)
+        y = attend(q, k, v, upcast=upcast, flash=self.flash).astype(self.compute_dtype)
         return self.dense("to_out.0", channels)(y.reshape(n, length, channels))
 
 
@@ -129,7 +129,7 @@ def attend(
     """softmax(q kᵀ/√d) v, in blocks of queries where the logits would not fit.
 
     Args:
-      upcast: compute in float32 throughout; otherwise logits and softmax alone are.
+      upcast: compute in float32 throughout, as float16 is unless by `flash`; otherwise logits and softmax alone are.
       limit: logits held at once, `SCORES_IN_MEMORY` by default. Rabe & Staats 2021. Causal attention is not blocked.
     """
     n, length, heads, dim = q.shape
@@ -139,6 +139,8 @@ def attend(
     if flash and half and dim <= 128 and dim % 8 == 0:
         return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
     rows = max((limit or SCORES_IN_MEMORY) // (n * heads * k.shape[1]), 1)
+    if q.dtype == jnp.float16:  # JAX's float16 product with float32 sums exists on GPUs only
+        q, k, v = (a.astype(jnp.float32) for a in (q, k, v))
     if causal or rows >= length:
         return jax.nn.dot_product_attention(q, k, v, is_causal=causal)
     blocks = -(-length // rows)

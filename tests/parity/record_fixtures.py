@@ -56,8 +56,8 @@ def vqvae():
 
 def text(config, projection=False):
     model = tm.text_encoder(config, projection)
-    ids = np.random.RandomState(0).randint(1, 97, (3, 12))
-    for row, length in zip(ids, (3, 7, 11), strict=True):
+    ids = np.random.RandomState(0).randint(1, 97, (2, 12))
+    for row, length in zip(ids, (3, 11), strict=True):
         row[length:] = 99
     out = model(torch.from_numpy(ids), output_hidden_states=True)
     arrays = {"ids": ids.astype(np.int32), "last": out.last_hidden_state.numpy()}
