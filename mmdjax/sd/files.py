@@ -51,10 +51,16 @@ def download(repo: str, *, variant: str | None = None, revision: str | None = No
     except ImportError as error:
         raise ImportError(f"{repo} is no local path; to fetch it from the hub: pip install huggingface_hub") from error
     dot = f".{variant}" if variant else ""
-    stems = ("diffusion_pytorch_model", "model")
-    whole = [f"*/{stem}{dot}.safetensors" for stem in stems]
-    shards = [f"*/{stem}{shape}.safetensors" for stem in stems for shape in (f"{dot}-*-of-*", f"-*-of-?????{dot}")]
-    return Path(snapshot_download(repo, revision=revision, allow_patterns=["*.json", "*.txt", *whole, *shards]))
+
+    def fetch(stems, ending):
+        shapes = (dot, f"{dot}-?????-of-?????", f"-?????-of-?????{dot}")
+        weights = [f"*/{stem}{shape}.{ending}" for stem in stems for shape in shapes]
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=["*.json", "*.txt", *weights]))
+
+    folder = fetch(("diffusion_pytorch_model", "model"), "safetensors")
+    if any(folder.rglob("*.safetensors")):
+        return folder
+    return fetch(("diffusion_pytorch_model", "pytorch_model"), "bin")  # the oldest models have nothing else
 
 
 def open_folder(folder: str | Path, variant: str | None = None) -> Checkpoint:

@@ -80,7 +80,7 @@ class UNet2DConditionConfig(Config):
     addition_embed_type: str | None = None
     addition_time_embed_dim: int | None = None
     projection_class_embeddings_input_dim: int | None = None
-    upcast_attention: bool = False
+    upcast_attention: bool | None = False  # SDXL's file has null
 
     @property
     def heads(self) -> tuple[int, ...]:
@@ -107,7 +107,7 @@ class UNet2DConditionConfig(Config):
 class UNet2DConfig(Config):
     """An unconditional U-Net's config.json."""
 
-    CLASSES: ClassVar = ("UNet2DModel", "UNet2D", "UNetUnconditionalModel", "UNetLDMModel")
+    CLASSES: ClassVar = ("UNet2DModel",)
     FIXED: ClassVar = COMMON | {
         "add_attention": True,
         "attn_norm_num_groups": None,
@@ -285,7 +285,9 @@ class SpatialTransformer(Block):
         h = self.group_norm("norm", cfg.norm_num_groups, 1e-6)(x)  # not norm_eps
         h = project("proj_in", h).reshape(n, height * width, channels)
         for i in range(self.depth):
-            h = self.part(TransformerBlock, f"transformer_blocks.{i}", self.heads, cfg.upcast_attention)(h, context)
+            h = self.part(TransformerBlock, f"transformer_blocks.{i}", self.heads, bool(cfg.upcast_attention))(
+                h, context
+            )
         return x + project("proj_out", h.reshape(n, height, width, channels))
 
 
