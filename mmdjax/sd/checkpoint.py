@@ -1,0 +1,186 @@
+"""Reading checkpoint files: safetensors and PyTorch's zip archives as mappings from names to arrays on disk.
+
+Nothing is read until it is asked for: an array is a view of the memory map. Files are not trusted. A safetensors header
+is checked against the file's size before anything is allocated. A `.ckpt` or `.bin` is a pickle, which may name any
+function to be called: here it may name the constructors of tensors and a few inert types, nothing is imported, and any
+other name is an error.
+
+References:
+  the safetensors format (github.com/huggingface/safetensors, "Format"); PyTorch's serialization notes (zip of data.pkl
+  and one file a storage).
+"""
+
+import dataclasses
+import json
+import math
+import mmap
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+MAX_HEADER = 100_000_000  # bytes: the safetensors format's own limit
+DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+
+
+class CheckpointError(ValueError):
+    """A file that is not the checkpoint it should be. The message names the file and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """Where one tensor lies: shape, dtype, the strides in elements (None: C order) and the first byte in a file."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    file: Any
+    offset: int
+    strides: tuple[int, ...] | None = None
+
+    def read(self) -> np.ndarray:
+        """The array, a view of the memory map. Read-only."""
+        strides = None if self.strides is None else tuple(s * self.dtype.itemsize for s in self.strides)
+        return np.ndarray(self.shape, self.dtype, self.file, self.offset, strides)
+
+
+class Entry(NamedTuple):
+    """An array to be written: what the header says of it, and how to get it."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    read: Callable[[], np.ndarray]
+
+
+class Checkpoint(Mapping[str, np.ndarray]):
+    """Names to arrays, each read from disk when it is asked for.
+
+    Args:
+      stored: where each tensor lies, `Stored`, or how to make it of others, `Entry`.
+      source: what to call it in errors.
+      metadata: the strings of a safetensors header's `__metadata__`.
+    """
+
+    def __init__(self, stored: Mapping[str, Any], source: str, metadata: Mapping[str, str] | None = None):
+        self.stored, self.source, self.metadata = dict(stored), source, dict(metadata or {})
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        return self.stored[key].read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.stored
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({self.source!r}, {len(self)} tensors)"
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Of a tensor, without reading it."""
+        return self.stored[key].shape
+
+    def part(self, prefix: str) -> "Checkpoint":
+        """The tensors whose names start with a prefix, without it."""
+        found = {key.removeprefix(prefix): value for key, value in self.stored.items() if key.startswith(prefix)}
+        return Checkpoint(found, self.source, self.metadata)
+
+
+def open_safetensors(path: str | Path) -> Checkpoint:
+    """A safetensors file.
+
+    Raises:
+      FileNotFoundError: no such file.
+      CheckpointError: it is cut off, or its header is unsound.
+    """
+    path = Path(path)
+
+    def bad(reason):
+        return CheckpointError(f"{path.name} is not a sound safetensors file: {reason}")
+
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        if len(start) < 8:
+            raise bad(f"it has {size} bytes; a header alone takes more")
+        (length,) = struct.unpack("<Q", start)
+        if length > min(size - 8, MAX_HEADER):
+            raise bad(f"its header claims {length:,} bytes of a file of {size:,}; the download may have been cut off")
+        try:
+            header = json.loads(file.read(length))
+        except (UnicodeDecodeError, ValueError, RecursionError) as error:
+            raise bad("its header is not JSON") from error
+        mapped = map_file(file)
+    if not isinstance(header, dict):
+        raise bad("its header is not a JSON object")
+    metadata = header.pop("__metadata__", None) or {}
+    stored, data = {}, size - 8 - length
+    for key, entry in header.items():
+        try:
+            name, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            sound = all(type(n) is int and n >= 0 for n in (*shape, first, last))
+        except (KeyError, TypeError, ValueError):
+            name, shape, first, last, sound = "", (), 0, 0, False
+        if not sound:
+            raise bad(f"the entry of {key!r} lacks a dtype, a shape or offsets")
+        if name not in DTYPES:
+            raise bad(f"{key!r} is of dtype {name}; known: {', '.join(DTYPES)}")
+        dtype = np.dtype(DTYPES[name])
+        needed = dtype.itemsize * math.prod(shape)
+        if last - first != needed:
+            claim = f"its entry says {last - first:,}"
+            raise bad(f"{key!r} of shape {list(shape)} and dtype {name} takes {needed:,} bytes, {claim}")
+        if last > data:
+            raise bad(f"{key!r} ends at byte {last:,} of {data:,}: the file is cut off")
+        stored[key] = Stored(shape, dtype, mapped, 8 + length + first)
+    return Checkpoint(stored, path.name, metadata)
+
+
+def write_safetensors(
+    path: str | Path, entries: Mapping[str, Entry], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write arrays one after the other: memory for one at a time, and the bytes that the safetensors library would
+    write.
+
+    The file appears under its name once it is whole.
+    """
+    order = sorted(entries, key=lambda key: (-np.dtype(entries[key].dtype).itemsize, key))
+    names = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for key in order:
+        entry, start = entries[key], end
+        end = start + np.dtype(entry.dtype).itemsize * math.prod(entry.shape)
+        header[key] = {"dtype": names[np.dtype(entry.dtype)], "shape": list(entry.shape), "data_offsets": [start, end]}
+    head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    head += b" " * (-len(head) % 8)
+    path = Path(path)
+    partial = path.with_name(path.name + ".part")
+    with partial.open("wb") as file:
+        file.write(struct.pack("<Q", len(head)) + head)
+        for key in order:
+            file.write(np.ascontiguousarray(entries[key].read()).reshape(-1).view(np.uint8).data)
+    partial.replace(path)
+
+
+def map_file(file) -> mmap.mmap:
+    """The whole of an open file, read when touched."""
+    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -1,0 +1,135 @@
+"""CLIP's text encoders: CLIP-L, and OpenCLIP's H and bigG.
+
+    h_0 = token + position,   h_i = h + W_o attn(ln h),   then h + fc2 act(fc1 ln h),   y = ln h_L.
+
+Which of these a diffusion model wants is its own affair, so all are returned: Stable Diffusion 1 and 2 are conditioned
+on y (the second has a model of one layer fewer), SDXL on h_{L−1} of two encoders and on the second's projected pooled
+state.
+
+References:
+  Radford et al. 2021 (CLIP), Cherti et al. 2023 (OpenCLIP), Podell et al. 2023, section 2.1 (SDXL's pair).
+"""
+
+import dataclasses
+from typing import ClassVar, NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from mmdjax.sd.config import Config
+from mmdjax.sd.layers import Block, attend
+
+ACTIVATIONS = {
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # CLIP-L
+    "gelu": lambda x: nn.gelu(x, approximate=False),  # OpenCLIP: the erf one
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPTextConfig(Config):
+    """A text encoder's config.json. `with_projection` comes from its `architectures`, not from the presence of a
+    width.
+    """
+
+    CLASSES: ClassVar = ("CLIPTextModel", "CLIPTextModelWithProjection")
+    OPEN: ClassVar = True
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    layer_norm_eps: float = 1e-5
+    hidden_act: str = "quick_gelu"
+    projection_dim: int = 512
+    eos_token_id: int = 49407
+    with_projection: bool = False
+
+    @classmethod
+    def from_json(cls, raw):
+        """See `Config.from_json`.
+
+        Raises:
+          ValueError: another model's file, an unknown `hidden_act`, or no `architectures` to say whether there is a
+            projection.
+        """
+        if not raw.get("architectures"):
+            raise ValueError(f"a text encoder's config.json must name its architecture: one of {cls.CLASSES}")
+        config = super().from_json(raw)
+        if config.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act is {config.hidden_act!r}; implemented: {tuple(ACTIVATIONS)}")
+        return dataclasses.replace(config, with_projection=raw["architectures"][0].endswith("WithProjection"))
+
+
+class TextOutput(NamedTuple):
+    """What a text encoder says of ids [n, l].
+
+    Args:
+      last: y = ln h_L, [n, l, d].
+      hidden: h_0 … h_L before the final norm, each [n, l, d]; hidden[-2] is SDXL's condition.
+      pooled: y at the end-of-text token, [n, d].
+      projected: pooled times the projection, [n, p]; None in a model without one.
+    """
+
+    last: Float[Array, "n l d"]
+    hidden: tuple[Float[Array, "n l d"], ...]
+    pooled: Float[Array, "n d"]
+    projected: Float[Array, "n p"] | None
+
+
+class CLIPText(Block):
+    """A CLIP text encoder: ids [n, l] -> `TextOutput`. The mask is causal; padding is not masked, as in training."""
+
+    config: CLIPTextConfig
+
+    @nn.compact
+    def __call__(self, ids: Int[Array, "n l"]) -> TextOutput:
+        cfg = self.config
+        tokens = self.embed("text_model.embeddings.token_embedding", cfg.vocab_size, cfg.hidden_size)
+        positions = self.embed("text_model.embeddings.position_embedding", cfg.max_position_embeddings, cfg.hidden_size)
+        h = tokens(ids) + positions(jnp.arange(ids.shape[1]))
+        hidden = [h]
+        for i in range(cfg.num_hidden_layers):
+            h = self.part(EncoderLayer, f"text_model.encoder.layers.{i}", cfg)(h)
+            hidden.append(h)
+        last = self.layer_norm("text_model.final_layer_norm", cfg.layer_norm_eps)(h)
+        pooled = last[jnp.arange(ids.shape[0]), end_of_text(ids, cfg.eos_token_id)]
+        projected = (
+            self.dense("text_projection", cfg.projection_dim, bias=False)(pooled) if cfg.with_projection else None
+        )
+        return TextOutput(last, tuple(hidden), pooled, projected)
+
+
+class EncoderLayer(Block):
+    """One pre-norm transformer layer, [n, l, d] -> [n, l, d]."""
+
+    config: CLIPTextConfig
+
+    @nn.compact
+    def __call__(self, h):
+        cfg = self.config
+        n, length, width = h.shape
+        x = self.layer_norm("layer_norm1", cfg.layer_norm_eps)(h)
+        q, k, v = (
+            self.dense(f"self_attn.{which}_proj", width)(x).reshape(n, length, cfg.num_attention_heads, -1)
+            for which in "qkv"
+        )
+        h = h + self.dense("self_attn.out_proj", width)(
+            attend(q, k, v, causal=True).astype(self.dtype).reshape(n, length, width)
+        )
+        x = self.layer_norm("layer_norm2", cfg.layer_norm_eps)(h)
+        x = ACTIVATIONS[cfg.hidden_act](self.dense("mlp.fc1", cfg.intermediate_size)(x))
+        return h + self.dense("mlp.fc2", width)(x)
+
+
+def end_of_text(ids: Int[Array, "n l"], eos_token_id: int) -> Int[Array, " n"]:
+    """Where each prompt ends: the first eos token.
+
+    Configs written before 2023 say 2, which is no token's meaning: for them it is the largest id, as in CLIP's own
+    code. The two differ once tokens are added after eos.
+    """
+    if eos_token_id == 2:
+        return jnp.argmax(ids, axis=-1)
+    return jnp.argmax(ids == eos_token_id, axis=-1)

@@ -1,0 +1,197 @@
+"""Between PyTorch's checkpoints and Flax's parameters.
+
+Conversion is a rule, not a table. The modules are named by the checkpoint's own paths, so a parameter's path joined by
+dots is its key, up to the leaf,
+
+    kernel, scale, embedding ↔ weight        bias ↔ bias,
+
+and only kernels change their layout: [out, in, h, w] ↔ [h, w, in, out], [out, in] ↔ [in, out]. What the module's `init`
+would make (`jax.eval_shape`: no memory) says which keys there must be, and of what shape; anything else is an error
+that lists all.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from mmdjax.sd.checkpoint import Checkpoint, CheckpointError, Entry
+from mmdjax.sd.clip import CLIPText
+from mmdjax.sd.unet import UNet2D, UNet2DCondition
+
+LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+
+# Spellings of older files, and buffers that are no parameters.
+RENAMED = (
+    (re.compile(r"(attentions\.\d+)\.query\."), r"\1.to_q."),
+    (re.compile(r"(attentions\.\d+)\.key\."), r"\1.to_k."),
+    (re.compile(r"(attentions\.\d+)\.value\."), r"\1.to_v."),
+    (re.compile(r"(attentions\.\d+)\.proj_attn\."), r"\1.to_out.0."),
+    (
+        re.compile(r"^(embeddings|encoder\.layers|final_layer_norm)\."),
+        r"text_model.\1.",
+    ),  # transformers 5; text encoders only
+)
+DROPPED = re.compile(r"(^|\.)embeddings\.position_ids$")
+# Other things that come in the same file formats, by what only they have.
+FOREIGN = (
+    (
+        re.compile(r"(^|[._])lora[._]|\.(hada|lokr)_|\.lora_(A|B|up|down)"),
+        "a LoRA: a change to a model; merge it into its model first",
+    ),
+    (re.compile(r"^(control_model\.|controlnet_|input_hint_block)"), "a ControlNet, which needs a model of its own"),
+    (re.compile(r"^(string_to_param|emb_params)"), "a textual inversion: an embedding, not a model"),
+    (
+        re.compile(r"^(double_blocks|joint_blocks|transformer_blocks)\."),
+        "a diffusion transformer (Flux, SD 3), not a U-Net",
+    ),
+)
+
+
+def abstract(module: nn.Module, param_dtype: Any = None) -> dict:
+    """The parameter tree of a module, shapes and dtypes only: the agreement between converter and model.
+
+    Args:
+      param_dtype: of all leaves; by default the module's.
+    """
+    init = jax.eval_shape(module.init, jax.random.key(0), *_inputs(module))["params"]
+    dtype = param_dtype or module.param_dtype  # pyright: ignore[reportAttributeAccessIssue]
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), init)
+
+
+def keys(tree: Mapping) -> dict[str, tuple[str, ...]]:
+    """PyTorch's key of each parameter, and its path in the tree."""
+    return {".".join((*path[:-1], LEAVES[path[-1]])): path for path in flat(tree)}
+
+
+def flat(tree: Mapping) -> dict[tuple[str, ...], Any]:
+    """The leaves of a tree by path."""
+    return dict(flatten_dict(tree))  # pyright: ignore[reportArgumentType, reportReturnType]
+
+
+def to_flax(leaf: str, array: np.ndarray) -> np.ndarray:
+    """PyTorch's layout to Flax's, a view; `leaf` is the parameter's name."""
+    if leaf != "kernel":
+        return array
+    return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
+
+
+def to_torch(leaf: str, array: np.ndarray) -> np.ndarray:
+    """The inverse of `to_flax`."""
+    if leaf != "kernel":
+        return array
+    return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
+
+
+def torch_shape(leaf: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape in PyTorch's layout of a parameter of this shape."""
+    return to_torch(leaf, np.broadcast_to(np.empty(()), shape)).shape
+
+
+def params_from_torch(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    *,
+    param_dtype: Any = None,
+    put: Callable[[np.ndarray], Any] = jnp.array,
+) -> dict:
+    """The parameters of a module from a checkpoint in diffusers' naming, tensor by tensor.
+
+    Args:
+      checkpoint: every tensor must be used, every parameter found.
+      param_dtype: to cast to; by default each tensor keeps the file's.
+      put: what becomes of each array: `jnp.array`, a copy, or a `jax.device_put` to a sharding. It is given views of
+        the file.
+    Raises:
+      CheckpointError: keys missing, unused or of another shape, all in one message.
+    """
+    tree = abstract(module)
+    wanted, leaves = keys(tree), flat(tree)
+    found = canonical(checkpoint, module)
+    shapes = {key: torch_shape(path[-1], leaves[path].shape) for key, path in wanted.items()}
+    check(found, shapes, f"{checkpoint.source} as {type(module).__name__}")
+    params = {}
+    for key, path in wanted.items():
+        array = to_flax(path[-1], found[key].reshape(shapes[key]))
+        params[path] = put(array if param_dtype is None else array.astype(param_dtype))
+    return unflatten_dict(params)
+
+
+def params_to_torch(params: Mapping) -> dict[str, Entry]:
+    """Parameters as entries to be written in diffusers' naming and layout: the inverse of `params_from_torch`, bit for
+    bit.
+    """
+
+    def entry(path, leaf):
+        return Entry(torch_shape(path[-1], leaf.shape), leaf.dtype, lambda: to_torch(path[-1], np.asarray(leaf)))
+
+    leaves = flat(params)
+    return {key: entry(path, leaves[path]) for key, path in keys(params).items()}
+
+
+def canonical(checkpoint: Checkpoint, module: nn.Module) -> Checkpoint:
+    """The checkpoint under today's names: old spellings of attention renamed, buffers left out."""
+    rules = RENAMED if isinstance(module, CLIPText) else RENAMED[:-1]
+    found = {}
+    for key, stored in checkpoint.stored.items():
+        if DROPPED.search(key):
+            continue
+        for pattern, new in rules:
+            key = pattern.sub(new, key)
+        found[key] = stored
+    return Checkpoint(found, checkpoint.source, checkpoint.metadata)
+
+
+def check(found: Checkpoint, shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
+    """Raises one CheckpointError of all keys missing, unused and of another shape."""
+    refuse_foreign(found)
+    missing = sorted(shapes.keys() - found.keys())
+    unused = sorted(found.keys() - shapes.keys())
+    other = [key for key in sorted(shapes.keys() & found.keys()) if not _same(found.shape(key), shapes[key])]
+    if not (missing or unused or other):
+        return
+    lines = [f"{what}: {len(missing)} keys missing, {len(unused)} unused, {len(other)} of another shape"]
+    lines += [f"  missing: {key} {list(shapes[key])}" for key in missing]
+    lines += [f"  unused: {key} {list(found.shape(key))}" for key in unused]
+    lines += [f"  shape: {key} is {list(found.shape(key))}, the model wants {list(shapes[key])}" for key in other]
+    raise CheckpointError("\n".join(lines))
+
+
+def refuse_foreign(found: Checkpoint) -> None:
+    """Raises CheckpointError where the keys are those of a LoRA, a ControlNet or the like, saying so."""
+    for pattern, name in FOREIGN:
+        if any(pattern.search(key) for key in found):
+            raise CheckpointError(f"{found.source} is {name}")
+
+
+def _same(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    # CompVis files hold linear maps as convolutions of size 1
+    return found == wanted or (len(wanted) == 2 and found == wanted + (1,) * (len(found) - 2))
+
+
+def _inputs(module: Any) -> tuple:
+    """Arguments that `init` can be traced with; their sizes leave no mark on the parameters."""
+    cfg = module.config
+    if isinstance(module, CLIPText):
+        return (jax.ShapeDtypeStruct((1, 2), jnp.int32),)
+    side = 2 ** len(cfg.block_out_channels)
+    x = jax.ShapeDtypeStruct((1, side, side, cfg.in_channels), jnp.float32)
+    t = jax.ShapeDtypeStruct((1,), jnp.float32)
+    if isinstance(module, UNet2D):
+        return (x, t)
+    if not isinstance(module, UNet2DCondition):
+        return (x,)
+    context = jax.ShapeDtypeStruct((1, 2, cfg.cross_attention_dim), jnp.float32)
+    if cfg.addition_embed_type is None:
+        return (x, t, context)
+    pooled = cfg.projection_class_embeddings_input_dim - 6 * cfg.addition_time_embed_dim
+    added = {
+        "pooled": jax.ShapeDtypeStruct((1, pooled), jnp.float32),
+        "time_ids": jax.ShapeDtypeStruct((1, 6), jnp.float32),
+    }
+    return (x, t, {"context": context, **added})

@@ -1,0 +1,174 @@
+"""The layers that Stable Diffusion's networks share, NHWC.
+
+Every module has a `dtype` that it computes in and a `param_dtype` that its parameters are initialised in; statistics of
+norms, attention logits and softmax are float32 at least. Modules are named by the paths of the PyTorch checkpoints
+("down_blocks.0.resnets.1.conv1"), so that joining a parameter's path with dots gives its key there, up to the leaf's
+name.
+
+References:
+  He et al. 2016 (residual blocks), Wu & He 2018 (group norm), Vaswani et al. 2017 (attention, sinusoidal embeddings),
+  Rabe & Staats 2021 (attention in blocks of queries), Ho et al. 2020 (the U-Net's embedding of time).
+"""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
+
+SCORES_IN_MEMORY = 2**28  # attention logits held at once: 1 GiB in float32
+
+
+class Block(nn.Module, kw_only=True):
+    """Base of the modules: how they compute, and the layers under the names of the checkpoint.
+
+    Args:
+      dtype: of the computation.
+      param_dtype: of the parameters that `init` makes.
+      flash: cuDNN's fused attention where it applies (a GPU, half precision, heads of at most 128, no upcast).
+    """
+
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    flash: bool = False
+
+    @property
+    def compute_dtype(self) -> Any:
+        """The dtype computed in, where a config may ask for another than `dtype`."""
+        return self.dtype
+
+    def part(self, cls, name: str | None, *args, **kwargs) -> Any:
+        """A submodule that computes as this one."""
+        how = {"dtype": self.compute_dtype, "param_dtype": self.param_dtype, "flash": self.flash}
+        return cls(*args, **how | kwargs, name=name)
+
+    def conv(self, name: str | None, features: int, size: int = 3, stride: int = 1, padding: Any = None) -> nn.Conv:
+        """A convolution, by default one that keeps the resolution."""
+        pad = [(size // 2, size // 2)] * 2 if padding is None else padding
+        return nn.Conv(
+            features,
+            (size, size),
+            (stride, stride),
+            pad,
+            dtype=self.compute_dtype,
+            param_dtype=self.param_dtype,
+            name=name,
+        )
+
+    def dense(self, name: str, features: int, bias: bool = True) -> nn.Dense:
+        """A linear map."""
+        return nn.Dense(features, use_bias=bias, dtype=self.compute_dtype, param_dtype=self.param_dtype, name=name)
+
+    def embed(self, name: str, num: int, features: int) -> nn.Embed:
+        """A table of embeddings."""
+        return nn.Embed(num, features, dtype=self.compute_dtype, param_dtype=self.param_dtype, name=name)
+
+    def group_norm(self, name: str, groups: int, eps: float) -> nn.GroupNorm:
+        """Group norm; E[x²] − E[x]² would cancel where the mean is large, so the variance is exact."""
+        how = {"dtype": self.compute_dtype, "param_dtype": self.param_dtype, "use_fast_variance": False}
+        return nn.GroupNorm(groups, epsilon=eps, **how, name=name)
+
+    def layer_norm(self, name: str, eps: float = 1e-5) -> nn.LayerNorm:
+        """Layer norm with the exact variance."""
+        how = {"dtype": self.compute_dtype, "param_dtype": self.param_dtype, "use_fast_variance": False}
+        return nn.LayerNorm(epsilon=eps, **how, name=name)
+
+    def attention(self, x, context, heads: int, *, bias: bool = False, upcast: bool = False):
+        """softmax(q kᵀ/√d) v with its four projections: x [n, l, c], context [n, m, d] -> [n, l, c]."""
+        n, length, channels = x.shape
+        q = self.dense("to_q", channels, bias)(x).reshape(n, length, heads, -1)
+        k = self.dense("to_k", channels, bias)(context).reshape(n, context.shape[1], heads, -1)
+        v = self.dense("to_v", channels, bias)(context).reshape(n, context.shape[1], heads, -1)
+        y = attend(q, k, v, upcast=upcast, flash=self.flash).astype(self.compute_dtype)
+        return self.dense("to_out.0", channels)(y.reshape(n, length, channels))
+
+
+class ResnetBlock(Block):
+    """x + conv(silu(norm(conv(silu(norm x)) + W silu(emb)))): [n, h, w, c] -> [n, h, w, features]."""
+
+    features: int
+    groups: int = 32
+    eps: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x, emb=None):
+        h = self.conv("conv1", self.features)(nn.silu(self.group_norm("norm1", self.groups, self.eps)(x)))
+        if emb is not None:
+            h = h + self.dense("time_emb_proj", self.features)(nn.silu(emb))[:, None, None]
+        h = self.conv("conv2", self.features)(nn.silu(self.group_norm("norm2", self.groups, self.eps)(h)))
+        if x.shape[-1] != self.features:
+            x = self.conv("conv_shortcut", self.features, 1)(x)
+        return x + h
+
+
+class SpatialAttention(Block):
+    """Self-attention over positions with its own norm and residual: [n, h, w, c] -> [n, h, w, c]."""
+
+    heads: int
+    groups: int = 32
+    eps: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x):
+        h = self.group_norm("group_norm", self.groups, self.eps)(x).reshape(x.shape[0], -1, x.shape[-1])
+        return x + self.attention(h, h, self.heads, bias=True).reshape(x.shape)
+
+
+def attend(
+    q: Float[Array, "n l h d"],
+    k: Float[Array, "n m h d"],
+    v: Float[Array, "n m h d"],
+    *,
+    causal: bool = False,
+    upcast: bool = False,
+    flash: bool = False,
+    limit: int | None = None,
+) -> Float[Array, "n l h d"]:
+    """softmax(q kᵀ/√d) v, in blocks of queries where the logits would not fit.
+
+    Args:
+      upcast: compute in float32 throughout, as float16 is unless by `flash`; otherwise logits and softmax alone are.
+      limit: logits held at once, `SCORES_IN_MEMORY` by default. Rabe & Staats 2021. Causal attention is not blocked.
+    """
+    n, length, heads, dim = q.shape
+    if upcast:
+        q, k, v = (a.astype(jnp.float32) for a in (q, k, v))
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    if flash and half and dim <= 128 and dim % 8 == 0:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+    rows = max((limit or SCORES_IN_MEMORY) // (n * heads * k.shape[1]), 1)
+    if q.dtype == jnp.float16:  # JAX's float16 product with float32 sums exists on GPUs only
+        q, k, v = (a.astype(jnp.float32) for a in (q, k, v))
+    if causal or rows >= length:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=causal)
+    blocks = -(-length // rows)
+    rows = -(-length // blocks)  # even blocks: less padding
+    padded = jnp.pad(q, ((0, 0), (0, blocks * rows - length), (0, 0), (0, 0)))
+    by_block = jnp.moveaxis(padded.reshape(n, blocks, rows, heads, dim), 1, 0)
+    # the checkpoint keeps reverse mode from holding every block's softmax
+    y = jax.lax.map(jax.checkpoint(lambda rows_of_q: jax.nn.dot_product_attention(rows_of_q, k, v)), by_block)
+    return jnp.moveaxis(y, 0, 1).reshape(n, blocks * rows, heads, dim)[:, :length]
+
+
+def timestep_embedding(
+    t: Shaped[Array, " n"], dim: int, *, flip: bool = True, shift: int | float = 0
+) -> Float[Array, "n d"]:
+    """[cos(t ω), sin(t ω)] with ω_i = 10000^{−i/(dim/2 − shift)}, in float32; without `flip` the sines come first.
+
+    The convention of Ho et al. 2020 is shift 1, sines first; that of latent diffusion shift 0, cosines first.
+    """
+    half = dim // 2
+    frequencies = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - shift))
+    angles = t.astype(jnp.float32)[:, None] * frequencies
+    waves = (jnp.cos(angles), jnp.sin(angles)) if flip else (jnp.sin(angles), jnp.cos(angles))
+    return jnp.pad(jnp.concatenate(waves, axis=-1), ((0, 0), (0, dim % 2)))
+
+
+def upsample(x: Float[Array, "n h w c"], size: tuple[int, ...]) -> Float[Array, "n h2 w2 c"]:
+    """Nearest neighbour: row i of the result is row ⌊i h/h2⌋."""
+    for axis, new in enumerate(size, start=1):
+        old = x.shape[axis]
+        x = jnp.repeat(x, 2, axis) if new == 2 * old else jnp.take(x, jnp.arange(new) * old // new, axis)
+    return x

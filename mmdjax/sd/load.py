@@ -1,0 +1,236 @@
+"""Loading and saving whole models: the architecture from the configurations, the parameters by `mmdjax.sd.convert`.
+
+A model on disk is one of: a folder of diffusers (a subfolder a network), one of its subfolders, a single `.safetensors`
+or `.ckpt` in CompVis's naming, a folder that `save` wrote (Flax's names and layout, nothing left to convert), or a hub
+id.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.traverse_util import unflatten_dict
+
+from mmdjax.sd import compvis, convert, single
+from mmdjax.sd.checkpoint import Checkpoint, CheckpointError, Entry, write_safetensors
+from mmdjax.sd.clip import CLIPText, CLIPTextConfig
+from mmdjax.sd.files import download, open_file, open_folder
+from mmdjax.sd.unet import UNet2D, UNet2DCondition, UNet2DConditionConfig, UNet2DConfig
+from mmdjax.sd.vae import AutoencoderKL, AutoencoderKLConfig, VQModel, VQModelConfig
+
+MODULES = (
+    (UNet2DConditionConfig, UNet2DCondition),
+    (UNet2DConfig, UNet2D),
+    (AutoencoderKLConfig, AutoencoderKL),
+    (VQModelConfig, VQModel),
+    (CLIPTextConfig, CLIPText),
+)
+COMPONENTS = ("unet", "vae", "vqvae", "text_encoder", "text_encoder_2")
+MANIFEST, FORMAT = "mmdjax.json", 1
+
+
+class Component(NamedTuple):
+    """One network of a model: `module.apply({"params": params}, ...)`.
+
+    Args:
+      config: the whole of its config.json, for writing it again.
+    """
+
+    module: Any
+    params: Any
+    config: Mapping[str, Any]
+
+
+class _How(NamedTuple):
+    """What the caller asks of every component."""
+
+    dtype: Any
+    param_dtype: Any
+    flash: bool
+    put: Callable
+
+    def module(self, raw: Mapping[str, Any]) -> Any:
+        return module_from_config(raw, dtype=self.dtype, param_dtype=self.param_dtype or jnp.float32, flash=self.flash)
+
+    def component(self, raw: Mapping[str, Any], checkpoint: Checkpoint, module: Any = None) -> Component:
+        module = module or self.module(raw)
+        params = convert.params_from_torch(module, checkpoint, param_dtype=self.param_dtype, put=self.put)
+        return Component(module, params, raw)
+
+
+def load_models(
+    path: str | Path,
+    *,
+    variant: str | None = None,
+    dtype: Any = jnp.float32,
+    param_dtype: Any = None,
+    flash: bool = False,
+    put: Callable = jnp.array,
+    ema: bool = False,
+    configs: Mapping[str, Mapping] | None = None,
+) -> dict[str, Component]:
+    """The networks of a model by component: "unet", "vae" or "vqvae", "text_encoder", "text_encoder_2".
+
+    Args:
+      path: see the top of this module.
+      variant: "fp16" for the half-precision files of a folder.
+      dtype: that the modules compute in.
+      param_dtype: that the parameters are cast to; None keeps the file's.
+      flash: see `mmdjax.sd.layers.Block`.
+      put: what becomes of each array of parameters; a `jax.device_put` to a sharding, say.
+      ema: the moving average of a single file's U-Net, instead of the last step's weights.
+      configs: of a single file's components, in place of what its shapes say.
+    Raises:
+      FileNotFoundError: no such file, config, weights, variant or shard.
+      CheckpointError: the file is damaged or unsafe, or keys are missing, unused or mis-shaped: all in one message.
+      ValueError: a config.json of a network, or with settings, that are not implemented.
+    """
+    how = _How(dtype, param_dtype, flash, put)
+    path = Path(path)
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        path = download(str(path), variant=variant)
+    if path.is_file():
+        return _load_single(open_file(path), how, ema, configs)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    if ema:
+        raise ValueError("ema=True is for single files; a folder has one set of weights a variant")
+    if (path / MANIFEST).exists():
+        return _load_saved(path, how)
+    if (path / "config.json").exists():
+        return {path.name: load_component(path, variant=variant, **how._asdict())}
+    found = {name: path / name for name in COMPONENTS if (path / name).is_dir()}
+    if not found:
+        raise FileNotFoundError(
+            f"{path.name}: no model; looked for {MANIFEST}, config.json and folders {', '.join(COMPONENTS)}"
+        )
+    return {name: load_component(folder, variant=variant, **how._asdict()) for name, folder in found.items()}
+
+
+def load_component(
+    folder: str | Path,
+    *,
+    variant: str | None = None,
+    dtype: Any = jnp.float32,
+    param_dtype: Any = None,
+    flash: bool = False,
+    put: Callable = jnp.array,
+) -> Component:
+    """One network's folder, config.json and its weights. See `load_models`."""
+    folder = Path(folder)
+    how, raw = _How(dtype, param_dtype, flash, put), read_config(folder)
+    module = how.module(raw)  # before the weights: another network's config is the clearer error
+    return how.component(raw, open_folder(folder, variant), module)
+
+
+def module_from_config(
+    raw: Mapping[str, Any], *, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32, flash: bool = False
+) -> nn.Module:
+    """The module that a parsed config.json describes.
+
+    Raises:
+      ValueError: of a class or with settings that are not implemented; they are named.
+    """
+    name = raw.get("_class_name") or (raw.get("architectures") or [None])[0]
+    for config, module in MODULES:
+        if name in config.CLASSES:
+            return module(config.from_json(raw), dtype=dtype, param_dtype=param_dtype, flash=flash)
+    known = ", ".join(config.CLASSES[0] for config, _ in MODULES)
+    raise ValueError(f"config.json is of {name!r}, which is not implemented; implemented: {known}")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A folder's config.json.
+
+    Raises:
+      FileNotFoundError: there is none.
+      CheckpointError: it is not a JSON object.
+    """
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(f"{folder.name}: no config.json, which says what the weights are")
+    return _read_json(folder / "config.json")
+
+
+def save(path: str | Path, components: Mapping[str, Component]) -> None:
+    """Write a model so that it loads without conversion: a safetensors file a network and one JSON of the
+    configurations.
+    """
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    for name, component in components.items():
+        leaves = {".".join(path): leaf for path, leaf in convert.flat(component.params).items()}
+        entries = {key: Entry(x.shape, x.dtype, lambda x=x: np.asarray(x)) for key, x in leaves.items()}
+        write_safetensors(path / f"{name}.safetensors", entries, {"format": "flax"})
+    manifest = {
+        "format": FORMAT,
+        "components": {name: dict(component.config) for name, component in components.items()},
+    }
+    (path / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def export(path: str | Path, components: Mapping[str, Component]) -> None:
+    """Write a model in the layout of diffusers, every tensor bit for bit what it was there (casts aside)."""
+    for name, component in components.items():
+        folder = Path(path) / name
+        folder.mkdir(parents=True, exist_ok=True)
+        stem = "model" if isinstance(component.module, CLIPText) else "diffusion_pytorch_model"
+        entries = convert.params_to_torch(component.params)
+        write_safetensors(folder / f"{stem}.safetensors", entries, {"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(dict(component.config), indent=2, sort_keys=True) + "\n")
+
+
+def _load_single(file: Checkpoint, how: _How, ema: bool, configs: Mapping[str, Mapping] | None) -> dict[str, Component]:
+    convert.refuse_foreign(file)
+    found = {}
+    for name, part in single.parts(file, configs).items():
+        module = how.module(part.config)
+        mine = single.used(part, module.config, file)
+        if ema and name == "unet":
+            mine = _moving_average(mine, part.prefix, file)
+        sources = compvis.sources(module, convert.keys(convert.abstract(module)), openclip=part.openclip)
+        found[name] = how.component(part.config, compvis.translate(mine, sources), module)
+    return found
+
+
+def _moving_average(unet: Checkpoint, prefix: str, file: Checkpoint) -> Checkpoint:
+    places = {key: compvis.ema_key(prefix + key) for key in unet}
+    missing = [place for place in places.values() if place not in file]
+    if missing:
+        raise CheckpointError(
+            f"{file.source} lacks {len(missing)} of {len(places)} averaged weights (model_ema.*); use ema=False"
+        )
+    return Checkpoint({key: file.stored[place] for key, place in places.items()}, file.source)
+
+
+def _load_saved(path: Path, how: _How) -> dict[str, Component]:
+    manifest = _read_json(path / MANIFEST)
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path.name}/{MANIFEST} is of format {manifest.get('format')}; this version reads {FORMAT}"
+        )
+    found = {}
+    for name, raw in manifest["components"].items():
+        module = how.module(raw)
+        tree = {".".join(p): (p, leaf.shape) for p, leaf in convert.flat(convert.abstract(module)).items()}
+        file = open_file(path / f"{name}.safetensors")
+        convert.check(file, {key: shape for key, (_, shape) in tree.items()}, f"{path.name}/{file.source}")
+        cast = (lambda x: x) if how.param_dtype is None else (lambda x: x.astype(how.param_dtype))
+        found[name] = Component(
+            module, unflatten_dict({p: how.put(cast(file[key])) for key, (p, _) in tree.items()}), raw
+        )
+    return found
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path.parent.name}/{path.name} is not JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path.parent.name}/{path.name} is not a JSON object")
+    return raw

@@ -1,0 +1,206 @@
+"""What is in a single-file checkpoint: its networks and their configurations, from keys and shapes alone.
+
+Shapes say everything but three things. How attention is split in heads: Stable Diffusion 1 (convolutions around its
+transformers) has 8 heads everywhere; 2 and SDXL (linear maps there) and CLIP have heads of 64 channels, the
+unconditional models heads of 32. The scale of the latents: the file's `scale_factor` where it has one, else .18215, or
+.13025 beside SDXL's U-Net, or 1 for quantised latents. What the network predicts: Stable Diffusion 2's base model
+(noise) and its 768 model (velocity) have the same shapes, and who loads it must say which.
+
+References:
+  the configurations in github.com/CompVis/latent-diffusion, github.com/Stability-AI/stablediffusion and
+  generative-models.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from mmdjax.sd.checkpoint import Checkpoint, CheckpointError
+
+UNET, VAE, EMA = "model.diffusion_model.", "first_stage_model.", "model_ema."
+TEXTS = (  # component, prefix, whether the names are OpenCLIP's
+    ("text_encoder", "cond_stage_model.transformer.", False),
+    ("text_encoder", "cond_stage_model.model.", True),
+    ("text_encoder", "conditioner.embedders.0.transformer.", False),
+    ("text_encoder_2", "conditioner.embedders.1.model.", True),
+)
+# Beside the networks: schedules that the configs repeat, the training's losses, the moving average.
+IGNORED = re.compile(
+    r"^(betas|alphas_cumprod(_prev)?|sqrt_\w+|log_one_minus_\w+|posterior_\w+|logvar|lvlb_weights|scale_factor|global_step"
+    r"|denoiser\.\w+|model_ema\..+|first_stage_model\.(loss|model_ema)\..+|cond_stage_model\.(model\.)?logit_scale"
+    r"|conditioner\.embedders\.\d\.(model\.|transformer\.)?logit_scale)$"
+)
+
+
+class Part(NamedTuple):
+    """A network in a single file: where its keys begin, its configuration, and whether its names are OpenCLIP's."""
+
+    prefix: str
+    config: dict[str, Any]
+    openclip: bool = False
+
+
+def parts(file: Checkpoint, configs: Mapping[str, Mapping] | None = None) -> dict[str, Part]:
+    """The networks in a single file by component ("unet", "vae", "vqvae", "text_encoder", "text_encoder_2").
+
+    Args:
+      configs: config.json of components, parsed, in place of what the shapes say.
+    Raises:
+      CheckpointError: no U-Net and no autoencoder in CompVis's naming; or keys that belong to nothing.
+    """
+    found = {}
+    if f"{UNET}input_blocks.0.0.weight" in file:
+        found["unet"] = Part(UNET, unet_config(file.part(UNET)))
+    if f"{VAE}encoder.conv_in.weight" in file:
+        quantised = f"{VAE}quantize.embedding.weight" in file
+        sdxl = f"{UNET}label_emb.0.0.weight" in file
+        scale = 1.0 if quantised else 0.13025 if sdxl else 0.18215
+        if "scale_factor" in file:
+            scale = float(file["scale_factor"])
+        found["vqvae" if quantised else "vae"] = Part(VAE, vae_config(file.part(VAE), scale))
+    for name, prefix, openclip in TEXTS:
+        marker = "token_embedding.weight" if openclip else "text_model.embeddings.token_embedding.weight"
+        if prefix + marker in file:
+            config = openclip_config if openclip else clip_config
+            found[name] = Part(prefix, config(file.part(prefix), second=name == "text_encoder_2"), openclip)
+    if not found:
+        raise CheckpointError(
+            f"{file.source} holds no U-Net, autoencoder or text encoder in the naming of single-file checkpoints"
+        )
+    known = tuple(part.prefix for part in found.values())
+    stray = sorted(key for key in file if not key.startswith(known) and not IGNORED.match(key))
+    if stray:
+        raise CheckpointError(
+            "\n".join([f"{file.source}: {len(stray)} keys unused", *(f"  unused: {key}" for key in stray)])
+        )
+    given: Mapping[str, Any] = configs or {}
+    return {name: part._replace(config={**given.get(name, part.config)}) for name, part in found.items()}
+
+
+def used(part: Part, config: Any, file: Checkpoint) -> Checkpoint:
+    """A part's tensors under their names in it, without what its network leaves out by design.
+
+    Stable Diffusion 2 is conditioned on OpenCLIP's layer before the last, so its text encoder has one layer fewer than
+    the file, and no projection.
+    """
+    mine = file.part(part.prefix)
+    dropped = re.compile(r"^loss\.|^model_ema\.|(^|\.)logit_scale$")
+    if part.openclip and not config.with_projection:
+        dropped = re.compile(rf"^logit_scale$|^text_projection$|^transformer\.resblocks\.{config.num_hidden_layers}\.")
+    return Checkpoint({k: v for k, v in mine.stored.items() if not dropped.search(k)}, file.source)
+
+
+def unet_config(unet: Checkpoint) -> dict[str, Any]:
+    """config.json of a U-Net, from the tensors under `model.diffusion_model.`."""
+    levels: list[list[int]] = [[]]  # channels of each block at each level
+    attends, k = [False], 1
+    while f"input_blocks.{k}.0.op.weight" in unet or f"input_blocks.{k}.0.in_layers.2.weight" in unet:
+        if f"input_blocks.{k}.0.op.weight" in unet:
+            levels.append([])
+            attends.append(False)
+        else:
+            levels[-1].append(unet.shape(f"input_blocks.{k}.0.in_layers.2.weight")[0])
+            attends[-1] |= f"input_blocks.{k}.1.norm.weight" in unet
+        k += 1
+    channels = [blocks[-1] for blocks in levels]
+    transformer = "middle_block.1.proj_in.weight" in unet
+    prefix = "CrossAttn" if transformer else "Attn"
+    config: dict[str, Any] = {
+        "_class_name": "UNet2DConditionModel" if transformer else "UNet2DModel",
+        "in_channels": unet.shape("input_blocks.0.0.weight")[1],
+        "out_channels": unet.shape("out.2.weight")[0],
+        "block_out_channels": channels,
+        "layers_per_block": len(levels[0]),
+        "down_block_types": [f"{prefix}DownBlock2D" if attend else "DownBlock2D" for attend in attends],
+        "up_block_types": [f"{prefix}UpBlock2D" if attend else "UpBlock2D" for attend in attends[::-1]],
+    }
+    if not transformer:
+        return config | {"attention_head_dim": 32}
+    linear = len(unet.shape("middle_block.1.proj_in.weight")) == 2
+    added = {}
+    if "label_emb.0.0.weight" in unet:
+        added = {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": unet.shape("label_emb.0.0.weight")[1],
+        }
+    return config | added | {
+        "cross_attention_dim": unet.shape("middle_block.1.transformer_blocks.0.attn2.to_k.weight")[1],
+        "attention_head_dim": [c // 64 for c in channels] if linear else 8,
+        "use_linear_projection": linear,
+        "transformer_layers_per_block": _depths(unet, len(channels), len(levels[0]) + 1),
+        "upcast_attention": linear and not added,  # Stable Diffusion 2 overflows in half precision without
+    }  # fmt: skip
+
+
+def vae_config(vae: Checkpoint, scale: float) -> dict[str, Any]:
+    """config.json of an autoencoder, from the tensors under `first_stage_model.`."""
+    levels = _count(vae, "encoder.down.{}.block.0.conv1.weight")
+    config: dict[str, Any] = {
+        "_class_name": "AutoencoderKL",
+        "in_channels": vae.shape("encoder.conv_in.weight")[1],
+        "out_channels": vae.shape("decoder.conv_out.weight")[0],
+        "block_out_channels": [vae.shape(f"encoder.down.{i}.block.0.conv1.weight")[0] for i in range(levels)],
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "layers_per_block": _count(vae, "encoder.down.0.block.{}.conv1.weight"),
+        "latent_channels": vae.shape("decoder.conv_in.weight")[1],
+        "scaling_factor": scale,
+    }
+    if "quantize.embedding.weight" in vae:
+        num, size = vae.shape("quantize.embedding.weight")
+        config |= {"_class_name": "VQModel", "num_vq_embeddings": num, "vq_embed_dim": size}
+    return config
+
+
+def clip_config(text: Checkpoint, second: bool = False) -> dict[str, Any]:
+    """config.json of CLIP-L's text encoder."""
+    embeddings = "text_model.embeddings.{}_embedding.weight"
+    vocabulary, width = text.shape(embeddings.format("token"))
+    return {
+        "architectures": ["CLIPTextModel"],
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "max_position_embeddings": text.shape(embeddings.format("position"))[0],
+        "num_hidden_layers": _count(text, "text_model.encoder.layers.{}.mlp.fc1.weight"),
+        "intermediate_size": text.shape("text_model.encoder.layers.0.mlp.fc1.weight")[0],
+        "num_attention_heads": width // 64,
+        "hidden_act": "quick_gelu",
+        "eos_token_id": 2,  # the last of the vocabulary, by its being the largest
+    }
+
+
+def openclip_config(text: Checkpoint, second: bool) -> dict[str, Any]:
+    """config.json of an OpenCLIP text encoder: SDXL's second has its projection, Stable Diffusion 2's lacks the last
+    layer.
+    """
+    vocabulary, width = text.shape("token_embedding.weight")
+    layers = _count(text, "transformer.resblocks.{}.mlp.c_fc.weight")
+    return {
+        "architectures": ["CLIPTextModelWithProjection" if second else "CLIPTextModel"],
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "max_position_embeddings": text.shape("positional_embedding")[0],
+        "num_hidden_layers": layers if second else layers - 1,
+        "intermediate_size": text.shape("transformer.resblocks.0.mlp.c_fc.weight")[0],
+        "num_attention_heads": width // 64,
+        "hidden_act": "gelu",
+        "eos_token_id": 2,
+        **({"projection_dim": text.shape("text_projection")[1]} if second else {}),
+    }
+
+
+def _depths(unet: Checkpoint, levels: int, per_level: int) -> list[int]:
+    # a level that does not attend takes 1, a number that nothing reads; the middle has the last level's
+    depths = [
+        _count(unet, f"input_blocks.{1 + i * per_level}.1.transformer_blocks.{{}}.norm1.weight") for i in range(levels)
+    ]
+    middle = _count(unet, "middle_block.1.transformer_blocks.{}.norm1.weight")
+    return [depth or 1 for depth in depths[:-1]] + [middle]
+
+
+def _count(tensors: Checkpoint, pattern: str) -> int:
+    n = 0
+    while pattern.format(n) in tensors:
+        n += 1
+    return n

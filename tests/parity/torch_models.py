@@ -1,0 +1,116 @@
+"""Tiny random models of the real libraries, one of each family, and how to run them beside ours."""
+
+import numpy as np
+import sd_tiny
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel, VQModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+SD1_UNET = {
+    "sample_size": 8,
+    "block_out_channels": (32, 64),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 2,
+    "cross_attention_dim": 24,
+    "attention_head_dim": 8,
+}
+SD2_UNET = SD1_UNET | {
+    "block_out_channels": (64, 128),
+    "attention_head_dim": (1, 2),
+    "use_linear_projection": True,
+    "upcast_attention": True,
+}
+SDXL_UNET = SD1_UNET | {
+    "block_out_channels": (64, 128),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": (1, 2),
+    "transformer_layers_per_block": (1, 2),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 16 + 6 * 8,
+    "cross_attention_dim": 40,
+}
+LDM_UNET = {
+    "sample_size": 8,
+    "block_out_channels": (32, 64),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 2,
+    "attention_head_dim": 32,
+}
+KL = {
+    "block_out_channels": (32, 64),
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "layers_per_block": 1,
+    "sample_size": 16,
+}
+VQ = KL | {"latent_channels": 3, "num_vq_embeddings": 64, "scaling_factor": 1.0}
+TEXT = {
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 12,
+    "projection_dim": 16,
+    "bos_token_id": 98,
+    "eos_token_id": 99,
+}
+CLIP_L = TEXT | {"hidden_act": "quick_gelu"}
+CLIP_H = TEXT | {"hidden_act": "gelu"}
+
+
+def randomise(model):
+    """Every parameter drawn by its name."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(torch.from_numpy(sd_tiny.draw(name, tuple(p.shape))))
+    return model.eval()
+
+
+def text_encoder(config, projection=False):
+    cls = CLIPTextModelWithProjection if projection else CLIPTextModel
+    return randomise(cls(CLIPTextConfig(**config)))
+
+
+FAMILIES = {
+    "sd1": lambda: {
+        "unet": randomise(UNet2DConditionModel(**SD1_UNET | {"cross_attention_dim": 64})),
+        "vae": randomise(AutoencoderKL(**KL)),
+        "text_encoder": text_encoder(CLIP_L | {"eos_token_id": 2}),
+    },
+    "sd2": lambda: {
+        "unet": randomise(UNet2DConditionModel(**SD2_UNET | {"cross_attention_dim": 64})),
+        "vae": randomise(AutoencoderKL(**KL)),
+        "text_encoder": text_encoder(CLIP_H),
+    },
+    "sdxl": lambda: {
+        "unet": randomise(UNet2DConditionModel(**SDXL_UNET | {"cross_attention_dim": 128})),
+        "vae": randomise(AutoencoderKL(**KL | {"scaling_factor": 0.13025})),
+        "text_encoder": text_encoder(CLIP_L),
+        "text_encoder_2": text_encoder(CLIP_H, projection=True),
+    },
+    "ldm": lambda: {
+        "unet": randomise(UNet2DModel(**LDM_UNET)),
+        "vqvae": randomise(VQModel(**VQ)),
+    },
+}
+
+
+def nchw(x):
+    return torch.from_numpy(np.array(np.moveaxis(np.asarray(x), -1, 1)))
+
+
+def nhwc(x):
+    return np.moveaxis(x.detach().numpy(), 1, -1)
+
+
+def relative(ours, theirs):
+    """Largest difference over the largest value."""
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    assert ours.shape == theirs.shape
+    return np.abs(ours - theirs).max() / np.abs(theirs).max()
