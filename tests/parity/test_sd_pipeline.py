@@ -94,7 +94,9 @@ def close(ours, theirs):
     assert np.abs((np.asarray(ours) + 1) / 2 - theirs).max() < 2 / 255
 
 
-@pytest.mark.parametrize("family, negative", [("sd1", NEGATIVE), ("sd2", NEGATIVE), ("sdxl", NEGATIVE), ("sdxl", None)])
+@pytest.mark.parametrize(
+    ("family", "negative"), [("sd1", NEGATIVE), ("sd2", NEGATIVE), ("sdxl", NEGATIVE), ("sdxl", None)]
+)
 def test_text_to_image(built, family, negative):
     theirs, _, pipeline, params = built(family)
     latents = np.random.default_rng(0).standard_normal((2, 8, 8, 4)).astype(np.float32)
@@ -203,7 +205,7 @@ def test_time_grids_exactly(name, spacing, steps):
     assert times[-1] == (0.001 if name == "PNDMScheduler" and index[-1] > 0 else 0)
 
 
-@pytest.mark.parametrize("one, offset, end", [(True, 1, 0.0), (False, 1, 0.001), (False, 0, 0.0)])
+@pytest.mark.parametrize(("one", "offset", "end"), [(True, 1, 0.0), (False, 1, 0.001), (False, 0, 0.0)])
 def test_where_the_grid_ends(one, offset, end):
     times = Scheduler({"_class_name": "DDIMScheduler", "set_alpha_to_one": one, "steps_offset": offset}).times(10)
     assert times[-1] == end
