@@ -1,5 +1,4 @@
-"""MMD Guidance in pure JAX: adapt a pretrained diffusion model to a small reference set while sampling, without
-training.
+"""MMD Guidance in pure JAX: adapt a diffusion model to a small reference set while sampling, with no training.
 
 Source: arXiv 2601.08379.
 """

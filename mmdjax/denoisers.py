@@ -175,8 +175,9 @@ class Clipped:
 
 @pytree
 class Thresholded:
-    """x̂0 clipped to ±s and divided by s, s = max(1, the quantile of |x̂0| of each sample).  Saharia et al. 2022,
-    section 2.3.
+    """x̂0 clipped to ±s and divided by s, s = max(1, the quantile of |x̂0| of each sample).
+
+    Saharia et al. 2022, section 2.3.
     """
 
     denoiser: Any

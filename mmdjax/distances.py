@@ -83,10 +83,9 @@ def pairwise_median(y: Float[Array, "m d"], weight: Float[Array, " m"]) -> Float
 
 
 def nearest_distance(y: Float[Array, "m d"], weight: Float[Array, " m"]) -> Float[Array, ""]:
-    """The median distance of a row of positive weight to its nearest distinct other one, on at most `SUBSET` rows;
-    detached.
+    """The median distance of a row of positive weight to its nearest distinct other one; NaN if all are equal.
 
-    NaN if all rows are equal.
+    Detached, on at most `SUBSET` rows.
     """
     d2, valid = _valid_pairs(y, weight, "nearest-neighbour distance")
     nearest = jnp.min(jnp.where(valid & (d2 > 0), d2, jnp.inf), axis=1)

@@ -482,8 +482,7 @@ class Sum(Kernel):
 
 @pytree
 class Product(Kernel):
-    """k((x, c), (x', c')) = k_x(x, x') k_c(c, c'): a sample is pulled only by references whose condition is like its
-    own.
+    """k((x, c), (x', c')) = k_x(x, x') k_c(c, c'): only references whose condition is like a sample's own pull it.
 
     Args:
       x: kernel on the samples.

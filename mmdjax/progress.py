@@ -4,8 +4,7 @@ from typing import Any
 
 
 class Bar:
-    """Called with the index of each step from inside `jit` (through `jax.debug.callback`): opens at the first, closes
-    at the last.
+    """A bar that opens at the first step and closes at the last; `jax.debug.callback` gives it the index of each.
 
     Args:
       total: number of steps.

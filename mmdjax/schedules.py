@@ -65,10 +65,9 @@ class VPLinear:
 
 @pytree
 class Cosine:
-    """α_t = cos φ_t / cos φ_0 with φ linear in t, φ_0 = πs/2(1 + s), up to α_1 = `alpha_min`.  Nichol & Dhariwal 2021,
-    eq. 17.
+    """α_t = cos φ_t / cos φ_0 with φ linear in t, φ_0 = πs/2(1 + s), up to α_1 = `alpha_min`.
 
-    The paper clips β at 0.999 near t = 1; here φ ends where α is `alpha_min`, which keeps log-SNR strictly decreasing.
+    Nichol & Dhariwal 2021, eq. 17. The paper clips β at 0.999 near t = 1; here φ ends where α is `alpha_min`, which keeps log-SNR strictly decreasing.
     """
 
     offset: Any = 0.008
@@ -121,8 +120,9 @@ class EDM:
 
 @pytree
 class RectifiedFlow:
-    """α = 1 − u, σ = u with u = shift · t / (1 + (shift − 1) t).  Lipman et al. 2023; the shift is Esser et al. 2024,
-    eq. 23.
+    """α = 1 − u, σ = u with u = shift · t / (1 + (shift − 1) t).
+
+    Lipman et al. 2023; the shift is Esser et al. 2024, eq. 23.
     """
 
     shift: Any = 1.0

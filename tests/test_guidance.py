@@ -74,9 +74,7 @@ def test_direction_is_the_gradient_of_mmd2(name, estimator):
 
 
 def test_mass_step_is_the_published_prototype_rule():
-    """The default's closed form, loop by loop: mean shift to references less that to the other particles, over its
-    mass.
-    """
+    """The default's closed form in loops: mean shift to references less that to the other particles, over its mass."""
     z, y, c = np.asarray(Z, np.float64), np.asarray(Y, np.float64), 1.3
     n, m = len(z), len(y)
     expected = np.zeros_like(z)
