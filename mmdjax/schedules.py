@@ -67,8 +67,8 @@ class VPLinear:
 class Cosine:
     """α_t = cos φ_t / cos φ_0 with φ linear in t, φ_0 = πs/2(1 + s), up to α_1 = `alpha_min`.
 
-    Nichol & Dhariwal 2021, eq. 17. The paper clips β at 0.999 near t = 1; here φ ends where α is `alpha_min`, which keeps
-    log-SNR strictly decreasing.
+    Nichol & Dhariwal 2021, eq. 17. The paper clips β at 0.999 near t = 1; here φ ends where α is `alpha_min`, so that
+    log-SNR is strictly decreasing.
     """
 
     offset: Any = 0.008
