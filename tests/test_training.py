@@ -70,7 +70,7 @@ def test_loss_is_the_mean_squared_error_of_the_prediction(prediction, schedule):
         (EDMLoss(0.5), (9 + 0.25) / (3 * 0.5) ** 2),  # s = σ/α = 3: (s² + σ_d²)/(s σ_d)²
         (lambda level: 7.0 + 0 * level.t, 7.0),
     ],
-    ids=str,
+    ids=["x0", "eps", "v", "flow", "minsnr", "minsnr-capped", "edm", "function"],
 )
 def test_weighting_closed_form(weighting, factor):
     # x̂0 = 1 for x0 = 3: the squared error is 4 whatever the noise
