@@ -1,0 +1,170 @@
+"""CLIP's byte-pair encoding: prompts to rows of token ids, from a checkpoint's own vocabulary.
+
+Text is brought to Unicode's NFC, white space collapsed, lowered, and split into words, single digits and runs of
+other signs; each piece is UTF-8 bytes, merged pair by pair in the order in which the merges were learnt, the last of
+a piece marked `</w>`. A row is  start, the tokens, end, padding  and 77 long for CLIP.
+
+References:
+  Radford et al. 2021, section 2.4; Sennrich et al. 2016 (byte-pair encoding).
+"""
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from mmdjax.sd.checkpoint import CheckpointError
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+LENGTH = 77  # of CLIP's position table
+FILES = "vocab.json with merges.txt, or tokenizer.json"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """Prompts to token ids.
+
+    Args:
+      encoding: the `tokenizers.Tokenizer` of the vocabulary; it adds no start, end or padding.
+      start: id before the prompt.
+      end: id after it.
+      pad: id in the places left: the end's for CLIP-L, 0 ("!") for Stable Diffusion 2 and SDXL's second encoder.
+      length: of a row.
+    """
+
+    encoding: Any
+    start: int
+    end: int
+    pad: int
+    length: int = LENGTH
+
+    def __call__(self, prompts: Sequence[str]) -> Int[np.ndarray, "n l"]:
+        """Token ids, a row a prompt. What does not fit is cut off, with a warning that quotes it.
+
+        Raises:
+          TypeError: `prompts` is a single string, or holds something else than strings.
+        """
+        if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise TypeError(f"prompts is {prompts!r}; give a list of strings")
+        rows = np.full((len(prompts), self.length), self.pad, np.int32)
+        for row, prompt, found in zip(rows, prompts, self.encoding.encode_batch(list(prompts)), strict=True):
+            ids, fits = found.ids, self.length - 2
+            if len(ids) > fits:
+                cut = prompt[found.offsets[fits][0] :].strip()
+                warnings.warn(
+                    f"a prompt of {len(ids)} tokens was cut to the {fits} that the text encoder takes; "
+                    f"left out: {cut!r}",
+                    stacklevel=2,
+                )
+            ids = [self.start, *ids[:fits], self.end]
+            row[: len(ids)] = ids
+        return rows
+
+    def save(self, folder: str | Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json; `load_tokenizer` and transformers read them back."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.encoding.save(str(folder / "tokenizer.json"))
+        names = {"bos_token": self.start, "eos_token": self.end, "pad_token": self.pad, "unk_token": self.end}
+        config = {name: self.encoding.id_to_token(i) for name, i in names.items()}
+        config |= {"model_max_length": self.length, "tokenizer_class": "CLIPTokenizer"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer in a folder of a checkpoint.
+
+    The vocabulary is read from vocab.json and merges.txt, else from tokenizer.json; the padding token and the length
+    from tokenizer_config.json and special_tokens_map.json, where they are.
+
+    Raises:
+      ImportError: the library `tokenizers` is not installed.
+      FileNotFoundError: no vocabulary.
+      CheckpointError: files that are not a vocabulary of CLIP's kind.
+    """
+    folder = Path(folder)
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ImportError("prompts need the library tokenizers: pip install tokenizers") from error
+
+    settings = _json(folder / "special_tokens_map.json") | _json(folder / "tokenizer_config.json")
+    special = {name: _token(settings.get(name), default) for name, default in _DEFAULTS.items()}
+    if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+        encoding = _from_vocabulary(
+            _json(folder / "vocab.json"), folder / "merges.txt", special["unk_token"]["content"]
+        )
+    elif (folder / "tokenizer.json").exists():
+        try:
+            encoding = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the library raises bare Exceptions
+            raise CheckpointError(f"{folder.name}/tokenizer.json is no tokenizer: {error}") from error
+        encoding.no_padding()
+        encoding.no_truncation()
+        encoding.post_processor = tokenizers.processors.Sequence([])
+    else:
+        raise FileNotFoundError(f"{folder}: no vocabulary for prompts; needed: {FILES}")
+    ids = {token["content"]: encoding.token_to_id(token["content"]) for token in special.values()}
+    missing = [content for content, i in ids.items() if i is None]
+    if missing:
+        raise CheckpointError(f"{folder.name}: the vocabulary lacks {', '.join(missing)}; is it CLIP's?")
+    known = {token.content for token in encoding.get_added_tokens_decoder().values()}  # with flags of their own
+    new = [token for token in special.values() if token["content"] not in known]
+    encoding.add_special_tokens([tokenizers.AddedToken(**token, special=True) for token in new])
+    start, end, pad, _ = (ids[token["content"]] for token in special.values())
+    length = settings.get("model_max_length", LENGTH)
+    return Tokenizer(encoding, start, end, pad, length if length < 1e6 else LENGTH)
+
+
+_DEFAULTS = {"bos_token": START, "eos_token": END, "pad_token": END, "unk_token": END}
+
+
+def _from_vocabulary(folder: Path, unknown: str) -> Any:
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+
+    vocabulary = _json(folder / "vocab.json")
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    pairs = [(a, b) for a, _, b in (line.partition(" ") for line in lines if not line.startswith("#version")) if b]
+    try:
+        model = models.BPE(
+            vocabulary, pairs, continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=unknown
+        )
+    except Exception as error:  # the library raises bare Exceptions
+        raise CheckpointError(f"{folder.name}: vocab.json and merges.txt do not fit: {error}") from error
+    encoding = Tokenizer(model)
+    encoding.normalizer = normalizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    encoding.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
+        [
+            pre_tokenizers.Split(Regex(PIECES), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    return encoding
+
+
+def _token(value: Any, default: str) -> dict[str, Any]:
+    # a string, or an object with how it is found in text
+    if not isinstance(value, Mapping):
+        return {"content": value or default}
+    known = ("content", "lstrip", "rstrip", "normalized", "single_word")
+    return {key: value[key] for key in known if key in value}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path.parent.name}/{path.name} is not JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path.parent.name}/{path.name} is not a JSON object")
+    return raw

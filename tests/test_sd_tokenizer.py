@@ -1,0 +1,66 @@
+"""The tokenizer without torch, on a vocabulary of bytes and two words."""
+
+import numpy as np
+import pytest
+import sd_toys
+
+from mmdjax.sd.checkpoint import CheckpointError
+from mmdjax.sd.tokenizer import load_tokenizer
+
+START, END = 516, 517
+
+
+def test_words_bytes_and_padding(tmp_path):
+    tokenizer = load_tokenizer(sd_toys.write_tokenizer(tmp_path, length=8))
+    a, b = sd_toys.SIGNS.index("a"), sd_toys.SIGNS.index("b")
+    ids = tokenizer(["A  Cat\n", "", "ab"])
+    assert ids.tolist() == [
+        [START, 256 + a, 513, END, END, END, END, END],
+        [START, END, END, END, END, END, END, END],
+        [START, a, 256 + b, END, END, END, END, END],
+    ]
+    assert ids.dtype == np.int32
+
+
+def test_padding_with_another_token(tmp_path):
+    assert load_tokenizer(sd_toys.write_tokenizer(tmp_path, length=5, pad="!"))(["cat"]).tolist() == [
+        [START, 513, END, 0, 0]
+    ]
+
+
+def test_long_prompt_is_cut_with_a_warning(tmp_path):
+    tokenizer = load_tokenizer(sd_toys.write_tokenizer(tmp_path, length=5))
+    assert tokenizer(["cat dog cat"]).tolist() == [[START, 513, 515, 513, END]]  # fits: no warning
+    with pytest.warns(UserWarning, match="of 4 tokens was cut to the 3 that the text encoder takes; left out: 'Dog'"):
+        assert tokenizer(["cat dog cat Dog"]).tolist() == [[START, 513, 515, 513, END]]
+
+
+def test_saved_and_loaded(tmp_path):
+    tokenizer = load_tokenizer(sd_toys.write_tokenizer(tmp_path / "a", length=9, pad="!"))
+    tokenizer.save(tmp_path / "b")
+    again = load_tokenizer(tmp_path / "b")
+    prompts = ["cat!", "a <|endoftext|> b", "é"]
+    assert (again.pad, again.length) == (0, 9)
+    np.testing.assert_array_equal(again(prompts), tokenizer(prompts))
+
+
+def test_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no vocabulary for prompts; needed: vocab.json with merges.txt"):
+        load_tokenizer(tmp_path)
+    folder = sd_toys.write_tokenizer(tmp_path / "a")
+    with pytest.raises(TypeError, match="prompts is 'a cat'; give a list of strings"):
+        load_tokenizer(folder)("a cat")
+    folder.joinpath("merges.txt").write_text("#version: 0.2\nzz zz\n")
+    with pytest.raises(CheckpointError, match=r"vocab.json and merges.txt do not fit"):
+        load_tokenizer(folder)
+    folder.joinpath("vocab.json").write_text('{"a": 0, "<|endoftext|>": 1}')
+    folder.joinpath("merges.txt").write_text("")
+    with pytest.raises(CheckpointError, match=r"the vocabulary lacks <\|startoftext\|>"):
+        load_tokenizer(folder)
+    folder.joinpath("vocab.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"vocab.json is not JSON"):
+        load_tokenizer(folder)
+    folder.joinpath("vocab.json").unlink()
+    folder.joinpath("tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"tokenizer.json is no tokenizer"):
+        load_tokenizer(folder)
