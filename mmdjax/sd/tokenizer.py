@@ -107,10 +107,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             raise CheckpointError(f"{folder.name}/tokenizer.json is no tokenizer: {error}") from error
         encoding.no_padding()
         encoding.no_truncation()
-        encoding.post_processor = tokenizers.processors.Sequence([])
+        encoding.post_processor = tokenizers.processors.Sequence([])  # pyright: ignore[reportCallIssue]
     else:
         raise FileNotFoundError(f"{folder}: no vocabulary for prompts; needed: {FILES}")
-    ids = {token["content"]: encoding.token_to_id(token["content"]) for token in special.values()}
+    ids: dict[str, Any] = {token["content"]: encoding.token_to_id(token["content"]) for token in special.values()}
     missing = [content for content, i in ids.items() if i is None]
     if missing:
         raise CheckpointError(f"{folder.name}: the vocabulary lacks {', '.join(missing)}; is it CLIP's?")
@@ -138,7 +138,7 @@ def _from_vocabulary(folder: Path, unknown: str) -> Any:
     except Exception as error:  # the library raises bare Exceptions
         raise CheckpointError(f"{folder.name}: vocab.json and merges.txt do not fit: {error}") from error
     encoding = Tokenizer(model)
-    encoding.normalizer = normalizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
+    encoding.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     )
     encoding.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]

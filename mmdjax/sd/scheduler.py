@@ -1,0 +1,162 @@
+"""What a checkpoint's scheduler_config.json says of the model: its table of noise, its prediction and its time grid.
+
+    β by its schedule,  ᾱ_i = Π_{j ≤ i} (1 − β_j)
+
+The table is computed as diffusers does, in float32 with the product accumulated in float64, so that the two agree to
+the bit. With `rescale_betas_zero_snr`, √ᾱ is shifted to end at 0 and scaled to start where it did. Lin et al. 2024,
+algorithm 1.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from mmdjax.schedules import Discrete, discrete_times
+
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+GRIDS = {  # which kind of grid each class visits, and its default spacing
+    "DDIMScheduler": ("ddim", "leading"),
+    "DDPMScheduler": ("ddim", "leading"),
+    "PNDMScheduler": ("ddim", "leading"),
+    "EulerDiscreteScheduler": ("sigma", "linspace"),
+    "EulerAncestralDiscreteScheduler": ("sigma", "linspace"),
+    "LMSDiscreteScheduler": ("sigma", "linspace"),
+    "HeunDiscreteScheduler": ("sigma", "linspace"),
+    "DPMSolverMultistepScheduler": ("multistep", "linspace"),
+    "UniPCMultistepScheduler": ("multistep", "linspace"),
+}
+OWN_GRIDS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+TINY = 2.0**-24  # diffusers' zero where σ/α is formed
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scheduler:
+    """A parsed scheduler_config.json; keys left out take the default of the class that wrote it.
+
+    Raises:
+      ValueError: a class, prediction, table or setting that is not implemented.
+
+    Example:
+      >>> scheduler = Scheduler({"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear"})
+      >>> scheduler.prediction, scheduler.num_train_steps
+      ('eps', 1000)
+    """
+
+    raw: Mapping[str, Any]
+
+    def __post_init__(self):
+        name, prediction = self.raw.get("_class_name"), self.raw.get("prediction_type", "epsilon")
+        if name not in GRIDS:
+            raise ValueError(
+                f"the scheduler's class is {name!r}; implemented: {', '.join(GRIDS)}. "
+                'load(..., scheduler={"_class_name": "DDIMScheduler"}) overrides it'
+            )
+        if prediction not in PREDICTIONS:
+            raise ValueError(f"the scheduler's prediction_type is {prediction!r}; implemented: {', '.join(PREDICTIONS)}")
+        if self.raw.get("thresholding"):
+            raise ValueError("the scheduler's thresholding is for models of pixels; latents have no fixed range")
+        _betas(self.raw)
+
+    @property
+    def prediction(self) -> str:
+        """What the network predicts, as `from_model` calls it."""
+        return PREDICTIONS[self.raw.get("prediction_type", "epsilon")]
+
+    @property
+    def num_train_steps(self) -> int:
+        """T, the length of the table."""
+        return len(_betas(self.raw))
+
+    @property
+    def clip(self) -> float | None:
+        """The range ± that x̂0 is clipped to; None without."""
+        name = self.raw["_class_name"]
+        clips = self.raw.get("clip_sample", name in ("DDIMScheduler", "DDPMScheduler"))
+        return float(self.raw.get("clip_sample_range", 1.0)) if clips else None
+
+    @property
+    def alphas_cumprod(self) -> Float[np.ndarray, " T"]:
+        """ᾱ, float32. Zero terminal SNR: the last is 0, or 2⁻²⁴ in the classes that divide by it."""
+        betas = _betas(self.raw)
+        if not self.raw.get("rescale_betas_zero_snr"):
+            return _cumprod(betas)
+        table = _cumprod(_zero_terminal(betas))
+        table[-1] = 0.0 if GRIDS[self.raw["_class_name"]][0] == "ddim" else TINY
+        return table
+
+    def schedule(self) -> Discrete:
+        """The table as a schedule."""
+        return Discrete(self.alphas_cumprod)
+
+    def times(self, num_steps: int) -> Float[np.ndarray, " times"]:
+        """The grid that the scheduler visits, as t = (i + 1)/T, then where it ends: decreasing, [num_steps + 1].
+
+        It ends at t = 0, or where `set_alpha_to_one` is false at index 0, t = 1/T: Stable Diffusion's first versions
+        leave that little noise in. (If index 0 is visited itself, the end is t = 0: diffusers would stand still.)
+        "linspace" with DDIM or PNDM visits the same levels but goes down to others, T/N apart; here a step ends where
+        the next begins.
+
+        Raises:
+          ValueError: more steps than the table has, an unknown spacing, or sigmas of another kind (Karras').
+        """
+        raw, total = self.raw, self.num_train_steps
+        kind, default = GRIDS[raw["_class_name"]]
+        spacing, offset = raw.get("timestep_spacing", default), raw.get("steps_offset", 0)
+        other = [key for key in OWN_GRIDS if raw.get(key)]
+        if other:
+            raise ValueError(
+                f"the scheduler's {other[0]} is not implemented; give guided_sample(times=...) yourself, for Karras' "
+                "sigmas mmdjax.schedules.karras_times(pipeline.schedule, num_steps)"
+            )
+        grid = discrete_times(total, num_steps, spacing=spacing, offset=offset)
+        if kind == "ddim":
+            ends_clean = raw.get("set_alpha_to_one", raw["_class_name"] != "PNDMScheduler")
+            if raw["_class_name"] != "DDPMScheduler" and not ends_clean and grid[-2] > 1.5 / total:
+                grid[-1] = 1.0 / total
+        elif spacing == "linspace" and kind == "sigma":  # not rounded to indices
+            grid[:-1] = (np.linspace(0, total - 1, num_steps, dtype=np.float32)[::-1] + 1.0) / total
+        elif spacing == "linspace":
+            grid[:-1] = (np.linspace(0, total - 1, num_steps + 1).round()[:0:-1] + 1.0) / total
+        elif spacing == "leading" and kind == "multistep":
+            grid[:-1] = (np.arange(num_steps, 0, -1) * (total // (num_steps + 1)) + offset + 1.0) / total
+        return grid
+
+
+def _betas(raw: Mapping[str, Any]) -> Float[np.ndarray, " T"]:
+    if raw.get("trained_betas") is not None:
+        return np.asarray(raw["trained_betas"], np.float32)
+    first, last = raw.get("beta_start", 1e-4), raw.get("beta_end", 0.02)
+    steps, name = raw.get("num_train_timesteps", 1000), raw.get("beta_schedule", "linear")
+    match name:
+        case "linear":
+            return _linspace(first, last, steps)
+        case "scaled_linear":
+            return _linspace(math.sqrt(first), math.sqrt(last), steps) ** 2
+        case "squaredcos_cap_v2":
+            bars = [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)]
+            return np.array([min(1 - b / a, 0.999) for a, b in zip(bars, bars[1:], strict=False)], np.float32)
+    raise ValueError(
+        f"the scheduler's beta_schedule is {name!r}; implemented: linear, scaled_linear, squaredcos_cap_v2"
+    )
+
+
+def _linspace(first: float, last: float, steps: int) -> Float[np.ndarray, " T"]:
+    # as torch: from both ends, in float32 with one rounding a value
+    a, b = np.float32(first), np.float32(last)
+    step, k = np.float64((b - a) / np.float32(max(steps - 1, 1))), np.arange(steps)
+    return np.where(k < steps // 2, a + step * k, b - step * (steps - 1 - k)).astype(np.float32)
+
+
+def _cumprod(betas: Float[np.ndarray, " T"]) -> Float[np.ndarray, " T"]:
+    return np.cumprod((np.float32(1) - betas).astype(np.float64)).astype(np.float32)
+
+
+def _zero_terminal(betas: Float[np.ndarray, " T"]) -> Float[np.ndarray, " T"]:
+    root = np.sqrt(_cumprod(betas))
+    root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
+    bar = root**2
+    return np.float32(1) - np.concatenate([bar[:1], bar[1:] / bar[:-1]])
