@@ -1,8 +1,11 @@
-"""Stable Diffusion and latent diffusion in Flax, without torch: the models and their converter."""
+"""Stable Diffusion and latent diffusion in Flax, without torch: the models, their converter and whole pipelines."""
 
 from mmdjax.sd.checkpoint import CheckpointError
 from mmdjax.sd.clip import CLIPText, CLIPTextConfig, TextOutput
 from mmdjax.sd.load import Component, export, load_component, load_models, module_from_config, save
+from mmdjax.sd.pipeline import Pipeline
+from mmdjax.sd.pretrained import load
+from mmdjax.sd.prompts import prompt_kernel
 from mmdjax.sd.tiling import decode_sliced, decode_tiled
 from mmdjax.sd.unet import UNet2D, UNet2DCondition, UNet2DConditionConfig, UNet2DConfig
 from mmdjax.sd.vae import AutoencoderKL, AutoencoderKLConfig, VQModel, VQModelConfig
@@ -14,6 +17,7 @@ __all__ = [
     "CLIPTextConfig",
     "CheckpointError",
     "Component",
+    "Pipeline",
     "TextOutput",
     "UNet2D",
     "UNet2DCondition",
@@ -24,8 +28,10 @@ __all__ = [
     "decode_sliced",
     "decode_tiled",
     "export",
+    "load",
     "load_component",
     "load_models",
     "module_from_config",
+    "prompt_kernel",
     "save",
 ]

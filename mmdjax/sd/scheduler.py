@@ -8,6 +8,7 @@ algorithm 1.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -56,7 +57,9 @@ class Scheduler:
                 'load(..., scheduler={"_class_name": "DDIMScheduler"}) overrides it'
             )
         if prediction not in PREDICTIONS:
-            raise ValueError(f"the scheduler's prediction_type is {prediction!r}; implemented: {', '.join(PREDICTIONS)}")
+            raise ValueError(
+                f"the scheduler's prediction_type is {prediction!r}; implemented: {', '.join(PREDICTIONS)}"
+            )
         if self.raw.get("thresholding"):
             raise ValueError("the scheduler's thresholding is for models of pixels; latents have no fixed range")
         _betas(self.raw)
@@ -138,7 +141,7 @@ def _betas(raw: Mapping[str, Any]) -> Float[np.ndarray, " T"]:
             return _linspace(math.sqrt(first), math.sqrt(last), steps) ** 2
         case "squaredcos_cap_v2":
             bars = [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)]
-            return np.array([min(1 - b / a, 0.999) for a, b in zip(bars, bars[1:], strict=False)], np.float32)
+            return np.array([min(1 - b / a, 0.999) for a, b in itertools.pairwise(bars)], np.float32)
     raise ValueError(
         f"the scheduler's beta_schedule is {name!r}; implemented: linear, scaled_linear, squaredcos_cap_v2"
     )

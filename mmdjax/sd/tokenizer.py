@@ -31,7 +31,7 @@ class Tokenizer:
     """Prompts to token ids.
 
     Args:
-      encoding: the `tokenizers.Tokenizer` of the vocabulary; it adds no start, end or padding.
+      encoding: the `tokenizers.Tokenizer` of the vocabulary; what it adds around a prompt is not used.
       start: id before the prompt.
       end: id after it.
       pad: id in the places left: the end's for CLIP-L, 0 ("!") for Stable Diffusion 2 and SDXL's second encoder.
@@ -53,10 +53,11 @@ class Tokenizer:
         if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
             raise TypeError(f"prompts is {prompts!r}; give a list of strings")
         rows = np.full((len(prompts), self.length), self.pad, np.int32)
-        for row, prompt, found in zip(rows, prompts, self.encoding.encode_batch(list(prompts)), strict=True):
-            ids, fits = found.ids, self.length - 2
+        found = self.encoding.encode_batch(list(prompts), add_special_tokens=False)
+        for row, prompt, one in zip(rows, prompts, found, strict=True):
+            ids, fits = one.ids, self.length - 2
             if len(ids) > fits:
-                cut = prompt[found.offsets[fits][0] :].strip()
+                cut = prompt[one.offsets[fits][0] :].strip()
                 warnings.warn(
                     f"a prompt of {len(ids)} tokens was cut to the {fits} that the text encoder takes; "
                     f"left out: {cut!r}",
@@ -107,7 +108,6 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             raise CheckpointError(f"{folder.name}/tokenizer.json is no tokenizer: {error}") from error
         encoding.no_padding()
         encoding.no_truncation()
-        encoding.post_processor = tokenizers.processors.Sequence([])  # pyright: ignore[reportCallIssue]
     else:
         raise FileNotFoundError(f"{folder}: no vocabulary for prompts; needed: {FILES}")
     ids: dict[str, Any] = {token["content"]: encoding.token_to_id(token["content"]) for token in special.values()}
@@ -138,7 +138,7 @@ def _from_vocabulary(folder: Path, unknown: str) -> Any:
     except Exception as error:  # the library raises bare Exceptions
         raise CheckpointError(f"{folder.name}: vocab.json and merges.txt do not fit: {error}") from error
     encoding = Tokenizer(model)
-    encoding.normalizer = normalizers.Sequence(
+    encoding.normalizer = normalizers.Sequence(  # pyright: ignore[reportCallIssue]
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     )
     encoding.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]

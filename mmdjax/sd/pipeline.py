@@ -1,0 +1,331 @@
+"""A whole latent diffusion model: pictures to latents and back, prompts to conditions, the `DiffusionModel` between.
+
+    pipeline, params = mmdjax.sd.load("stable-diffusion-v1-5", dtype=jnp.bfloat16)
+    refs = pipeline.encode_images(params, images)
+    null = pipeline.encode_prompts(params, "blurry", negative=True)
+    cond = pipeline.encode_prompts(params, ["a red cat"] * 4)
+    model = pipeline.model(guidance_scale=7.5, null_cond=null)
+    samples = guided_sample(params, key, refs, model=model, num_samples=4, cond=cond, times=pipeline.times(50))
+    images = pipeline.decode(params, samples.x)
+
+References:
+  Rombach et al. 2022 (latent diffusion), Podell et al. 2023 (SDXL), Ho & Salimans 2022 (classifier-free guidance).
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from mmdjax.denoisers import Clipped, DiffusionModel, cfg, from_model
+from mmdjax.kernels import Product
+from mmdjax.numerics import all_finite
+from mmdjax.schedules import Discrete, DiscreteTime
+from mmdjax.sd.load import Component, save
+from mmdjax.sd.prompts import ENCODERS, Network, encode_ids, prompt_kernel, rows
+from mmdjax.sd.scheduler import Scheduler
+from mmdjax.sd.tokenizer import FILES, Tokenizer
+from mmdjax.tree import is_concrete
+
+AUTOENCODERS = ("vae", "vqvae")
+TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pipeline:
+    """A latent diffusion model without its parameters, which every method takes; made by `mmdjax.sd.load`.
+
+    Args:
+      modules: the networks by component: "unet", "vae" or "vqvae", "text_encoder", "text_encoder_2".
+      configs: their config.json.
+      scheduler: the noise, the prediction and the time grid.
+      tokenizers: by the component that they serve.
+      index: model_index.json, or {}.
+    Raises:
+      ValueError: networks that do not fit each other or are not enough.
+    """
+
+    modules: Mapping[str, Any]
+    configs: Mapping[str, Mapping[str, Any]]
+    scheduler: Scheduler
+    tokenizers: Mapping[str, Tokenizer]
+    index: Mapping[str, Any]
+
+    def __post_init__(self):
+        if "unet" not in self.modules or not set(AUTOENCODERS) & set(self.modules):
+            raise ValueError(
+                f"a pipeline needs a unet and a vae or vqvae; there are: {', '.join(self.modules) or 'none'}. "
+                "mmdjax.sd.load_models loads networks on their own"
+            )
+        unet, latents = self.modules["unet"].config, self.autoencoder.config.latent_channels
+        if unet.in_channels != latents or unet.out_channels != latents:
+            raise ValueError(
+                f"the U-Net maps {unet.in_channels} channels to {unet.out_channels} but the autoencoder's latents have "
+                f"{latents}: an inpainting or depth model, or parts of two models"
+            )
+        if not self.conditional:
+            return
+        widths = [self.modules[name].config.hidden_size for name in self.encoders]
+        if sum(widths) != unet.cross_attention_dim:
+            raise ValueError(
+                f"the U-Net takes prompts of width {unet.cross_attention_dim} but the text encoders "
+                f"({', '.join(self.encoders) or 'none'}) give {sum(widths)}"
+            )
+        if self.sdxl:
+            pooled = self.modules["text_encoder_2"].config.projection_dim if "text_encoder_2" in self.modules else 0
+            wanted = unet.projection_class_embeddings_input_dim - 6 * unet.addition_time_embed_dim
+            if pooled != wanted:
+                raise ValueError(
+                    f"the U-Net takes a pooled prompt of width {wanted} beside six sizes but text_encoder_2 gives "
+                    f"{pooled}; SDXL's refiner is not implemented"
+                )
+
+    # What it is
+
+    @property
+    def autoencoder(self) -> Any:
+        """The `AutoencoderKL` or `VQModel`."""
+        return self.modules[self._autoencoder_name]
+
+    @property
+    def conditional(self) -> bool:
+        """Whether the model takes prompts."""
+        return hasattr(self.modules["unet"].config, "cross_attention_dim")
+
+    @property
+    def sdxl(self) -> bool:
+        """Whether the U-Net takes pooled prompts and sizes, too."""
+        return self.conditional and self.modules["unet"].config.addition_embed_type is not None
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """The text encoders that prompts go through."""
+        return tuple(name for name in ENCODERS if name in self.modules)
+
+    @property
+    def schedule(self) -> Discrete:
+        """The noise schedule."""
+        return self.scheduler.schedule()
+
+    def times(self, num_steps: int) -> Float[np.ndarray, " times"]:
+        """The time grid of the checkpoint's scheduler, for `guided_sample(times=...)`; see `Scheduler.times`."""
+        return self.scheduler.times(num_steps)
+
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
+        """The latent of a picture of height × width pixels; None takes the U-Net's training size.
+
+        Raises:
+          ValueError: a size that the autoencoder does not divide, or none where the config has none.
+        """
+        down, size = self.autoencoder.config.downscale, self.modules["unet"].config.sample_size
+        defaults = size if isinstance(size, tuple) else (size, size)
+        sides = []
+        for name, side, default in zip(("height", "width"), (height, width), defaults, strict=True):
+            if side is None and default is None:
+                raise ValueError(f"the U-Net's config has no sample_size; give {name} in pixels, a multiple of {down}")
+            side = default * down if side is None else side
+            if side < down or side % down:
+                raise ValueError(f"{name} is {side}; give a multiple of {down}, such as {max(1, side // down) * down}")
+            sides.append(side // down)
+        return (*sides, self.autoencoder.config.latent_channels)
+
+    # Pictures
+
+    def encode_images(
+        self, params: Any, images: Float[Array | np.ndarray, "n h w c"], *, batch_size: int | None = None
+    ) -> Float[Array, "n h2 w2 k"]:
+        """What the U-Net sees of pictures: the posterior's mean, or the vector before quantisation, scaled; float32.
+
+        Args:
+          images: in [−1, 1], NHWC.
+          batch_size: pictures at a time; None: all.
+        Raises:
+          ValueError: images of another shape or range, or not finite.
+          FloatingPointError: the latents are not finite.
+        """
+        config = self.autoencoder.config
+        shape, down, channels = images.shape, config.downscale, config.in_channels
+        if shape[3] != channels or shape[1] % down or shape[2] % down or 0 in shape:
+            raise ValueError(
+                f"images have shape {shape}; give [n, height, width, {channels}], height and width multiples of {down}"
+            )
+        if is_concrete(images):
+            low, high = float(np.min(images)), float(np.max(images))
+            if not (low >= -1.001 and high <= 1.001):
+                raise ValueError(f"images lie in [{low:g}, {high:g}]; give them in [-1, 1]: 8-bit ones / 127.5 - 1")
+        latents = _encode(self.autoencoder, params[self._autoencoder_name], jnp.asarray(images), batch_size)
+        return self._finite("the latents", latents)
+
+    def decode(
+        self, params: Any, latents: Float[Array | np.ndarray, "n h w k"], *, batch_size: int | None = None
+    ) -> Float[Array, "n h2 w2 c"]:
+        """Pictures [n, h, w, c] in [−1, 1], float32, of the U-Net's latents; what the decoder overshoots is clipped.
+
+        Args:
+          latents: NHWC.
+          batch_size: latents at a time; None: all.
+        Raises:
+          ValueError: latents of another shape.
+          FloatingPointError: the latents or the pictures are not finite.
+        """
+        channels = self.autoencoder.config.latent_channels
+        if latents.shape[3] != channels or 0 in latents.shape:
+            raise ValueError(f"latents have shape {latents.shape}; give [n, h, w, {channels}]")
+        self._finite("the latents to decode", latents)
+        images = _decode(self.autoencoder, params[self._autoencoder_name], jnp.asarray(latents), batch_size)
+        return self._finite("the pictures", images)
+
+    # Prompts
+
+    def encode_prompts(
+        self, params: Any, prompts: str | Sequence[str], *, negative: bool = False, time_ids: Any = None
+    ) -> dict[str, Array]:
+        """The condition of prompts: {"context": [n, l, d], "pooled": [n, p]}; see `mmdjax.sd.prompts`.
+
+        Args:
+          prompts: a list; or one string, whose condition comes without the batch axis, as `model(null_cond=...)` wants.
+          negative: these are negative prompts: an empty one is zeros where the model was trained so (SDXL:
+            `force_zeros_for_empty_prompt`).
+          time_ids: SDXL's sizes, [6]: original height and width, the crop's top and left, target height and width.
+            None: the U-Net is told the height and width that it makes, not cropped.
+        Raises:
+          ValueError: the model takes no prompts, there are none, or there is no vocabulary for them.
+        """
+        if not self.conditional:
+            raise ValueError("this model is unconditional; it takes no prompts")
+        if isinstance(prompts, str):
+            return rows(self.encode_prompts(params, [prompts], negative=negative, time_ids=time_ids), 0)
+        if not prompts:
+            raise ValueError("prompts is empty; give at least one")
+        lacking = [name for name in self.encoders if name not in self.tokenizers]
+        if lacking:
+            raise ValueError(
+                f"no vocabulary for {', '.join(lacking)}; give load(..., tokenizer=folder) a folder with {FILES}"
+            )
+        distinct = list(dict.fromkeys(prompts))
+        ids = {name: self.tokenizers[name](distinct) for name in self.encoders}
+        encoders = tuple((name, self.modules[name]) for name in self.encoders)
+        cond = encode_ids({name: params[name] for name in self.encoders}, ids, encoders=encoders)
+        if negative and self.sdxl and self.index.get("force_zeros_for_empty_prompt", True) and "" in distinct:
+            empty = distinct.index("")
+            cond = jax.tree.map(lambda leaf: leaf.at[empty].set(0), cond)
+        cond = rows(cond, [distinct.index(prompt) for prompt in prompts])
+        if time_ids is None:
+            return cond
+        if not self.sdxl or np.shape(time_ids) != (6,):
+            raise ValueError(f"time_ids has shape {np.shape(time_ids)}; six numbers are for SDXL, nothing for others")
+        return cond | {"time_ids": jnp.tile(jnp.asarray(time_ids, jnp.float32), (len(prompts), 1))}
+
+    def kernel(self, x: Any = None, *, level: str = "pooled", cond: Any = None) -> Product:
+        """The kernel for references with prompts; see `mmdjax.sd.prompts.prompt_kernel`.
+
+        Raises:
+          ValueError: the model takes no prompts.
+        """
+        if not self.conditional:
+            raise ValueError("this model takes no prompts; use a kernel on latents, such as IMQ(None)")
+        return prompt_kernel(x, level=level, cond=cond)
+
+    # The diffusion model
+
+    @property
+    def denoiser(self) -> Any:
+        """E[x_0 | x_t] without classifier-free guidance; its parameters are the whole pipeline's."""
+        network = Network(self.modules["unet"], self.autoencoder.config.downscale)
+        time = DiscreteTime(self.scheduler.num_train_steps)
+        denoiser = from_model(network, self.scheduler.prediction, time)  # pyright: ignore[reportArgumentType]
+        clip = self.scheduler.clip
+        return denoiser if clip is None else Clipped(denoiser, -clip, clip)
+
+    def model(
+        self,
+        *,
+        guidance_scale: Any = 1.0,
+        null_cond: Any = None,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> DiffusionModel:
+        """The model for `guided_sample`, whose samples are latents [h, w, k] and whose parameters are the pipeline's.
+
+        Args:
+          guidance_scale: of classifier-free guidance; 1 is none. A leaf: another value compiles nothing.
+          null_cond: the negative prompt's condition, `encode_prompts(params, "", negative=True)`. With it, both
+            conditions go through the U-Net in one call, at scale 1 too.
+          height: of the pictures in pixels; None takes the training size.
+          width: likewise.
+        Raises:
+          ValueError: a scale other than 1 without null_cond, null_cond with a batch axis or for a model without
+            prompts, or a size that does not divide.
+        """
+        shape = self.latent_shape(height, width)
+        if null_cond is None:
+            if not (is_concrete(guidance_scale) and np.ndim(guidance_scale) == 0 and float(guidance_scale) == 1.0):
+                how = 'null_cond=pipeline.encode_prompts(params, "", negative=True)'
+                remedy = f"give {how}" if self.conditional else "an unconditional model has none; leave it 1"
+                raise ValueError(f"guidance_scale is {guidance_scale} without a negative prompt; {remedy}")
+            return DiffusionModel(self.denoiser, self.schedule, shape)
+        if not self.conditional:
+            raise ValueError("null_cond is for models with prompts; this one is unconditional")
+        if not isinstance(null_cond, Mapping) or np.ndim(null_cond.get("context", 0)) != 2:
+            raise ValueError(
+                "null_cond must be one condition without batch axis: "
+                'pipeline.encode_prompts(params, "", negative=True), with a string and not a list'
+            )
+        return DiffusionModel(cfg(self.denoiser, guidance_scale, null_cond), self.schedule, shape)
+
+    # Files
+
+    def save(self, path: str | Path, params: Any) -> None:
+        """Write everything so that `load(path)` needs no conversion."""
+        path = Path(path)
+        components = {
+            name: Component(module, params[name], self.configs[name]) for name, module in self.modules.items()
+        }
+        save(path, components)
+        for name, tokenizer in self.tokenizers.items():
+            tokenizer.save(path / TOKENIZERS[name])
+        (path / "scheduler").mkdir(exist_ok=True)
+        texts = {"scheduler/scheduler_config.json": self.scheduler.raw, "model_index.json": self.index}
+        for place, raw in texts.items():
+            (path / place).write_text(json.dumps(dict(raw), indent=2) + "\n")
+
+    @property
+    def _autoencoder_name(self) -> str:
+        return next(name for name in AUTOENCODERS if name in self.modules)
+
+    def _finite(self, what: str, x: Any) -> Any:
+        if is_concrete(x) and not all_finite(x):
+            raise FloatingPointError(
+                f"{what} are not finite (dtype {jnp.dtype(self.autoencoder.dtype).name}); load the model with "
+                "dtype=jnp.float32 or jnp.bfloat16, which have the range"
+            )
+        return x
+
+
+def _mapped(function: Callable, x: Array, batch_size: int | None) -> Array:
+    if batch_size is None or batch_size >= x.shape[0]:
+        return function(x)
+    return jax.lax.map(lambda one: function(one[None])[0], x, batch_size=batch_size)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _encode(module: Any, params: Any, images: Array, batch_size: int | None) -> Array:
+    def encode(x):
+        return module.apply({"params": params}, x, method="to_latents").astype(jnp.float32)
+
+    return _mapped(encode, images, batch_size)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _decode(module: Any, params: Any, latents: Array, batch_size: int | None) -> Array:
+    def decode(z):
+        return jnp.clip(module.apply({"params": params}, z, method="from_latents").astype(jnp.float32), -1.0, 1.0)
+
+    return _mapped(decode, latents, batch_size)

@@ -1,0 +1,109 @@
+"""`mmdjax.sd.load`: a pipeline and its parameters from disk or the hub."""
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from mmdjax.sd.files import download
+from mmdjax.sd.load import _read_json as read_json
+from mmdjax.sd.load import load_models
+from mmdjax.sd.pipeline import TOKENIZERS, Pipeline
+from mmdjax.sd.prompts import ENCODERS
+from mmdjax.sd.scheduler import Scheduler
+from mmdjax.sd.tokenizer import Tokenizer, load_tokenizer
+
+SD_SCHEDULER = {  # of single files, which have none
+    "_class_name": "DDIMScheduler",
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+LDM_SCHEDULER = SD_SCHEDULER | {"beta_start": 0.0015, "beta_end": 0.0195, "set_alpha_to_one": True, "steps_offset": 0}
+
+
+def load(
+    path: str | Path,
+    *,
+    dtype: Any = jnp.float32,
+    param_dtype: Any = None,
+    variant: str | None = None,
+    flash: bool = False,
+    put: Callable = jnp.array,
+    ema: bool = False,
+    configs: Mapping[str, Mapping] | None = None,
+    scheduler: Mapping[str, Any] | None = None,
+    tokenizer: str | Path | Mapping[str, str | Path] | None = None,
+) -> tuple[Pipeline, dict[str, Any]]:
+    """A pipeline and its parameters, by component, from disk or the hub.
+
+    Args:
+      path: a folder of diffusers, a folder that `Pipeline.save` wrote, a single file, or a hub id.
+      dtype: that the networks compute in.
+      param_dtype: that the parameters are cast to; None keeps the file's.
+      variant: "fp16" for the half-precision files of a folder.
+      flash: see `mmdjax.sd.layers.Block`.
+      put: what becomes of each array of parameters; a `jax.device_put` to a sharding, say.
+      ema: the moving average of a single file's U-Net.
+      configs: of a single file's components, in place of what its shapes say.
+      scheduler: settings in place of those in scheduler_config.json; a single file of Stable Diffusion 2 needs its
+        "prediction_type".
+      tokenizer: a folder with the vocabulary, or one for each text encoder, in place of the model's own; single files
+        have none.
+    Raises:
+      FileNotFoundError, CheckpointError, ValueError: see `mmdjax.sd.load_models`; and the pipeline's own.
+    """
+    path = Path(path)
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        path = download(str(path), variant=variant)
+    found = load_models(
+        path, variant=variant, dtype=dtype, param_dtype=param_dtype, flash=flash, put=put, ema=ema, configs=configs
+    )
+    modules = {name: component.module for name, component in found.items()}
+    raw = _scheduler_config(path, modules.get("unet"), scheduler or {})
+    index = path / "model_index.json"
+    pipeline = Pipeline(
+        modules,
+        {name: component.config for name, component in found.items()},
+        Scheduler(raw),
+        _tokenizers(path, tuple(modules), tokenizer),
+        read_json(index) if index.exists() else {},
+    )
+    return pipeline, {name: component.params for name, component in found.items()}
+
+
+def _scheduler_config(path: Path, unet: Any, override: Mapping[str, Any]) -> dict[str, Any]:
+    file = path / "scheduler" / "scheduler_config.json"
+    if file.exists():
+        return {**read_json(file), **override}
+    if "_class_name" in override:
+        return dict(override)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path.name}: no scheduler/scheduler_config.json, which says how noise was added; give "
+            'load(..., scheduler={"_class_name": "DDIMScheduler", ...}) its settings'
+        )
+    if unet is None or not hasattr(unet.config, "cross_attention_dim"):
+        return {**LDM_SCHEDULER, **override}
+    second = unet.config.use_linear_projection and unet.config.addition_embed_type is None
+    if second and "prediction_type" not in override:
+        raise ValueError(
+            f"{path.name}: Stable Diffusion 2's models of noise and of velocity have the same shapes; give "
+            'load(..., scheduler={"prediction_type": "epsilon"}) for the base model, "v_prediction" for the 768 one'
+        )
+    return {**SD_SCHEDULER, **override}
+
+
+def _tokenizers(path: Path, components: tuple[str, ...], given: Any) -> dict[str, Tokenizer]:
+    found = {}
+    for name in ENCODERS:
+        own = path / TOKENIZERS[name]
+        folder = given.get(name) if isinstance(given, Mapping) else given
+        if name in components and (folder is not None or own.is_dir()):
+            found[name] = load_tokenizer(own if folder is None else folder)
+    return found

@@ -1,0 +1,112 @@
+"""Prompts as conditions, the U-Net that takes them, and kernels that compare them.
+
+A condition is {"context": [n, l, d], "pooled": [n, p]}: the token states that the U-Net attends to and one vector a
+prompt. For Stable Diffusion 1 and 2 these are the text encoder's last state and its row at the end of the prompt; for
+SDXL the last states but one of both encoders side by side and the second's projection.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from mmdjax.kernels import IMQ, Cosine, Kernel, Mapped, Product, as_kernel
+from mmdjax.numerics import reciprocal, safe_sqrt
+
+ENCODERS = ("text_encoder", "text_encoder_2")
+LEVELS = ("pooled", "tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A U-Net as `from_model` calls it: (params, x, t, cond) -> prediction, with the parameters of the whole pipeline.
+
+    Args:
+      module: `UNet2DCondition` or `UNet2D`.
+      downscale: pixels to a latent; SDXL is told the picture's size.
+    """
+
+    module: nn.Module
+    downscale: int
+
+    def __call__(self, params, x, t, cond):
+        variables, config = {"params": params["unet"]}, self.module.config  # pyright: ignore[reportAttributeAccessIssue]
+        if not hasattr(config, "cross_attention_dim"):
+            if cond is not None:
+                raise ValueError("this model is unconditional; leave cond out")
+            return self.module.apply(variables, x, t)
+        if not isinstance(cond, Mapping) or not {"context", "pooled"} <= set(cond):
+            raise ValueError(
+                f"cond is {type(cond).__name__}; this model takes prompts: cond=pipeline.encode_prompts(params, [...])"
+            )
+        if config.addition_embed_type is None:
+            return self.module.apply(variables, x, t, cond["context"])
+        size = jnp.array([side * self.downscale for side in x.shape[1:3]], jnp.float32)
+        time_ids = jnp.tile(jnp.concatenate([size, jnp.zeros(2), size]), (x.shape[0], 1))
+        return self.module.apply(variables, x, t, {"time_ids": time_ids, **cond})
+
+
+@functools.partial(jax.jit, static_argnames=("encoders",))
+def encode_ids(
+    params: Mapping[str, Any], ids: Mapping[str, Array], *, encoders: tuple[tuple[str, nn.Module], ...]
+) -> dict[str, Float[Array, "n ..."]]:
+    """The condition of token ids [n, l], a row of ids for each encoder: see the top of this module.
+
+    Args:
+      encoders: (name, module); two for SDXL, or its second alone.
+    """
+    outputs = {name: module.apply({"params": params[name]}, ids[name]) for name, module in encoders}
+    last: Any = outputs[encoders[-1][0]]
+    if "text_encoder_2" not in outputs:
+        return {"context": last.last, "pooled": last.pooled}
+    context = jnp.concatenate([out.hidden[-2] for out in outputs.values()], axis=-1)  # pyright: ignore
+    return {"context": context, "pooled": last.projected}
+
+
+def rows(cond: Any, index: Any) -> Any:
+    """Rows of a condition: `rows(cond, 0)` is that of one sample, `rows(cond, [0, 0, 1])` repeats."""
+    index = np.asarray(index)
+    return jax.tree.map(lambda leaf: leaf[index], cond)
+
+
+def pooled(cond: Mapping[str, Array]) -> Float[Array, "n p"]:
+    """One vector a prompt, for `Mapped`."""
+    return cond["pooled"]
+
+
+def tokens(cond: Mapping[str, Array]) -> Float[Array, "n l d"]:
+    """A unit vector a token, for `Mapped`; `Cosine` of it is the mean cosine of tokens in one place.
+
+    The start of a prompt is left out: it is the same in all.
+    """
+    context = cond["context"][:, 1:].astype(jnp.float32)
+    return context * reciprocal(safe_sqrt((context**2).sum(-1, keepdims=True)))
+
+
+def prompt_kernel(x: Any = None, *, level: str = "pooled", cond: Any = None) -> Product:
+    """k_x(x, x') k_c(c, c') for latents and prompts: a reference pulls those samples whose prompt is like its own.
+
+    Value-equal for equal arguments, so that making it anew compiles nothing.
+
+    Args:
+      x: kernel on the latents; None: `IMQ(None)`, the default of `MMDGuidance`.
+      level: "pooled" compares one vector a prompt, "tokens" token by token, which asks for the same words in one order.
+      cond: kernel on those; None: `Cosine()`.
+    Raises:
+      ValueError: another level.
+
+    Example:
+      >>> prompt_kernel() == prompt_kernel(level="pooled")
+      True
+    """
+    if level not in LEVELS:
+        raise ValueError(f"level is {level!r}; choose one of {LEVELS}")
+    features = pooled if level == "pooled" else tokens
+    inner: Kernel = Cosine() if cond is None else as_kernel(cond)
+    return Product(x=IMQ(None) if x is None else x, cond=Mapped(features, inner))
