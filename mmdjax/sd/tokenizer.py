@@ -98,9 +98,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     settings = _json(folder / "special_tokens_map.json") | _json(folder / "tokenizer_config.json")
     special = {name: _token(settings.get(name), default) for name, default in _DEFAULTS.items()}
     if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-        encoding = _from_vocabulary(
-            _json(folder / "vocab.json"), folder / "merges.txt", special["unk_token"]["content"]
-        )
+        encoding = _from_vocabulary(folder, special["unk_token"]["content"])
     elif (folder / "tokenizer.json").exists():
         try:
             encoding = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
