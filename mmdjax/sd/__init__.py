@@ -3,6 +3,7 @@
 from mmdjax.sd.checkpoint import CheckpointError
 from mmdjax.sd.clip import CLIPText, CLIPTextConfig, TextOutput
 from mmdjax.sd.load import Component, export, load_component, load_models, module_from_config, save
+from mmdjax.sd.pack import ReferencePack, encode_references, load_references
 from mmdjax.sd.pipeline import Pipeline
 from mmdjax.sd.pretrained import load
 from mmdjax.sd.prompts import prompt_kernel
@@ -18,6 +19,7 @@ __all__ = [
     "CheckpointError",
     "Component",
     "Pipeline",
+    "ReferencePack",
     "TextOutput",
     "UNet2D",
     "UNet2DCondition",
@@ -27,10 +29,12 @@ __all__ = [
     "VQModelConfig",
     "decode_sliced",
     "decode_tiled",
+    "encode_references",
     "export",
     "load",
     "load_component",
     "load_models",
+    "load_references",
     "module_from_config",
     "prompt_kernel",
     "save",

@@ -1,0 +1,184 @@
+"""Reference packs: encoded references in one file, to be shared without the pictures.
+
+A pack is a safetensors file: "latents" [m, h, w, k], and with prompts "index" [m] into the distinct prompts' conditions
+"cond.context" and "cond.pooled". Its metadata holds the distinct prompts, a hash of the networks that encoded it, so
+that another model refuses it, and a hash of all of this, so that damage is found.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from mmdjax.particles import Particles
+from mmdjax.sd.checkpoint import CheckpointError, Entry, open_safetensors, write_safetensors
+from mmdjax.sd.pipeline import Pipeline
+from mmdjax.sd.prompts import rows
+
+FORMAT = "mmdjax references 1"
+DECODERS = ("decoder", "post_quant_conv", "quantize")  # what latents do not depend on
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ReferencePack:
+    """m encoded references; made by `encode_references` or `load_references`.
+
+    Args:
+      latents: [m, h, w, k], the posterior's means, scaled.
+      model: the hash of the networks that made it, `identity`.
+      prompts: the distinct prompts; None without.
+      index: [m], the prompt of each reference.
+      cond: the condition of each distinct prompt.
+    """
+
+    latents: Float[Array | np.ndarray, "m h w k"]
+    model: str
+    prompts: tuple[str, ...] | None = None
+    index: Int[np.ndarray, " m"] | None = None
+    cond: Mapping[str, Any] | None = None
+
+    def particles(self) -> Particles:
+        """The references for `guided_sample`, with a condition each where there are prompts."""
+        cond = None if self.cond is None else rows(self.cond, self.index)
+        return Particles(jnp.asarray(self.latents), cond)
+
+    def captions(self) -> list[str] | None:
+        """The prompt of each reference."""
+        if self.prompts is None or self.index is None:
+            return None
+        return [self.prompts[i] for i in self.index]
+
+    @property
+    def content(self) -> str:
+        """The hash of everything in it."""
+        texts = [FORMAT, self.model, json.dumps(self.prompts)]
+        return _hash([*(text.encode() for text in texts), *_array_bytes(self._arrays())])
+
+    def check(self, pipeline: Pipeline, params: Any) -> None:
+        """Raises ValueError unless this model would encode as the pack's did."""
+        if self.model != identity(pipeline, params, prompts=self.prompts is not None):
+            parts = "autoencoder and text encoders" if self.prompts is not None else "autoencoder"
+            raise ValueError(
+                f"this pack of {len(self.latents)} references was encoded by another model (its {parts} hash to "
+                f"{self.model[:12]}…); encode the pictures again with this one, or load the weights and precision it had"
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Write the pack, a safetensors file."""
+        arrays = self._arrays()
+        entries = {key: Entry(x.shape, x.dtype, lambda x=x: x) for key, x in arrays.items()}
+        metadata = {"format": FORMAT, "model": self.model, "prompts": json.dumps(self.prompts), "content": self.content}
+        write_safetensors(path, entries, metadata)
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        arrays = {"latents": self.latents, "index": self.index}
+        arrays |= {f"cond.{key}": leaf for key, leaf in (self.cond or {}).items()}
+        return {key: np.asarray(leaf) for key, leaf in arrays.items() if leaf is not None}
+
+
+def encode_references(
+    pipeline: Pipeline,
+    params: Any,
+    images: Float[Array | np.ndarray, "m h w c"],
+    prompts: str | Sequence[str] | None = None,
+    *,
+    batch_size: int | None = None,
+) -> ReferencePack:
+    """References encoded once: pictures by the autoencoder (no noise drawn, scaled once), prompts by the text encoders.
+
+    Args:
+      images: [m, h, w, c] in [−1, 1].
+      prompts: one for each picture, or one for all; None: references without prompts.
+      batch_size: pictures at a time; None: all.
+    Raises:
+      ValueError: not as many prompts as pictures; or see `Pipeline.encode_images` and `Pipeline.encode_prompts`.
+    """
+    if isinstance(prompts, str):
+        prompts = [prompts] * len(images)
+    if prompts is not None and len(prompts) != len(images):
+        raise ValueError(
+            f"there are {len(prompts)} prompts for {len(images)} pictures; give one each, one for all or none"
+        )
+    latents = pipeline.encode_images(params, images, batch_size=batch_size)
+    model = identity(pipeline, params, prompts=prompts is not None)
+    if prompts is None:
+        return ReferencePack(latents, model)
+    distinct = tuple(dict.fromkeys(prompts))
+    index = np.array([distinct.index(prompt) for prompt in prompts], np.int32)
+    return ReferencePack(latents, model, distinct, index, pipeline.encode_prompts(params, distinct))
+
+
+def load_references(path: str | Path, pipeline: Pipeline | None = None, params: Any = None) -> ReferencePack:
+    """A pack from its file.
+
+    Args:
+      pipeline: the model to use it with; None: whichever, for looking at it.
+      params: its parameters.
+    Raises:
+      FileNotFoundError: no such file.
+      CheckpointError: damaged, or not a pack.
+      ValueError: another model's.
+    """
+    path = Path(path)
+    file = open_safetensors(path)
+    if file.metadata.get("format") != FORMAT or "latents" not in file:
+        raise CheckpointError(
+            f"{path.name} is of format {file.metadata.get('format')!r}, not {FORMAT!r}; make one with encode_references"
+        )
+    try:
+        prompts = json.loads(file.metadata.get("prompts", "null"))
+    except ValueError as error:
+        raise CheckpointError(f"{path.name}: its prompts are not JSON") from error
+    pack = ReferencePack(
+        file["latents"],
+        file.metadata.get("model", ""),
+        None if prompts is None else tuple(prompts),
+        file.get("index"),
+        {key.removeprefix("cond."): jnp.asarray(file[key]) for key in file if key.startswith("cond.")} or None,
+    )
+    if pack.content != file.metadata.get("content"):
+        raise CheckpointError(
+            f"{path.name} is damaged: its content does not have the hash that it claims; fetch it again"
+        )
+    if pipeline is not None:
+        pack.check(pipeline, params)
+    return pack
+
+
+def identity(pipeline: Pipeline, params: Any, *, prompts: bool = True) -> str:
+    """A hash of what latents, and with `prompts` conditions, depend on: weights, scaling and vocabulary.
+
+    The U-Net and the decoder are no part of it: models that share an encoder share packs. The precision that the
+    networks compute in is none either; that of their parameters is.
+    """
+    name = next(name for name in ("vae", "vqvae") if name in pipeline.modules)
+    config = pipeline.autoencoder.config
+    said = [type(config).__name__, config.scaling_factor, getattr(config, "shift_factor", None)]
+    parts: list[Any] = [{key: tree for key, tree in params[name].items() if key not in DECODERS}]
+    if prompts:
+        said += [pipeline.tokenizers[encoder].encoding.to_str() for encoder in pipeline.encoders]
+        parts += [params[encoder] for encoder in pipeline.encoders]
+    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(parts)}
+    return _hash([json.dumps(said).encode(), *_array_bytes(leaves)])
+
+
+def _array_bytes(arrays: Mapping[str, Any]) -> Iterable[Any]:
+    for key in sorted(arrays):
+        array = np.ascontiguousarray(np.asarray(arrays[key]))
+        yield f"{key} {array.dtype.name} {array.shape}".encode()
+        yield array.reshape(-1).view(np.uint8).data
+
+
+def _hash(pieces: Iterable[Any]) -> str:
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(len(piece).to_bytes(8, "little"))
+        digest.update(piece)
+    return digest.hexdigest()
