@@ -98,7 +98,7 @@ def test_damage_is_found(pack, tmp_path):
     metadata = open_safetensors(path).metadata
     for key, value in [("prompts", json.dumps(["a cat", "a bird"])), ("model", "0" * 64)]:
         save_file(load_file(path), tmp_path / "changed.safetensors", metadata | {key: value})
-        with pytest.raises(CheckpointError, match="changed.safetensors is damaged"):
+        with pytest.raises(CheckpointError, match=r"changed.safetensors is damaged"):
             load_references(tmp_path / "changed.safetensors")
     save_file({"latents": np.asarray(jnp.zeros((1, 2, 2, 1)))}, path)
     with pytest.raises(CheckpointError, match="of format None, not 'mmdjax references 1'; make one with encode_refer"):

@@ -1,5 +1,7 @@
 """Pipelines without torch: what fits together, what is refused, and guidance by prompts."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +23,7 @@ from mmdjax import (
 )
 from mmdjax.schedules import RectifiedFlow
 from mmdjax.sd import load
-from mmdjax.sd.prompts import pooled, prompt_kernel, tokens
+from mmdjax.sd.prompts import Network, pooled, prompt_kernel, tokens
 from mmdjax.sd.scheduler import Scheduler
 
 
@@ -45,7 +47,7 @@ def pictures(n=3):
 def test_pictures_to_latents_scaled_once(loaded):
     pipeline, params = loaded
     latents = pipeline.encode_images(params, pictures())
-    mean = pipeline.modules["vae"].apply({"params": params["vae"]}, pictures(), method="encode")[0]
+    mean = pipeline.modules["vae"].apply({"params": params["vae"]}, jnp.asarray(pictures()), method="encode")[0]
     np.testing.assert_allclose(latents, 0.18215 * mean, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(pipeline.encode_images(params, pictures(), batch_size=2), latents, atol=1e-5)
     images = pipeline.decode(params, latents, batch_size=2)
@@ -103,7 +105,7 @@ def test_model(loaded):
         guided_sample(params, jax.random.key(0), None, model=pipeline.model(), num_samples=1, num_steps=1)
 
 
-def test_sampling_compiles_once(loaded):
+def test_sampling_compiles_once(loaded, monkeypatch):
     """Another cfg scale, negative prompt, prompt or kernel made anew compiles nothing."""
     pipeline, params = loaded
     refs = Particles(pipeline.encode_images(params, pictures()), pipeline.encode_prompts(params, ["a", "b", "cat"]))
@@ -121,15 +123,15 @@ def test_sampling_compiles_once(loaded):
             times=pipeline.times(2),
         ).x
 
+    traces, call = [], Network.__call__
+    monkeypatch.setattr(Network, "__call__", lambda self, *args: traces.append(1) or call(self, *args))
     first = sample(2.0, "", "cat")
+    count = len(traces)
+    assert count > 0
     assert first.shape == (2, 4, 4, 4)
-    assert bool(jnp.isfinite(first).all())
-    with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:
-        compiled = []
-        patch.setattr("jax._src.interpreters.pxla.logger.log", lambda *args, **kw: compiled.append(args))
-        second = sample(3.0, "dog", "é")
-    assert not [entry for entry in compiled if "_sample" in str(entry)]
-    assert float(jnp.abs(first - second).max()) > 1e-3
+    second = sample(3.0, "dog", "é")
+    assert len(traces) == count
+    assert float(jnp.abs(first - second).max()) > 1e-3  # and finite
 
 
 # --- loading ---
@@ -140,13 +142,13 @@ def test_unconditional(tmp_path):
     x = guided_sample(params, jax.random.key(0), None, model=pipeline.model(), num_samples=2, times=pipeline.times(2)).x
     assert pipeline.decode(params, x).shape == (2, 8, 8, 3)
     latents = pipeline.encode_images(params, pictures())
-    raw = pipeline.modules["vqvae"].apply({"params": params["vqvae"]}, pictures(), method="encode")
+    raw = pipeline.modules["vqvae"].apply({"params": params["vqvae"]}, jnp.asarray(pictures()), method="encode")
     np.testing.assert_allclose(latents, raw, atol=1e-5)  # not scaled: the config has no factor
     with pytest.raises(ValueError, match="unconditional; it takes no prompts"):
         pipeline.encode_prompts(params, ["a cat"])
     with pytest.raises(ValueError, match="takes no prompts; use a kernel on latents"):
         pipeline.kernel()
-    with pytest.raises(ValueError, match="guidance_scale is 2.0 without a negative prompt; an unconditional"):
+    with pytest.raises(ValueError, match=r"guidance_scale is 2.0 without a negative prompt; an unconditional"):
         pipeline.model(guidance_scale=2.0)
 
 
@@ -162,8 +164,6 @@ def test_saved_and_loaded(loaded, tmp_path):
 
 
 def test_parts_that_are_missing(folder, tmp_path):
-    import shutil
-
     copy = shutil.copytree(folder, tmp_path / "copy")
     shutil.rmtree(copy / "tokenizer")
     pipeline, params = load(copy)
@@ -172,7 +172,7 @@ def test_parts_that_are_missing(folder, tmp_path):
     pipeline, params = load(copy, tokenizer=folder / "tokenizer")
     assert pipeline.encode_prompts(params, ["a"])["pooled"].shape == (1, 32)
     shutil.rmtree(copy / "scheduler")
-    with pytest.raises(FileNotFoundError, match="no scheduler/scheduler_config.json, which says how noise was added"):
+    with pytest.raises(FileNotFoundError, match=r"no scheduler/scheduler_config.json, which says how noise was added"):
         load(copy)
     assert load(copy, scheduler={"_class_name": "PNDMScheduler"})[0].times(10)[-1] == 0
     shutil.rmtree(copy / "text_encoder")

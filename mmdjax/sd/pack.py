@@ -67,7 +67,7 @@ class ReferencePack:
             parts = "autoencoder and text encoders" if self.prompts is not None else "autoencoder"
             raise ValueError(
                 f"this pack of {len(self.latents)} references was encoded by another model (its {parts} hash to "
-                f"{self.model[:12]}…); encode the pictures again with this one, or load the weights and precision it had"
+                f"{self.model[:12]}…); encode the pictures again with this one, or load the same weights, cast alike"
             )
 
     def save(self, path: str | Path) -> None:
@@ -104,7 +104,7 @@ def encode_references(
         prompts = [prompts] * len(images)
     if prompts is not None and len(prompts) != len(images):
         raise ValueError(
-            f"there are {len(prompts)} prompts for {len(images)} pictures; give one each, one for all or none"
+            f"there are {len(prompts)} prompts for {len(images)} pictures; give one each, one for all, or None"
         )
     latents = pipeline.encode_images(params, images, batch_size=batch_size)
     model = identity(pipeline, params, prompts=prompts is not None)
@@ -144,9 +144,7 @@ def load_references(path: str | Path, pipeline: Pipeline | None = None, params: 
         {key.removeprefix("cond."): jnp.asarray(file[key]) for key in file if key.startswith("cond.")} or None,
     )
     if pack.content != file.metadata.get("content"):
-        raise CheckpointError(
-            f"{path.name} is damaged: its content does not have the hash that it claims; fetch it again"
-        )
+        raise CheckpointError(f"{path.name} is damaged: its content has not the hash that it claims; fetch it again")
     if pipeline is not None:
         pack.check(pipeline, params)
     return pack
