@@ -14,12 +14,14 @@ diffusers = pytest.importorskip("diffusers", reason="parity needs the extra mmdj
 transformers = pytest.importorskip("transformers", reason="parity needs the extra mmdjax[parity]")
 
 import torch_models as tm  # noqa: E402
+from safetensors.numpy import save_file  # noqa: E402
+from test_sd_files import single_file  # noqa: E402
 
 sys.path.append(str(Path(__file__).parents[1]))
 import sd_toys  # noqa: E402
 
 from mmdjax import DDIM, guided_sample  # noqa: E402
-from mmdjax.sd import load  # noqa: E402
+from mmdjax.sd import load, load_models  # noqa: E402
 from mmdjax.sd.scheduler import GRIDS, Scheduler  # noqa: E402
 
 pytestmark = [
@@ -94,7 +96,9 @@ def close(ours, theirs):
     assert np.abs((np.asarray(ours) + 1) / 2 - theirs).max() < 2 / 255
 
 
-@pytest.mark.parametrize("family, negative", [("sd1", NEGATIVE), ("sd2", NEGATIVE), ("sdxl", NEGATIVE), ("sdxl", None)])
+@pytest.mark.parametrize(
+    ("family", "negative"), [("sd1", NEGATIVE), ("sd2", NEGATIVE), ("sdxl", NEGATIVE), ("sdxl", None)]
+)
 def test_text_to_image(built, family, negative):
     theirs, _, pipeline, params = built(family)
     latents = np.random.default_rng(0).standard_normal((2, 8, 8, 4)).astype(np.float32)
@@ -160,6 +164,26 @@ def test_saved_pipeline_loads_equal(built, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, *conds)
 
 
+@pytest.mark.parametrize("family", ["sd1", "sd2"])
+def test_single_file(built, tmp_path, family):
+    """It has no vocabulary and no scheduler; Stable Diffusion 2's does not say what it predicts."""
+    _, folder, pipeline, params = built(family)
+    components, path = load_models(folder), tmp_path / "model.safetensors"
+    save_file(single_file(family, components), path)
+    how = {"configs": {name: c.config for name, c in components.items()}, "tokenizer": folder / "tokenizer"}
+    if family == "sd2":
+        with pytest.raises(ValueError, match=r'scheduler=\{"prediction_type": "epsilon"\}\) for the base model'):
+            load(path, **how)
+        how["scheduler"] = {key: value for key, value in pipeline.scheduler.raw.items() if key[0] != "_"}
+    again, same = load(path, **how)
+    jax.tree.map(np.testing.assert_array_equal, same, params)
+    np.testing.assert_array_equal(again.scheduler.alphas_cumprod, pipeline.scheduler.alphas_cumprod)
+    np.testing.assert_array_equal(again.times(STEPS), pipeline.times(STEPS))
+    assert again.scheduler.prediction == pipeline.scheduler.prediction
+    prompts = again.encode_prompts(same, PROMPTS), pipeline.encode_prompts(params, PROMPTS)
+    jax.tree.map(np.testing.assert_array_equal, *prompts)
+
+
 TABLES = {
     "sd": {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
     "ldm": {"beta_start": 0.0015, "beta_end": 0.0195, "beta_schedule": "scaled_linear"},
@@ -203,7 +227,7 @@ def test_time_grids_exactly(name, spacing, steps):
     assert times[-1] == (0.001 if name == "PNDMScheduler" and index[-1] > 0 else 0)
 
 
-@pytest.mark.parametrize("one, offset, end", [(True, 1, 0.0), (False, 1, 0.001), (False, 0, 0.0)])
+@pytest.mark.parametrize(("one", "offset", "end"), [(True, 1, 0.0), (False, 1, 0.001), (False, 0, 0.0)])
 def test_where_the_grid_ends(one, offset, end):
     times = Scheduler({"_class_name": "DDIMScheduler", "set_alpha_to_one": one, "steps_offset": offset}).times(10)
     assert times[-1] == end
