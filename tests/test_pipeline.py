@@ -50,7 +50,9 @@ def test_pictures_to_latents_scaled_once(loaded):
     mean = pipeline.modules["vae"].apply({"params": params["vae"]}, jnp.asarray(pictures()), method="encode")[0]
     np.testing.assert_allclose(latents, 0.18215 * mean, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(pipeline.encode_images(params, pictures(), batch_size=2), latents, atol=1e-5)
-    images = pipeline.decode(params, latents, batch_size=2)
+    images = pipeline.decode(params, latents, batch_size=2, tile=4)  # one tile: exact
+    np.testing.assert_allclose(images, pipeline.decode(params, latents), atol=1e-5)
+    assert pipeline.decode(params, latents, tile=3).shape == images.shape
     assert images.shape == (3, 8, 8, 3)
     assert images.dtype == jnp.float32
     assert float(jnp.abs(images).max()) <= 1

@@ -15,7 +15,7 @@ References:
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from mmdjax.schedules import Discrete, DiscreteTime
 from mmdjax.sd.load import Component, save
 from mmdjax.sd.prompts import ENCODERS, Network, encode_ids, prompt_kernel, rows
 from mmdjax.sd.scheduler import Scheduler
+from mmdjax.sd.tiling import decode_sliced, decode_tiled
 from mmdjax.sd.tokenizer import FILES, Tokenizer
 from mmdjax.tree import is_concrete
 
@@ -164,13 +165,19 @@ class Pipeline:
         return self._finite("the latents", latents)
 
     def decode(
-        self, params: Any, latents: Float[Array | np.ndarray, "n h w k"], *, batch_size: int | None = None
+        self,
+        params: Any,
+        latents: Float[Array | np.ndarray, "n h w k"],
+        *,
+        batch_size: int | None = None,
+        tile: int | None = None,
     ) -> Float[Array, "n h2 w2 c"]:
         """Pictures [n, h, w, c] in [−1, 1], float32, of the U-Net's latents; what the decoder overshoots is clipped.
 
         Args:
           latents: NHWC.
           batch_size: latents at a time; None: all.
+          tile: side in latents of the tiles that larger pictures are decoded in, a quarter of it overlap; None: whole.
         Raises:
           ValueError: latents of another shape.
           FloatingPointError: the latents or the pictures are not finite.
@@ -179,7 +186,7 @@ class Pipeline:
         if latents.shape[3] != channels or 0 in latents.shape:
             raise ValueError(f"latents have shape {latents.shape}; give [n, h, w, {channels}]")
         self._finite("the latents to decode", latents)
-        images = _decode(self.autoencoder, params[self._autoencoder_name], jnp.asarray(latents), batch_size)
+        images = _decode(self.autoencoder, params[self._autoencoder_name], jnp.asarray(latents), batch_size, tile)
         return self._finite("the pictures", images)
 
     # Prompts
@@ -309,23 +316,17 @@ class Pipeline:
         return x
 
 
-def _mapped(function: Callable, x: Array, batch_size: int | None) -> Array:
-    if batch_size is None or batch_size >= x.shape[0]:
-        return function(x)
-    return jax.lax.map(lambda one: function(one[None])[0], x, batch_size=batch_size)
-
-
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def _encode(module: Any, params: Any, images: Array, batch_size: int | None) -> Array:
-    def encode(x):
-        return module.apply({"params": params}, x, method="to_latents").astype(jnp.float32)
+    encode = functools.partial(module.apply, {"params": params}, method="to_latents")
+    latents = encode(images) if batch_size is None else decode_sliced(encode, images, size=batch_size)
+    return latents.astype(jnp.float32)
 
-    return _mapped(encode, images, batch_size)
 
-
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def _decode(module: Any, params: Any, latents: Array, batch_size: int | None) -> Array:
-    def decode(z):
-        return jnp.clip(module.apply({"params": params}, z, method="from_latents").astype(jnp.float32), -1.0, 1.0)
-
-    return _mapped(decode, latents, batch_size)
+@functools.partial(jax.jit, static_argnums=(0, 3, 4))
+def _decode(module: Any, params: Any, latents: Array, batch_size: int | None, tile: int | None) -> Array:
+    decode = functools.partial(module.apply, {"params": params}, method="from_latents")
+    if tile is not None:
+        decode = functools.partial(decode_tiled, decode, tile=tile, overlap=tile // 4)
+    images = decode(latents) if batch_size is None else decode_sliced(decode, latents, size=batch_size)
+    return jnp.clip(images.astype(jnp.float32), -1.0, 1.0)

@@ -14,12 +14,14 @@ diffusers = pytest.importorskip("diffusers", reason="parity needs the extra mmdj
 transformers = pytest.importorskip("transformers", reason="parity needs the extra mmdjax[parity]")
 
 import torch_models as tm  # noqa: E402
+from safetensors.numpy import save_file  # noqa: E402
+from test_sd_files import single_file  # noqa: E402
 
 sys.path.append(str(Path(__file__).parents[1]))
 import sd_toys  # noqa: E402
 
 from mmdjax import DDIM, guided_sample  # noqa: E402
-from mmdjax.sd import load  # noqa: E402
+from mmdjax.sd import load, load_models  # noqa: E402
 from mmdjax.sd.scheduler import GRIDS, Scheduler  # noqa: E402
 
 pytestmark = [
@@ -160,6 +162,26 @@ def test_saved_pipeline_loads_equal(built, tmp_path):
     prompts = ["a cat!", "é 1"]
     conds = pipeline.encode_prompts(params, prompts), again.encode_prompts(same, prompts)
     jax.tree.map(np.testing.assert_array_equal, *conds)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2"])
+def test_single_file(built, tmp_path, family):
+    """It has no vocabulary and no scheduler; Stable Diffusion 2's does not say what it predicts."""
+    _, folder, pipeline, params = built(family)
+    components, path = load_models(folder), tmp_path / "model.safetensors"
+    save_file(single_file(family, components), path)
+    how = {"configs": {name: c.config for name, c in components.items()}, "tokenizer": folder / "tokenizer"}
+    if family == "sd2":
+        with pytest.raises(ValueError, match=r'scheduler=\{"prediction_type": "epsilon"\}\) for the base model'):
+            load(path, **how)
+        how["scheduler"] = {key: value for key, value in pipeline.scheduler.raw.items() if key[0] != "_"}
+    again, same = load(path, **how)
+    jax.tree.map(np.testing.assert_array_equal, same, params)
+    np.testing.assert_array_equal(again.scheduler.alphas_cumprod, pipeline.scheduler.alphas_cumprod)
+    np.testing.assert_array_equal(again.times(STEPS), pipeline.times(STEPS))
+    assert again.scheduler.prediction == pipeline.scheduler.prediction
+    prompts = again.encode_prompts(same, PROMPTS), pipeline.encode_prompts(params, PROMPTS)
+    jax.tree.map(np.testing.assert_array_equal, *prompts)
 
 
 TABLES = {
