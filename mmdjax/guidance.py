@@ -31,10 +31,10 @@ from jaxtyping import Array, Float
 
 from mmdjax.denoisers import Denoiser
 from mmdjax.distances import subset
-from mmdjax.kernels import IMQ, RBF, Kernel, NearestNeighbour, Polynomial, Product, Radial, Sum, as_kernel
+from mmdjax.kernels import IMQ, RBF, Kernel, NearestNeighbour, Polynomial, Product, Radial, Sum, as_kernel, check_fitted
 from mmdjax.memory import Memory
 from mmdjax.mmd import check_comparable, check_estimator, cross_term, pair_norm, self_term
-from mmdjax.numerics import all_finite, reciprocal
+from mmdjax.numerics import reciprocal
 from mmdjax.particles import Particles, as_particles, check_points, wide_dtype, widen
 from mmdjax.samplers import Sampler
 from mmdjax.schedules import Level, diffuse
@@ -391,12 +391,7 @@ def fit_kernel(guidance: MMDGuidance, refs: Particles) -> Kernel:
         is NaN.
     """
     kernel = _fit(default_kernel(guidance.at) if guidance.kernel is None else guidance.kernel, refs)
-    for leaf in jax.tree.leaves(kernel):
-        if is_concrete(leaf) and not all_finite(leaf):
-            raise ValueError(
-                f"the references give {type(kernel).__name__} a bandwidth of 0: they are all equal; give the "
-                "bandwidth as a number, such as MMDGuidance(kernel=IMQ(1.0)), or references that differ"
-            )
+    check_fitted(kernel)
     return kernel
 
 

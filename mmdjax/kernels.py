@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from mmdjax.distances import nearest_distance, pairwise_median, squared_distance
-from mmdjax.numerics import product, reciprocal, safe_sqrt
+from mmdjax.numerics import all_finite, product, reciprocal, safe_sqrt
 from mmdjax.particles import Particles, as_particles, flat, wide_dtype
 from mmdjax.schedules import Level
 from mmdjax.tree import as_component, is_concrete, pytree, replace, static
@@ -135,7 +135,8 @@ class Scaled(Radial):
     def __post_init__(self):
         if isinstance(self.bandwidth, tuple) and not self.bandwidth:
             raise ValueError("bandwidth is (); give at least one length")
-        rules = jax.tree.map(lambda h: as_component(h) if callable(h) else h, self.bandwidth)
+        bandwidth = tuple(self.bandwidth) if isinstance(self.bandwidth, list) else self.bandwidth
+        rules = jax.tree.map(lambda h: as_component(h) if callable(h) else h, bandwidth)
         object.__setattr__(self, "bandwidth", rules)
         for h in jax.tree.leaves(rules):
             if is_concrete(h) and not (np.asarray(h) > 0).all():
@@ -510,7 +511,12 @@ class Product(Kernel):
         return self.x.has_mass
 
     def gram(self, a, b, *, same=False):
-        return self.x.gram(a, b, same=same) * self.cond_gram(a, b)
+        return self._factor().gram(a, b, same=same) * self.cond_gram(a, b)
+
+    def _factor(self):
+        if isinstance(self.x, Energy) and self.x.origin is None:
+            raise ValueError("Energy inside Product needs an origin, the references' mean; call kernel.fit(refs) first")
+        return self.x
 
     def cond_gram(self, a: Particles, b: Particles) -> Array:
         """k_c alone."""
@@ -522,7 +528,8 @@ class Product(Kernel):
         return self.cond.gram(left, left if a.cond is b.cond else Particles(b.cond), same=a.cond is b.cond)
 
     def gradient(self, a, b, coef, *, same=False, precondition="none"):
-        return self.x.gradient(a, b, coef * self.cond_gram(a, b), same=same, precondition=precondition)
+        coef = coef * self.cond_gram(a, b)
+        return self._factor().gradient(a, b, coef, same=same, precondition=precondition)
 
     def fit(self, refs):
         if refs.cond is None:
@@ -542,7 +549,8 @@ class Mapped(Kernel):
     """k(fn(x), fn(x')): compares features.
 
     Args:
-      fn: a batch of samples [n, ...] -> features [n, ...] (any pytree), differentiable.
+      fn: a batch of samples [n, ...] -> features [n, ...] (any pytree), differentiable. At a noise level it sees noisy
+        samples and the kernel keeps its bandwidth.
       kernel: on the features.
 
     Example:
@@ -587,12 +595,27 @@ class Mapped(Kernel):
 
 @pytree
 class Custom(Kernel):
-    """A function (a, b) -> Gram as a kernel."""
+    """A function (a, b) -> Gram as a kernel. Where it compares conditions, give it an attribute `uses_cond = True`."""
 
     function: Any
 
+    @property
+    def uses_cond(self):
+        inner = getattr(self.function, "function", self.function)
+        return bool(getattr(inner, "uses_cond", False))
+
     def gram(self, a, b, *, same=False):
         return self.function(a, b)
+
+
+def check_fitted(kernel: Kernel) -> None:
+    """Raise ValueError if a bandwidth came out as 0 (NaN), the references being all equal; inside `jit` it is not seen."""
+    for leaf in jax.tree.leaves(kernel):
+        if is_concrete(leaf) and not all_finite(leaf):
+            raise ValueError(
+                f"the references give {type(kernel).__name__} a bandwidth of 0: they are all equal; give the "
+                "bandwidth as a number, such as IMQ(1.0), or references that differ"
+            )
 
 
 def as_kernel(kernel: Any) -> Kernel:

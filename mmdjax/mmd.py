@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from mmdjax.kernels import as_kernel
+from mmdjax.kernels import as_kernel, check_fitted
 from mmdjax.numerics import product
 from mmdjax.particles import Particles, as_particles, check_points, widen
 
@@ -81,7 +81,8 @@ def mmd2(kernel: Any, p: Any, q: Any, *, estimator: Estimator = "v") -> Float[Ar
     Returns:
       Scalar, in the kernel's units.
     Raises:
-      ValueError: the samples' shapes differ (both are named), or a Product kernel meets particles without cond.
+      ValueError: the samples' shapes differ (both are named), a Product kernel meets particles without cond, or q gives
+        a bandwidth of 0, all of it being equal.
 
     Example:
       >>> from mmdjax import RBF
@@ -95,9 +96,11 @@ def mmd2(kernel: Any, p: Any, q: Any, *, estimator: Estimator = "v") -> Float[Ar
     p, q = as_particles(p), as_particles(q)
     for name, points in (("p", p), ("q", q)):
         check_points(name, points)
-    check_comparable("p", p, "q", q)
+    kernel = as_kernel(kernel)
+    check_comparable("p", p, "q", q, kernel_uses_cond=kernel.uses_cond)
     p, q = widen(p), widen(q)
-    kernel = as_kernel(kernel).fit(q)
+    kernel = kernel.fit(q)
+    check_fitted(kernel)
     return self_term(kernel, p, estimator) - 2 * cross_term(kernel, p, q) + self_term(kernel, q, estimator)
 
 
@@ -121,10 +124,12 @@ def witness(kernel: Any, p: Any, q: Any, points: Any) -> Float[Array, " k"]:
       [1.0, -1.0]
     """
     p, q, points = as_particles(p), as_particles(q), as_particles(points)
+    kernel = as_kernel(kernel)
     for name, particles in (("p", p), ("q", q), ("points", points)):
         check_points(name, particles)
-        check_comparable(name, particles, "q", q)
+        check_comparable(name, particles, "q", q, kernel_uses_cond=kernel.uses_cond)
     p, q, points = widen(p), widen(q), widen(points)
-    kernel = as_kernel(kernel).fit(q)
+    kernel = kernel.fit(q)
+    check_fitted(kernel)
     to_p = product(kernel.gram(points, p), p.probabilities())
     return to_p - product(kernel.gram(points, q), q.probabilities())

@@ -7,7 +7,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from mmdjax.sd import convert
-from mmdjax.sd.load import Component, export, module_from_config
+from mmdjax.sd.models import Component, export, module_from_config
 
 UNET = {
     "_class_name": "UNet2DConditionModel",

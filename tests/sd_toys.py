@@ -5,7 +5,7 @@ from pathlib import Path
 
 import sd_tiny
 
-from mmdjax.sd.load import export
+from mmdjax.sd.models import export
 
 UNCONDITIONAL = {
     "_class_name": "UNet2DModel",

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from mmdjax.sd.checkpoint import CheckpointError, open_safetensors
 from mmdjax.sd.files import open_file
-from mmdjax.sd.load import load_component, load_models, module_from_config
+from mmdjax.sd.models import load_component, load_models, module_from_config
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import types
 import pytest
 
 from mmdjax.sd import files
-from mmdjax.sd.load import module_from_config
+from mmdjax.sd.models import module_from_config
 
 SDXL_UNET = {
     "_class_name": "UNet2DConditionModel",

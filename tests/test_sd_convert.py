@@ -11,7 +11,7 @@ from mmdjax.sd import compvis, convert, single
 from mmdjax.sd.checkpoint import Checkpoint, CheckpointError, Entry, open_safetensors, write_safetensors
 from mmdjax.sd.files import open_file, open_folder
 from mmdjax.sd.layers import SpatialAttention
-from mmdjax.sd.load import export, load_component, load_models, module_from_config, save
+from mmdjax.sd.models import export, load_component, load_models, module_from_config, save
 
 
 def entries(arrays):

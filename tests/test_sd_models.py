@@ -17,7 +17,7 @@ from mmdjax import from_model
 from mmdjax.schedules import DiscreteTime, ScaledLinear
 from mmdjax.sd import convert, layers
 from mmdjax.sd.clip import end_of_text
-from mmdjax.sd.load import module_from_config
+from mmdjax.sd.models import module_from_config
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TOLERANCE = 1e-5  # relative, float32: rounding through some 50 layers is 1e-6

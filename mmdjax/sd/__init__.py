@@ -2,7 +2,7 @@
 
 from mmdjax.sd.checkpoint import CheckpointError
 from mmdjax.sd.clip import CLIPText, CLIPTextConfig, TextOutput
-from mmdjax.sd.load import Component, export, load_component, load_models, module_from_config, save
+from mmdjax.sd.models import Component, export, load_component, load_models, module_from_config, save
 from mmdjax.sd.pack import ReferencePack, encode_references, load_references
 from mmdjax.sd.pipeline import Pipeline
 from mmdjax.sd.pretrained import load

@@ -28,7 +28,7 @@ from mmdjax.denoisers import Clipped, DiffusionModel, cfg, from_model
 from mmdjax.kernels import Product
 from mmdjax.numerics import all_finite
 from mmdjax.schedules import Discrete, DiscreteTime
-from mmdjax.sd.load import Component, save
+from mmdjax.sd.models import Component, save
 from mmdjax.sd.prompts import ENCODERS, Network, encode_ids, prompt_kernel, rows
 from mmdjax.sd.scheduler import Scheduler
 from mmdjax.sd.tiling import decode_sliced, decode_tiled

@@ -8,8 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from mmdjax.sd.files import download
-from mmdjax.sd.load import _read_json as read_json
-from mmdjax.sd.load import load_models
+from mmdjax.sd.models import load_models, read_json
 from mmdjax.sd.pipeline import TOKENIZERS, Pipeline
 from mmdjax.sd.prompts import ENCODERS
 from mmdjax.sd.scheduler import Scheduler

@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers", reason="parity needs the extr
 import torch_models as tm  # noqa: E402
 
 from mmdjax.sd import compvis, convert  # noqa: E402
-from mmdjax.sd.load import export, load_models, save  # noqa: E402
+from mmdjax.sd.models import export, load_models, save  # noqa: E402
 
 PREFIXES = {
     "sd1": {

@@ -7,7 +7,7 @@ diffusers = pytest.importorskip("diffusers", reason="parity needs the extra mmdj
 transformers = pytest.importorskip("transformers", reason="parity needs the extra mmdjax[parity]")
 
 from mmdjax.sd import convert  # noqa: E402
-from mmdjax.sd.load import module_from_config  # noqa: E402
+from mmdjax.sd.models import module_from_config  # noqa: E402
 
 SD1 = {
     "block_out_channels": (320, 640, 1280, 1280),

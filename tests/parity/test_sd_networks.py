@@ -12,7 +12,7 @@ pytest.importorskip("transformers", reason="parity needs the extra mmdjax[parity
 import torch_models as tm  # noqa: E402
 from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel, VQModel  # noqa: E402
 
-from mmdjax.sd.load import load_component  # noqa: E402
+from mmdjax.sd.models import load_component  # noqa: E402
 
 TOLERANCE = 1e-5  # float32 rounding through some 50 layers is 1e-6; the promise is 1e-4
 

@@ -153,7 +153,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"{folder.name}: no config.json, which says what the weights are")
-    return _read_json(folder / "config.json")
+    return read_json(folder / "config.json")
 
 
 def save(path: str | Path, components: Mapping[str, Component]) -> None:
@@ -208,7 +208,7 @@ def _moving_average(unet: Checkpoint, prefix: str, file: Checkpoint) -> Checkpoi
 
 
 def _load_saved(path: Path, how: _How) -> dict[str, Component]:
-    manifest = _read_json(path / MANIFEST)
+    manifest = read_json(path / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise CheckpointError(
             f"{path.name}/{MANIFEST} is of format {manifest.get('format')}; this version reads {FORMAT}"
@@ -226,7 +226,8 @@ def _load_saved(path: Path, how: _How) -> dict[str, Component]:
     return found
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file's object; CheckpointError where it is none."""
     try:
         raw = json.loads(path.read_text())
     except ValueError as error:
