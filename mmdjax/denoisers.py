@@ -131,6 +131,11 @@ class CFG:
         null = jax.tree.map(lambda c: jnp.broadcast_to(c, (n, *c.shape[1:])), self.null_cond)
         if cond is None:
             return self.denoiser(params, x, level, null)
+        if jax.tree.map(lambda c: c.shape[1:], cond) != jax.tree.map(lambda c: c.shape[1:], null):
+            shapes = [jax.tree.map(jnp.shape, tree) for tree in (cond, self.null_cond)]
+            raise ValueError(
+                f"cond has shape {shapes[0]} but null_cond {shapes[1]}; null_cond is one sample's, no batch"
+            )
         both = jax.tree.map(lambda a, b: jnp.concatenate([a, b.astype(a.dtype)]), cond, null)
         twice = jax.tree.map(lambda v: v if jnp.ndim(v) == 0 else jnp.concatenate([v, v]), level)
         with_cond, without = jnp.split(self.denoiser(params, jnp.concatenate([x, x]), twice, both), 2)

@@ -36,13 +36,14 @@ from mmdjax.memory import Memory
 from mmdjax.mmd import check_comparable, check_estimator, cross_term, pair_norm, self_term
 from mmdjax.numerics import reciprocal
 from mmdjax.particles import Particles, as_particles, check_points, wide_dtype, widen
-from mmdjax.samplers import Sampler
+from mmdjax.samplers import Sampler, as_sampler
 from mmdjax.schedules import Level, diffuse
 from mmdjax.tree import as_component, is_concrete, pytree, replace, static
 
 PLACEMENTS = ("denoised", "sample", "clean", "diffused")
 PRECONDITIONS = ("mass", "length", "none", "raw")
 DENOISED_STEPS = 10  # inner steps a network call
+ROUNDING = 1e-5  # of a fraction of steps: i/N and the window's edge may differ in the last digit
 SAMPLE_RATE, SAMPLE_CAP = 20.0, 0.575  # inner steps per unit of log σ²/α², and the most of it that one step counts
 
 
@@ -62,7 +63,9 @@ class MMDGuidance:
       precondition: P_i. "mass"; "length": ℓ², the kernel's length squared, by component in a sum; "none": 1; "raw":
         u_i, the gradient itself.
       transform: T, an `optax.GradientTransformation` vmapped over samples, the guided point being its `params`. Static:
-        make it once; for numbers that change use `optax.inject_hyperparams`.
+        make it once. Its numbers may follow the count of updates (a schedule). The shift is *minus* what it returns, so
+        give a `scale_by_…` transformation, such as `optax.scale_by_adam()`, not an optimizer, which turns the sign
+        itself.
       window: (start, end), fractions of the steps done between which guidance acts; 0 is pure noise, 1 is clean.
       published: keep the memory as the published code does; see `paper`.
     Raises:
@@ -198,7 +201,10 @@ def shift_direction(
     direction = 2 * (pushed - pulled)
     match precondition:
         case "mass":
-            factor = 0.5 * reciprocal(jnp.maximum(mass_pull, mass_push))
+            # normalised by its value first: 1/m² overflows in the derivative of 1/m where the kernel is nearly 0
+            mass = jnp.maximum(mass_pull, mass_push)
+            inverse = reciprocal(jax.lax.stop_gradient(jnp.where(mass > jnp.finfo(mass.dtype).tiny * 8, mass, 0.0)))
+            factor = 0.5 * inverse / jnp.where(inverse > 0, mass * inverse, 1.0)
         case "raw":
             factor = u[: z.n]
         case _:
@@ -290,6 +296,11 @@ class BoundGuidance:
         zero = jnp.zeros((), wide)
         return GuidanceState(per_sample_state, zero, zero, x if self.guidance.published else ())
 
+    def active(self, fraction: Any) -> Any:
+        """Whether a fraction of the steps lies in the window."""
+        start, end = self.guidance.window
+        return (fraction > start - ROUNDING) & (fraction < end - ROUNDING)
+
     def denoised(self, x0: Array, state: GuidanceState, fraction: Any) -> tuple[Array, GuidanceState]:
         """x̂0 [n, ...] moved against clean references; `fraction` of the steps is done."""
         steps = self.guidance.inner_steps or DENOISED_STEPS
@@ -322,6 +333,9 @@ class BoundGuidance:
     def _guide(self, x, state, fraction, kernel, refs, memory, steps, length, refs_term):
         """`steps` shifts of x; with a `length` that many unit shifts in ceil(length) ≤ steps equal parts."""
         guidance = self.guidance
+        for name, number in (("scale", guidance.scale), ("window", guidance.window[0]), ("window", guidance.window[1])):
+            if jnp.ndim(number) > 0:  # would broadcast over the samples' axes
+                raise ValueError(f"{name} has shape {jnp.shape(number)}; give one number, and jax.vmap over several")
         scale = guidance.scale if length is None else guidance.scale * length / jnp.maximum(jnp.ceil(length), 1.0)
         if guidance.published and memory is not None:
             scale = scale * (memory.weight.sum() > 0)  # the published loop leaves the first sample alone
@@ -356,9 +370,7 @@ class BoundGuidance:
             return z, transform_state, jnp.zeros((), z.dtype)
 
         z = x.astype(wide_dtype(x))
-        start, end = guidance.window
-        active = (fraction >= start) & (fraction < end)
-        z, transform_state, norm = jax.lax.cond(active, guided, left, z, state.transform)
+        z, transform_state, norm = jax.lax.cond(self.active(fraction), guided, left, z, state.transform)
         mmd2 = self._mmd2(kernel, Particles(z, self.cond), refs, memory) + refs_term
         unshifted = x if guidance.published else ()
         return z.astype(x.dtype), GuidanceState(transform_state, jax.lax.stop_gradient(mmd2), norm, unshifted)
@@ -431,7 +443,7 @@ def bind(
 ) -> BoundGuidance:
     """The guidance bound to its references (in at least float32), conditions and memory; `kernel` from `fit_kernel`."""
 
-    if not kernel.uses_cond:  # carried along they would have to match in structure for nothing
+    if not kernel.sees_cond:  # carried along they would have to match in structure for nothing
         cond, refs = None, replace(refs, cond=None)
     refs = widen(refs)
     rows = subset(refs.n)
@@ -443,7 +455,7 @@ def bind(
     if memory is not None:
         memory = memory.reset_when_full() if guidance.published else memory
         held = widen(memory.particles)
-        held = held if kernel.uses_cond else replace(held, cond=None)
+        held = held if kernel.sees_cond else replace(held, cond=None)
     return BoundGuidance(guidance, kernel, refs, refs_term, cond, held)
 
 
@@ -461,6 +473,9 @@ class GuidedDenoiser:
     refs: Particles
 
     def __call__(self, params, x, level, cond):
+        if jnp.ndim(level.t) > 0:
+            raise ValueError(f"level.t has shape {jnp.shape(level.t)}; a guided denoiser takes one level for the batch")
+        _check_shapes(x, self.refs)
         bound = bind(self.guidance, self.kernel, self.refs, cond)
         x0 = self.denoiser(params, x, level, cond)
         return bound.denoised(x0, bound.init(x0), 1 - level.t)[0]
@@ -496,6 +511,11 @@ def guide_denoiser(denoiser: Denoiser, guidance: MMDGuidance, refs: Any) -> Guid
     return GuidedDenoiser(as_component(denoiser), guidance, fit_kernel(guidance, refs), refs)
 
 
+def _check_shapes(x, refs):
+    if x.shape[1:] != refs.x.shape[1:]:
+        raise ValueError(f"refs have shape {refs.x.shape} but the samples have {x.shape}; samples must match")
+
+
 @pytree
 class GuidedSampler:
     """A sampler with guidance in or after each step; see `guide_sampler`. Its carry holds the guidance's state."""
@@ -506,6 +526,7 @@ class GuidedSampler:
 
     def init(self, x):
         """The inner sampler's carry, the guidance's state, the number of steps done."""
+        _check_shapes(x, self.bound.refs)
         return self.sampler.init(x), self.bound.init(x), jnp.zeros((), jnp.int32)
 
     def step(self, key, x, carry, state, denoise, t, s):
@@ -558,5 +579,9 @@ def guide_sampler(
     refs = as_particles(refs)
     check_guidance(guidance, refs, cond)
     if memory is not None:
+        if not isinstance(memory, Memory):
+            raise TypeError(f"memory is {type(memory).__name__}; give Memory.empty(capacity, shape) or one from before")
         check_comparable("memory", memory.particles, "refs", refs, kernel_uses_cond=False)
-    return GuidedSampler(sampler, bind(guidance, fit_kernel(guidance, refs), refs, cond, memory), num_steps)
+        if guidance.kernel is not None and guidance.kernel.uses_cond and memory.particles.cond is None:
+            raise ValueError("the kernel compares conditions but memory has none: Memory.empty(capacity, shape, cond)")
+    return GuidedSampler(as_sampler(sampler), bind(guidance, fit_kernel(guidance, refs), refs, cond, memory), num_steps)

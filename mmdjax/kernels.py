@@ -34,7 +34,8 @@ class Kernel:
 
     def __call__(self, a: Particles, b: Particles) -> Float[Array, "n m"]:
         """The Gram matrix k(a_i, b_j)."""
-        return self.gram(a, b, same=a is b)
+        same = a is b
+        return self.gram(as_particles(a), as_particles(b), same=same)
 
     @property
     def has_mass(self) -> bool:
@@ -43,8 +44,13 @@ class Kernel:
 
     @property
     def uses_cond(self) -> bool:
-        """Whether the kernel compares conditions."""
+        """Whether the kernel compares conditions and cannot do without."""
         return False
+
+    @property
+    def sees_cond(self) -> bool:
+        """Whether the kernel is given conditions where there are some."""
+        return self.uses_cond
 
     def gram(self, a: Particles, b: Particles, *, same: bool = False) -> Array:
         """The Gram matrix; `same` says that row i of a and row i of b are one point, at distance exactly 0."""
@@ -327,7 +333,7 @@ class Energy(Radial):
     def fit(self, refs):
         if self.length is not None or refs.n < 2:  # one reference has no length, and only precondition="length" asks
             return self
-        return replace(self, length=Median()(refs))
+        return replace(self, length=jnp.nan_to_num(Median()(refs)))  # equal references: 0, a length that moves nothing
 
     def fit_factor(self, refs):
         fitted = self.fit(refs)
@@ -457,6 +463,10 @@ class Sum(Kernel):
     def uses_cond(self):
         return any(k.uses_cond for k in self.kernels)
 
+    @property
+    def sees_cond(self):
+        return any(k.sees_cond for k in self.kernels)
+
     def gram(self, a, b, *, same=False):
         return sum(w * k.gram(a, b, same=same) for w, k in zip(self.weights, self.kernels, strict=True))
 
@@ -549,8 +559,8 @@ class Mapped(Kernel):
     """k(fn(x), fn(x')): compares features.
 
     Args:
-      fn: a batch of samples [n, ...] -> features [n, ...] (any pytree), differentiable. At a noise level it sees noisy
-        samples and the kernel keeps its bandwidth.
+      fn: a batch of samples [n, ...] -> features [n, ...] (any pytree), differentiable. Static: make it once. At
+        a noise level it sees noisy samples, and the kernel keeps its bandwidth.
       kernel: on the features.
 
     Example:
@@ -569,6 +579,10 @@ class Mapped(Kernel):
     @property
     def uses_cond(self):
         return self.kernel.uses_cond
+
+    @property
+    def sees_cond(self):
+        return self.kernel.sees_cond
 
     def gram(self, a, b, *, same=False):
         return self.kernel.gram(replace(a, x=self.fn(a.x)), replace(b, x=self.fn(b.x)), same=same)
@@ -595,21 +609,23 @@ class Mapped(Kernel):
 
 @pytree
 class Custom(Kernel):
-    """A function (a, b) -> Gram as a kernel. Where it compares conditions, give it an attribute `uses_cond = True`."""
+    """A function (a, b) -> Gram as a kernel."""
 
     function: Any
 
     @property
-    def uses_cond(self):
-        inner = getattr(self.function, "function", self.function)
-        return bool(getattr(inner, "uses_cond", False))
+    def sees_cond(self):
+        return True
 
     def gram(self, a, b, *, same=False):
-        return self.function(a, b)
+        gram = self.function(a, b)
+        if jnp.shape(gram) != (a.n, b.n):
+            raise ValueError(f"the kernel returned shape {jnp.shape(gram)} for {a.n} and {b.n} samples, not [n, m]")
+        return gram
 
 
 def check_fitted(kernel: Kernel) -> None:
-    """Raise ValueError if a bandwidth came out as 0 (NaN), the references being all equal; inside `jit` it is not seen."""
+    """Raise ValueError if a bandwidth came out as 0 (NaN), the references being all equal; unseen inside `jit`."""
     for leaf in jax.tree.leaves(kernel):
         if is_concrete(leaf) and not all_finite(leaf):
             raise ValueError(

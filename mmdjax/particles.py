@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from mmdjax.numerics import all_finite
-from mmdjax.tree import is_concrete, pytree
+from mmdjax.tree import is_concrete, pytree, replace
 
 
 @pytree
@@ -59,7 +59,17 @@ def wide_dtype(tree: PyTree) -> Any:
 
 
 def widen(points: Particles) -> Particles:
-    """The points with bfloat16 and float16 as float32: cast once, so that gradients add up before they are rounded."""
+    """The points with bfloat16 and float16 as float32, and what lies in empty slots replaced by a row that counts.
+
+    Cast once, so that gradients add up before they are rounded. An empty slot may hold anything, NaN included.
+    """
+    if points.weight is not None:
+        row = jnp.argmax(jnp.asarray(points.weight) > 0)
+        counts = jnp.asarray(points.weight) > 0
+        x, cond = jax.tree.map(
+            lambda v: jnp.where(per_sample(counts, v), v, jnp.asarray(v)[row]), (points.x, points.cond)
+        )
+        points = replace(points, x=x, cond=cond)
 
     def cast(x):
         floating = jnp.issubdtype(jnp.result_type(x), jnp.floating)
@@ -113,8 +123,12 @@ def check_points(name: str, points: Particles, *, floats: bool = False) -> None:
     for part, value in (("", points.x), (".cond", points.cond)):
         for leaf in jax.tree.leaves(value):
             floating = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-            if floating and is_concrete(leaf) and not all_finite(leaf):
-                bad = np.unique(np.nonzero(~np.isfinite(np.asarray(leaf, np.float32)))[0]).tolist()
+            if floating and is_concrete((leaf, points.weight)) and not all_finite(leaf):
+                finite = np.isfinite(np.asarray(leaf, np.float32)).reshape(points.n, -1).all(1)
+                counts = True if points.weight is None else np.asarray(points.weight) > 0
+                bad = np.flatnonzero(~finite & counts).tolist()
+                if not bad:
+                    continue
                 raise ValueError(f"{name}{part} is NaN or infinite in rows {_shorten(bad)}; remove or repair them")
     if points.weight is not None and is_concrete(points.weight):
         weight = np.asarray(points.weight)

@@ -39,6 +39,26 @@ class Sampler(Protocol):
     ) -> tuple[Any, Any, Any]: ...
 
 
+@pytree
+class Opaque:
+    """A sampler that is no pytree, as a choice: compiled for by its identity or equality."""
+
+    sampler: Any = static()
+
+    def init(self, x):
+        """The sampler's own."""
+        return self.sampler.init(x)
+
+    def step(self, key, x, carry, state, denoise, t, s):
+        """The sampler's own."""
+        return self.sampler.step(key, x, carry, state, denoise, t, s)
+
+
+def as_sampler(sampler: Sampler) -> Sampler:
+    """A sampler that is a pytree unchanged; any other object with `init` and `step` made into one."""
+    return Opaque(sampler) if jax.tree_util.all_leaves([sampler]) else sampler
+
+
 def added_variance(t, s):
     """σ_{t|s}² = σ_t² − (α_t/α_s)² σ_s²: the variance that the forward process adds from s to t."""
     return jnp.maximum(t.sigma**2 - (t.alpha / s.alpha * s.sigma) ** 2, 0.0)

