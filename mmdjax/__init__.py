@@ -6,7 +6,8 @@ Source: arXiv 2601.08379.
 from mmdjax._version import __version__
 from mmdjax.denoisers import DiffusionModel, cfg, from_model
 from mmdjax.digits import load_digits
-from mmdjax.guidance import MMDGuidance, guide_denoiser, guide_sampler
+from mmdjax.guidance import MMDGuidance
+from mmdjax.guided import guide_denoiser, guide_sampler
 from mmdjax.kernels import (
     IMQ,
     RBF,

@@ -1,15 +1,8 @@
 """MMD guidance: moving generated particles down the gradient of MMD² to the references.
 
-For particles z_i of weight u_i (batch and memory together) and references y_j of weight v_j,
+    shift_i = −scale · T(P_i · ∂MMD²/∂z_i / u_i)
 
-    shift_i = −scale · T(P_i · ∂MMD²/∂z_i / u_i),
-    ∂MMD²/∂z_i / u_i = 2 [Σ_{j≠i} u_j ∂k(z_i, z_j)/∂z_i / (1 − Σu²) − Σ_j v_j ∂k(z_i, y_j)/∂z_i]        ("u")
-
-with P_i one over twice the larger of the particle's kernel masses, from references and from particles ("mass"). For a
-kernel of the distance that is the mean-shift step to the references less the one to the other particles: a
-majorise-minimise step, bounded, with no scale to tune.
-
-Where the particles are (`at`):
+with the gradient and the precondition P_i of `mmdjax.direction`. Where the particles are (`at`):
 
     "denoised"   x̂0, against clean references
     "sample"     x_s after the step, against references (and memory) brought to level s by fresh noise
@@ -17,7 +10,7 @@ Where the particles are (`at`):
     "diffused"   as "sample", the noise on the references integrated in closed form
 
 References:
-  MMD Guidance, arXiv 2601.08379. Gretton et al. 2012, eq. 3 and 5. Cheng 1995 (mean shift as majorise-minimise).
+  MMD Guidance, arXiv 2601.08379.
 """
 
 import functools
@@ -27,18 +20,16 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from mmdjax.denoisers import Denoiser
+from mmdjax.direction import diffused_pair, shift_direction
 from mmdjax.distances import subset
-from mmdjax.kernels import IMQ, RBF, Kernel, NearestNeighbour, Polynomial, Product, Radial, Sum, as_kernel, check_fitted
+from mmdjax.kernels import IMQ, RBF, Kernel, NearestNeighbour, Polynomial, as_kernel, check_fitted
 from mmdjax.memory import Memory
-from mmdjax.mmd import check_comparable, check_estimator, cross_term, pair_norm, self_term
-from mmdjax.numerics import reciprocal
-from mmdjax.particles import Particles, as_particles, check_points, wide_dtype, widen
-from mmdjax.samplers import Sampler, as_sampler
+from mmdjax.mmd import check_estimator, cross_term, self_term
+from mmdjax.particles import Particles, check_points, wide_dtype, widen
 from mmdjax.schedules import Level, diffuse
-from mmdjax.tree import as_component, is_concrete, pytree, replace, static
+from mmdjax.tree import is_concrete, pytree, replace, static
 
 PLACEMENTS = ("denoised", "sample", "clean", "diffused")
 PRECONDITIONS = ("mass", "length", "none", "raw")
@@ -115,7 +106,7 @@ class MMDGuidance:
                     'use precondition="length" or "none"'
                 )
             if self.at == "diffused":
-                _diffused_pair(self.kernel, None)
+                diffused_pair(self.kernel, None)
 
     @classmethod
     def paper(cls, alpha: Any = 0.002) -> "MMDGuidance":
@@ -152,112 +143,6 @@ def _trust_ratio():
     import optax
 
     return optax.scale_by_trust_ratio(eps=1e-5)
-
-
-# --- the gradient
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def shift_direction(
-    kernel: Kernel | tuple[Kernel, Kernel],
-    z: Particles,
-    refs: Particles,
-    memory: Particles | None,
-    *,
-    estimator: str = "u",
-    precondition: str = "mass",
-) -> Float[Array, "n ..."]:
-    """P_i ∂MMD²/∂z_i / u_i for a batch of equal weights; the particles of `memory` count on its side but do not move.
-
-    Args:
-      kernel: for all pairs, or (among the batch, between batch and fixed points).
-      z: the batch, n particles.
-      refs: m references.
-      memory: weights 0 or 1, or None.
-      estimator: "u" or "v".
-      precondition: as in `MMDGuidance`.
-    Returns:
-      [n, ...], like z.x.
-    """
-    among, fixed = kernel if isinstance(kernel, tuple) else (kernel, kernel)
-    weights = jnp.ones(z.n, wide_dtype(z.x))
-    if memory is not None:
-        weights = jnp.concatenate([weights, memory.weight.astype(weights.dtype)])
-    u = weights / weights.sum()
-    coef = u / pair_norm(u, estimator)
-    own = jnp.broadcast_to(coef[: z.n], (z.n, z.n))
-    if estimator == "u":
-        own = jnp.where(jnp.eye(z.n, dtype=bool), 0.0, own)
-    rule = "none" if precondition == "raw" else precondition
-
-    def gradient(k, points, coef, same=False):
-        return k.gradient(z, points, coef, same=same, precondition=rule)
-
-    pushed, mass_push = gradient(among, z, own, same=True)
-    pulled, mass_pull = gradient(fixed, refs, refs.probabilities().astype(u.dtype))
-    if memory is not None:
-        by_memory, mass_memory = gradient(fixed, memory, coef[z.n :])
-        pushed, mass_push = pushed + by_memory, mass_push + mass_memory
-    direction = 2 * (pushed - pulled)
-    match precondition:
-        case "mass":
-            # normalised by its value first: 1/m² overflows in the derivative of 1/m where the kernel is nearly 0
-            mass = jnp.maximum(mass_pull, mass_push)
-            inverse = reciprocal(jax.lax.stop_gradient(jnp.where(mass > jnp.finfo(mass.dtype).tiny * 8, mass, 0.0)))
-            factor = 0.5 * inverse / jnp.where(inverse > 0, mass * inverse, 1.0)
-        case "raw":
-            factor = u[: z.n]
-        case _:
-            return direction
-    return factor.reshape((-1,) + (1,) * (direction.ndim - 1)) * direction
-
-
-@pytree
-class DiffusedRBF(Radial):
-    """E_ε exp(−|x − y − σε|²/2h²) = (h²/(h² + σ²))^{D/2} exp(−|x − y|²/2(h² + σ²)), ε standard normal of size D."""
-
-    bandwidth: Any
-    sigma: Any
-    size: int = static()
-
-    def profile(self, d2):
-        """k; the power is taken in the exponent, where it does not underflow alone."""
-        h2, s2 = self.bandwidth**2, self.sigma**2
-        return jnp.exp(-d2 / (2 * (h2 + s2)) - 0.5 * self.size * jnp.log1p(s2 / h2))
-
-    def weight(self, d2):
-        """w = k/(h² + σ²)."""
-        return self.profile(d2) / (self.bandwidth**2 + self.sigma**2)
-
-    def length2(self, a):
-        """h², as of the RBF that it comes from."""
-        return jnp.asarray(self.bandwidth) ** 2
-
-
-def _diffused_pair(kernel: Kernel, level: Level | None, size: int = 1) -> Any:
-    # (kernel among particles at a level, kernel between them and α · clean points); level None only checks
-    match kernel:
-        case RBF(bandwidth=h):
-            if level is None:
-                return None
-            among: Any = kernel.at_level(level)
-            hs = among.bandwidth if isinstance(h, tuple) else (among.bandwidth,)
-            parts = [DiffusedRBF(width, level.sigma, size) for width in hs]
-            return among, parts[0] if len(parts) == 1 else Sum(*parts, weights=(1.0 / len(parts),) * len(parts))
-        case Product(x=x, cond=cond):
-            pair = _diffused_pair(x, level, size)
-            return None if pair is None else tuple(Product(k, cond) for k in pair)
-        case Sum(kernels=kernels, weights=weights):
-            pairs = [_diffused_pair(k, level, size) for k in kernels]
-            return None if level is None else tuple(Sum(*ks, weights=weights) for ks in zip(*pairs, strict=True))
-    raise ValueError(
-        f'at="diffused" integrates the noise in closed form, which exists for RBF only, not {type(kernel).__name__}; '
-        'use RBF, or at="sample"'
-    )
-
-
-# --- guidance bound to its references
-# -------------------------------------------------------------------------------------------
 
 
 @pytree
@@ -324,7 +209,7 @@ class BoundGuidance:
             if memory is not None:
                 memory = replace(memory, x=diffuse(key_memory, memory.x, s))
         else:
-            kernel = _diffused_pair(self.kernel, s, math.prod(refs.x.shape[1:]))
+            kernel = diffused_pair(self.kernel, s, math.prod(refs.x.shape[1:]))
             refs = replace(refs, x=s.alpha * refs.x)
             if memory is not None:
                 memory = replace(memory, x=s.alpha * memory.x)
@@ -457,131 +342,3 @@ def bind(
         held = widen(memory.particles)
         held = held if kernel.sees_cond else replace(held, cond=None)
     return BoundGuidance(guidance, kernel, refs, refs_term, cond, held)
-
-
-# --- for pipelines of one's own
-# -------------------------------------------------------------------------------------------------
-
-
-@pytree
-class GuidedDenoiser:
-    """A denoiser whose x̂0 is guided; see `guide_denoiser`."""
-
-    denoiser: Any
-    guidance: MMDGuidance
-    kernel: Any
-    refs: Particles
-
-    def __call__(self, params, x, level, cond):
-        if jnp.ndim(level.t) > 0:
-            raise ValueError(f"level.t has shape {jnp.shape(level.t)}; a guided denoiser takes one level for the batch")
-        _check_shapes(x, self.refs)
-        bound = bind(self.guidance, self.kernel, self.refs, cond)
-        x0 = self.denoiser(params, x, level, cond)
-        return bound.denoised(x0, bound.init(x0), 1 - level.t)[0]
-
-
-def guide_denoiser(denoiser: Denoiser, guidance: MMDGuidance, refs: Any) -> GuidedDenoiser:
-    """A denoiser whose x̂0 is moved towards the references: "denoised" guidance for a pipeline that owns the loop.
-
-    Stateless: the transform's state starts anew at each call, and the window is read on 1 − t.
-
-    Args:
-      denoiser: (params, x, level, cond) -> x0_hat; level's fields are scalars.
-      guidance: with at="denoised".
-      refs: array [m, ...] or Particles, shaped like the denoiser's samples.
-    Returns:
-      A Denoiser, a pytree.
-    Raises:
-      ValueError: another placement (it moves x after a step: use `guide_sampler`); references that cannot be used.
-
-    Example:
-      >>> from mmdjax.schedules import VPLinear
-      >>> flat_prior = lambda params, x, level, cond: level.alpha * x
-      >>> guided = guide_denoiser(flat_prior, MMDGuidance(kernel=RBF(1.0)), jnp.ones((4, 2)))
-      >>> guided(None, jnp.zeros((3, 2)), VPLinear()(0.5), None).shape
-      (3, 2)
-    """
-    refs = as_particles(refs)
-    if isinstance(guidance, MMDGuidance) and guidance.at != "denoised":
-        raise ValueError(
-            f'at="{guidance.at}" moves x after a step, which a denoiser never sees; use guide_sampler, or at="denoised"'
-        )
-    check_guidance(guidance, refs, refs.cond)
-    return GuidedDenoiser(as_component(denoiser), guidance, fit_kernel(guidance, refs), refs)
-
-
-def _check_shapes(x, refs):
-    if x.shape[1:] != refs.x.shape[1:]:
-        raise ValueError(f"refs have shape {refs.x.shape} but the samples have {x.shape}; samples must match")
-
-
-@pytree
-class GuidedSampler:
-    """A sampler with guidance in or after each step; see `guide_sampler`. Its carry holds the guidance's state."""
-
-    sampler: Any
-    bound: BoundGuidance
-    num_steps: int | None = static(default=None)
-
-    def init(self, x):
-        """The inner sampler's carry, the guidance's state, the number of steps done."""
-        _check_shapes(x, self.bound.refs)
-        return self.sampler.init(x), self.bound.init(x), jnp.zeros((), jnp.int32)
-
-    def step(self, key, x, carry, state, denoise, t, s):
-        """The inner sampler's step, guided."""
-        carry, guidance_state, done = carry
-        fraction = 1 - t.t if self.num_steps is None else done / self.num_steps
-        if self.bound.guidance.at == "denoised":
-
-            def guided(x, level, states):
-                x0, outer = denoise(x, level, states[0])
-                x0, inner = self.bound.denoised(x0, states[1], fraction)
-                return x0, (outer, inner)
-
-            x, carry, (state, guidance_state) = self.sampler.step(key, x, carry, (state, guidance_state), guided, t, s)
-        else:
-            x, carry, state = self.sampler.step(key, x, carry, state, denoise, t, s)
-            noise_key = jax.random.fold_in(key, 1)  # `key` itself is the sampler's
-            x, guidance_state = self.bound.after_step(noise_key, x, guidance_state, fraction, t, s)
-        return x, (carry, guidance_state, done + 1), state
-
-
-def guide_sampler(
-    sampler: Sampler,
-    guidance: MMDGuidance,
-    refs: Any,
-    *,
-    cond: Any = None,
-    memory: Memory | None = None,
-    num_steps: int | None = None,
-) -> GuidedSampler:
-    """A sampler that guides each step, for a loop of one's own; every placement.
-
-    Args:
-      sampler: anything with `init` and `step` (see `mmdjax.samplers`).
-      guidance: what to do.
-      refs: array [m, ...] or Particles.
-      cond: the batch's conditions, where the kernel compares them.
-      memory: finished samples to be guided around.
-      num_steps: of the loop, on which the window is read; None: the window is read on 1 − t.
-    Returns:
-      A Sampler, a pytree.
-    Raises:
-      ValueError, TypeError: references, conditions or a guidance that cannot be used.
-
-    Example:
-      >>> from mmdjax.samplers import DDIM
-      >>> sampler = guide_sampler(DDIM(), MMDGuidance(kernel=RBF(1.0)), jnp.ones((4, 2)))
-      >>> carry = sampler.init(jnp.zeros((3, 2)))
-    """
-    refs = as_particles(refs)
-    check_guidance(guidance, refs, cond)
-    if memory is not None:
-        if not isinstance(memory, Memory):
-            raise TypeError(f"memory is {type(memory).__name__}; give Memory.empty(capacity, shape) or one from before")
-        check_comparable("memory", memory.particles, "refs", refs, kernel_uses_cond=False)
-        if guidance.kernel is not None and guidance.kernel.uses_cond and memory.particles.cond is None:
-            raise ValueError("the kernel compares conditions but memory has none: Memory.empty(capacity, shape, cond)")
-    return GuidedSampler(as_sampler(sampler), bind(guidance, fit_kernel(guidance, refs), refs, cond, memory), num_steps)

@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from mmdjax.denoisers import DiffusionModel
-from mmdjax.guidance import GuidedSampler, MMDGuidance, bind, check_guidance, fit_kernel
+from mmdjax.guidance import MMDGuidance, bind, check_guidance, fit_kernel
+from mmdjax.guided import GuidedSampler
 from mmdjax.memory import Memory
 from mmdjax.particles import Particles, as_particles
 from mmdjax.progress import Bar

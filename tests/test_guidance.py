@@ -22,7 +22,8 @@ from mmdjax import (
     Sum,
     mmd2,
 )
-from mmdjax.guidance import bind, fit_kernel, shift_direction
+from mmdjax.direction import diffused_pair, shift_direction
+from mmdjax.guidance import bind, fit_kernel
 from mmdjax.kernels import NearestNeighbour
 from mmdjax.schedules import Level, VPLinear
 
@@ -156,7 +157,7 @@ def test_diffused_is_the_mean_of_sample_over_noise():
     level = VPLinear()(0.4)
     refs = Particles(Y)
     kernel = RBF(1.5)
-    diffused = mmdjax.guidance._diffused_pair(kernel, level, 5)
+    diffused = diffused_pair(kernel, level, 5)
     exact = shift_direction(diffused, Particles(Z), Particles(level.alpha * Y), None, precondition="none")
     keys = jax.random.split(jax.random.key(3), 4000)
 

@@ -127,7 +127,8 @@ def guided_memory():
 @pytest.mark.parametrize("num_samples", [2, 5])
 def test_joint_form_moves_each_sample_by_its_own_norm(num_samples):
     """Without memory: displacement α ‖x‖ ‖g‖/(‖g‖ + 1e-5) for every sample of the batch."""
-    from mmdjax.guidance import bind, shift_direction
+    from mmdjax.direction import shift_direction
+    from mmdjax.guidance import bind
     from mmdjax.particles import Particles
 
     with jax.enable_x64(True):

@@ -1,0 +1,128 @@
+"""The direction in which MMD² to the references falls, for each generated particle.
+
+For particles z_i of weight u_i (batch and memory together) and references y_j of weight v_j,
+
+    ∂MMD²/∂z_i / u_i = 2 [Σ_{j≠i} u_j ∂k(z_i, z_j)/∂z_i / (1 − Σu²) − Σ_j v_j ∂k(z_i, y_j)/∂z_i]        ("u")
+
+and a precondition P_i. "mass" is one over twice the larger of the particle's kernel masses, from references and from
+particles: for a kernel of the distance the mean-shift step to the references less the one to the other particles, a
+majorise-minimise step, bounded, with no scale to tune.
+
+References:
+  Gretton et al. 2012, eq. 3 and 5. Cheng 1995 (mean shift as majorise-minimise).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mmdjax.kernels import RBF, Kernel, Product, Radial, Sum
+from mmdjax.mmd import pair_norm
+from mmdjax.numerics import reciprocal
+from mmdjax.particles import Particles, wide_dtype
+from mmdjax.schedules import Level
+from mmdjax.tree import pytree, static
+
+
+def shift_direction(
+    kernel: Kernel | tuple[Kernel, Kernel],
+    z: Particles,
+    refs: Particles,
+    memory: Particles | None,
+    *,
+    estimator: str = "u",
+    precondition: str = "mass",
+) -> Float[Array, "n ..."]:
+    """P_i ∂MMD²/∂z_i / u_i for a batch of equal weights; the particles of `memory` count on its side but do not move.
+
+    Args:
+      kernel: for all pairs, or (among the batch, between batch and fixed points).
+      z: the batch, n particles.
+      refs: m references.
+      memory: weights 0 or 1, or None.
+      estimator: "u" or "v".
+      precondition: as in `MMDGuidance`.
+    Returns:
+      [n, ...], like z.x.
+    """
+    among, fixed = kernel if isinstance(kernel, tuple) else (kernel, kernel)
+    weights = jnp.ones(z.n, wide_dtype(z.x))
+    if memory is not None:
+        weights = jnp.concatenate([weights, memory.weight.astype(weights.dtype)])
+    u = weights / weights.sum()
+    coef = u / pair_norm(u, estimator)
+    own = jnp.broadcast_to(coef[: z.n], (z.n, z.n))
+    if estimator == "u":
+        own = jnp.where(jnp.eye(z.n, dtype=bool), 0.0, own)
+    rule = "none" if precondition == "raw" else precondition
+
+    def gradient(k, points, coef, same=False):
+        return k.gradient(z, points, coef, same=same, precondition=rule)
+
+    pushed, mass_push = gradient(among, z, own, same=True)
+    pulled, mass_pull = gradient(fixed, refs, refs.probabilities().astype(u.dtype))
+    if memory is not None:
+        by_memory, mass_memory = gradient(fixed, memory, coef[z.n :])
+        pushed, mass_push = pushed + by_memory, mass_push + mass_memory
+    direction = 2 * (pushed - pulled)
+    match precondition:
+        case "mass":
+            # normalised by its value first: 1/m² overflows in the derivative of 1/m where the kernel is nearly 0
+            mass = jnp.maximum(mass_pull, mass_push)
+            inverse = reciprocal(jax.lax.stop_gradient(jnp.where(mass > jnp.finfo(mass.dtype).tiny * 8, mass, 0.0)))
+            factor = 0.5 * inverse / jnp.where(inverse > 0, mass * inverse, 1.0)
+        case "raw":
+            factor = u[: z.n]
+        case _:
+            return direction
+    return factor.reshape((-1,) + (1,) * (direction.ndim - 1)) * direction
+
+
+@pytree
+class DiffusedRBF(Radial):
+    """E_ε exp(−|x − y − σε|²/2h²) = (h²/(h² + σ²))^{D/2} exp(−|x − y|²/2(h² + σ²)), ε standard normal of size D."""
+
+    bandwidth: Any
+    sigma: Any
+    size: int = static()
+
+    def profile(self, d2):
+        """k; the power is taken in the exponent, where it does not underflow alone."""
+        h2, s2 = self.bandwidth**2, self.sigma**2
+        return jnp.exp(-d2 / (2 * (h2 + s2)) - 0.5 * self.size * jnp.log1p(s2 / h2))
+
+    def weight(self, d2):
+        """w = k/(h² + σ²)."""
+        return self.profile(d2) / (self.bandwidth**2 + self.sigma**2)
+
+    def length2(self, a):
+        """h², as of the RBF that it comes from."""
+        return jnp.asarray(self.bandwidth) ** 2
+
+
+def diffused_pair(kernel: Kernel, level: Level | None, size: int = 1) -> Any:
+    """The kernel among particles at a level, and that between them and α · clean points; level None only checks.
+
+    Raises:
+      ValueError: not an RBF, nor a Sum of them or a Product with one.
+    """
+    match kernel:
+        case RBF(bandwidth=h):
+            if level is None:
+                return None
+            among: Any = kernel.at_level(level)
+            hs = among.bandwidth if isinstance(h, tuple) else (among.bandwidth,)
+            parts = [DiffusedRBF(width, level.sigma, size) for width in hs]
+            return among, parts[0] if len(parts) == 1 else Sum(*parts, weights=(1.0 / len(parts),) * len(parts))
+        case Product(x=x, cond=cond):
+            pair = diffused_pair(x, level, size)
+            return None if pair is None else tuple(Product(k, cond) for k in pair)
+        case Sum(kernels=kernels, weights=weights):
+            pairs = [diffused_pair(k, level, size) for k in kernels]
+            return None if level is None else tuple(Sum(*ks, weights=weights) for ks in zip(*pairs, strict=True))
+    raise ValueError(
+        f'at="diffused" integrates the noise in closed form, which exists for RBF only, not {type(kernel).__name__}; '
+        'use RBF, or at="sample"'
+    )

@@ -1,0 +1,142 @@
+"""Guidance for pipelines of one's own: around a denoiser, or around a sampler's step.
+
+`guide_denoiser` moves x̂0 at every network call and serves any solver; `guide_sampler` serves every placement, in a loop
+that calls `init` and `step`. `guided_sample` is made of the second.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mmdjax.denoisers import Denoiser
+from mmdjax.guidance import BoundGuidance, MMDGuidance, bind, check_guidance, fit_kernel
+from mmdjax.memory import Memory
+from mmdjax.mmd import check_comparable
+from mmdjax.particles import Particles, as_particles
+from mmdjax.samplers import Sampler, as_sampler
+from mmdjax.tree import as_component, pytree, static
+
+
+@pytree
+class GuidedDenoiser:
+    """A denoiser whose x̂0 is guided; see `guide_denoiser`."""
+
+    denoiser: Any
+    guidance: MMDGuidance
+    kernel: Any
+    refs: Particles
+
+    def __call__(self, params, x, level, cond):
+        if jnp.ndim(level.t) > 0:
+            raise ValueError(f"level.t has shape {jnp.shape(level.t)}; a guided denoiser takes one level for the batch")
+        _check_shapes(x, self.refs)
+        bound = bind(self.guidance, self.kernel, self.refs, cond)
+        x0 = self.denoiser(params, x, level, cond)
+        return bound.denoised(x0, bound.init(x0), 1 - level.t)[0]
+
+
+def guide_denoiser(denoiser: Denoiser, guidance: MMDGuidance, refs: Any) -> GuidedDenoiser:
+    """A denoiser whose x̂0 is moved towards the references: "denoised" guidance for a pipeline that owns the loop.
+
+    Stateless: the transform's state starts anew at each call, and the window is read on 1 − t.
+
+    Args:
+      denoiser: (params, x, level, cond) -> x0_hat; level's fields are scalars.
+      guidance: with at="denoised".
+      refs: array [m, ...] or Particles, shaped like the denoiser's samples.
+    Returns:
+      A Denoiser, a pytree.
+    Raises:
+      ValueError: another placement (it moves x after a step: use `guide_sampler`); references that cannot be used.
+
+    Example:
+      >>> from mmdjax.schedules import VPLinear
+      >>> flat_prior = lambda params, x, level, cond: level.alpha * x
+      >>> guided = guide_denoiser(flat_prior, MMDGuidance(kernel=RBF(1.0)), jnp.ones((4, 2)))
+      >>> guided(None, jnp.zeros((3, 2)), VPLinear()(0.5), None).shape
+      (3, 2)
+    """
+    refs = as_particles(refs)
+    if isinstance(guidance, MMDGuidance) and guidance.at != "denoised":
+        raise ValueError(
+            f'at="{guidance.at}" moves x after a step, which a denoiser never sees; use guide_sampler, or at="denoised"'
+        )
+    check_guidance(guidance, refs, refs.cond)
+    return GuidedDenoiser(as_component(denoiser), guidance, fit_kernel(guidance, refs), refs)
+
+
+def _check_shapes(x, refs):
+    if x.shape[1:] != refs.x.shape[1:]:
+        raise ValueError(f"refs have shape {refs.x.shape} but the samples have {x.shape}; samples must match")
+
+
+@pytree
+class GuidedSampler:
+    """A sampler with guidance in or after each step; see `guide_sampler`. Its carry holds the guidance's state."""
+
+    sampler: Any
+    bound: BoundGuidance
+    num_steps: int | None = static(default=None)
+
+    def init(self, x):
+        """The inner sampler's carry, the guidance's state, the number of steps done."""
+        _check_shapes(x, self.bound.refs)
+        return self.sampler.init(x), self.bound.init(x), jnp.zeros((), jnp.int32)
+
+    def step(self, key, x, carry, state, denoise, t, s):
+        """The inner sampler's step, guided."""
+        carry, guidance_state, done = carry
+        fraction = 1 - t.t if self.num_steps is None else done / self.num_steps
+        if self.bound.guidance.at == "denoised":
+
+            def guided(x, level, states):
+                x0, outer = denoise(x, level, states[0])
+                x0, inner = self.bound.denoised(x0, states[1], fraction)
+                return x0, (outer, inner)
+
+            x, carry, (state, guidance_state) = self.sampler.step(key, x, carry, (state, guidance_state), guided, t, s)
+        else:
+            x, carry, state = self.sampler.step(key, x, carry, state, denoise, t, s)
+            noise_key = jax.random.fold_in(key, 1)  # `key` itself is the sampler's
+            x, guidance_state = self.bound.after_step(noise_key, x, guidance_state, fraction, t, s)
+        return x, (carry, guidance_state, done + 1), state
+
+
+def guide_sampler(
+    sampler: Sampler,
+    guidance: MMDGuidance,
+    refs: Any,
+    *,
+    cond: Any = None,
+    memory: Memory | None = None,
+    num_steps: int | None = None,
+) -> GuidedSampler:
+    """A sampler that guides each step, for a loop of one's own; every placement.
+
+    Args:
+      sampler: anything with `init` and `step` (see `mmdjax.samplers`).
+      guidance: what to do.
+      refs: array [m, ...] or Particles.
+      cond: the batch's conditions, where the kernel compares them.
+      memory: finished samples to be guided around.
+      num_steps: of the loop, on which the window is read; None: the window is read on 1 − t.
+    Returns:
+      A Sampler, a pytree.
+    Raises:
+      ValueError, TypeError: references, conditions or a guidance that cannot be used.
+
+    Example:
+      >>> from mmdjax.samplers import DDIM
+      >>> sampler = guide_sampler(DDIM(), MMDGuidance(kernel=RBF(1.0)), jnp.ones((4, 2)))
+      >>> carry = sampler.init(jnp.zeros((3, 2)))
+    """
+    refs = as_particles(refs)
+    check_guidance(guidance, refs, cond)
+    if memory is not None:
+        if not isinstance(memory, Memory):
+            raise TypeError(f"memory is {type(memory).__name__}; give Memory.empty(capacity, shape) or one from before")
+        check_comparable("memory", memory.particles, "refs", refs, kernel_uses_cond=False)
+        if guidance.kernel is not None and guidance.kernel.uses_cond and memory.particles.cond is None:
+            raise ValueError("the kernel compares conditions but memory has none: Memory.empty(capacity, shape, cond)")
+    return GuidedSampler(as_sampler(sampler), bind(guidance, fit_kernel(guidance, refs), refs, cond, memory), num_steps)

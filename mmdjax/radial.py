@@ -1,0 +1,396 @@
+"""The kernel's contract, and the kernels of the distance d alone: RBF, Laplacian, IMQ, RationalQuadratic, Energy.
+
+A kernel is a callable (a: Particles, b: Particles) -> Gram [n, m]. `Kernel` adds
+
+    fit(refs)                      what was left to the references (bandwidth None, an origin) filled in, detached
+    gradient(a, b, coef, ...)      Σ_j coef_ij ∂k(a_i, b_j)/∂a_i and the kernel mass Σ_j |coef_ij| w(a_i, b_j)
+
+with w = −2 ∂k/∂(d²), the weight of mean shift, for a kernel of the distance. `mmdjax.kernels` has the others.
+
+References:
+  Gretton et al. 2012 (RBF, the median heuristic), Gorham & Mackey 2017 (IMQ), Székely & Rizzo 2013 and Sejdinovic et
+  al. 2013 (Energy), Comaniciu & Meer 2002 (mean shift).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from mmdjax.distances import nearest_distance, pairwise_median, squared_distance
+from mmdjax.numerics import product, reciprocal, safe_sqrt
+from mmdjax.particles import Particles, as_particles, flat
+from mmdjax.schedules import Level
+from mmdjax.tree import as_component, is_concrete, pytree, replace
+
+
+class Kernel:
+    """What the guidance asks of a kernel; a subclass writes `gram`, and `mass` where the kernel has one."""
+
+    def __call__(self, a: Particles, b: Particles) -> Float[Array, "n m"]:
+        """The Gram matrix k(a_i, b_j)."""
+        same = a is b
+        return self.gram(as_particles(a), as_particles(b), same=same)
+
+    @property
+    def has_mass(self) -> bool:
+        """Whether precondition="mass" works: the kernel is one of the distance between the samples."""
+        return False
+
+    @property
+    def uses_cond(self) -> bool:
+        """Whether the kernel compares conditions and cannot do without."""
+        return False
+
+    @property
+    def sees_cond(self) -> bool:
+        """Whether the kernel is given conditions where there are some."""
+        return self.uses_cond
+
+    def gram(self, a: Particles, b: Particles, *, same: bool = False) -> Array:
+        """The Gram matrix; `same` says that row i of a and row i of b are one point, at distance exactly 0."""
+        raise NotImplementedError
+
+    def fit(self, refs: Particles) -> "Kernel":
+        """The kernel with everything that it takes from references filled in."""
+        return self
+
+    def fit_factor(self, refs: Particles) -> "Kernel":
+        """`fit` for a factor of a product, which must be positive definite on its own."""
+        return self.fit(refs)
+
+    def at_level(self, level: Level) -> "Kernel":
+        """The kernel to compare points at a noise level with, where this one compares clean ones."""
+        return self
+
+    def length2(self, a: Particles) -> Any:
+        """ℓ², scalar or [n]: what makes ℓ² ∂MMD²/∂x a length."""
+        raise ValueError(f'{type(self).__name__} has no length; use precondition="none"')
+
+    def gradient(
+        self, a: Particles, b: Particles, coef: Array, *, same: bool = False, precondition: str = "none"
+    ) -> tuple[Any, Array]:
+        """Σ_j coef_ij ∂k(a_i, b_j)/∂a_i, shaped like a.x, and the mass [n] that "mass" divides it by (else 1).
+
+        Args:
+          a: n points, differentiated.
+          b: m points, held fixed (also where they are the same points).
+          coef: [m] or [n, m].
+          same: a and b are the same points in the same order.
+          precondition: with "length" the gradient comes multiplied by `length2`, by component in a sum.
+        """
+        if precondition == "mass":
+            raise ValueError(
+                f"{type(self).__name__} is not a kernel of the distance, so it has no mass; use "
+                'precondition="length" or "none"'
+            )
+        gram, pull_back = jax.vjp(lambda x: self.gram(replace(a, x=x), b, same=same), a.x)
+        scale = jnp.reshape(self.length2(a), (-1, 1)) if precondition == "length" else 1.0
+        (gradient,) = pull_back(jnp.broadcast_to(scale * coef, gram.shape).astype(gram.dtype))
+        return gradient, jnp.ones(a.n, gram.dtype)
+
+
+class Radial(Kernel):
+    """A kernel of the distance alone: `profile(d²)` and `weight(d²)` = −2 ∂profile/∂d²."""
+
+    @property
+    def has_mass(self):
+        return True
+
+    def profile(self, d2: Array) -> Array:
+        """k as a function of the squared distance."""
+        raise NotImplementedError
+
+    def weight(self, d2: Array) -> Array:
+        """w(d²) = −2 ∂k/∂d²."""
+        raise NotImplementedError
+
+    def components(self) -> "tuple[tuple[Any, Radial], ...]":
+        """(weight, kernel) of each part with a length of its own."""
+        return ((1.0, self),)
+
+    def gram(self, a, b, *, same=False):
+        return self.profile(squared_distance(flat(a.x), flat(b.x), same=same, accurate=True))
+
+    def gradient(self, a, b, coef, *, same=False, precondition="none"):
+        x, unflatten = jax.vjp(flat, a.x)
+        y = flat(b.x)
+        d2 = squared_distance(x, y, same=same, accurate=True)
+        if precondition == "length":
+            weight = sum(jnp.reshape(c * k.length2(a), (-1, 1)) * k.weight(d2) for c, k in self.components())
+        else:
+            weight = self.weight(d2)
+        pull = coef * weight
+        # Σ_j pull_ij (y_j − x_i), about the mean of y so that a common offset costs no digits
+        centre = jax.lax.stop_gradient(y.mean(0))
+        gradient = product(pull, y - centre) - pull.sum(1, keepdims=True) * (x - centre)
+        mass = jnp.sum(jnp.abs(coef) * weight, axis=1) if precondition == "mass" else jnp.ones_like(x[:, 0])
+        return unflatten(gradient)[0], mass
+
+
+class Scaled(Radial):
+    """A radial kernel with a bandwidth: a number, a tuple (the mean of its kernels), a rule like `Median`, or None."""
+
+    bandwidth: Any
+
+    def __post_init__(self):
+        if isinstance(self.bandwidth, tuple) and not self.bandwidth:
+            raise ValueError("bandwidth is (); give at least one length")
+        bandwidth = tuple(self.bandwidth) if isinstance(self.bandwidth, list) else self.bandwidth
+        rules = jax.tree.map(lambda h: as_component(h) if callable(h) else h, bandwidth)
+        object.__setattr__(self, "bandwidth", rules)
+        for h in jax.tree.leaves(rules):
+            if is_concrete(h) and not (np.asarray(h) > 0).all():
+                raise ValueError(
+                    f"bandwidth is {h}; a length above 0 is needed ({type(self).__name__}(None) takes it from refs)"
+                )
+
+    def default_rule(self) -> "Callable[[Particles], Array]":
+        """Where bandwidth None comes from."""
+        return Median()
+
+    def value(self, d2, h):
+        """k for one bandwidth."""
+        raise NotImplementedError
+
+    def value_weight(self, d2, h):
+        """w for one bandwidth."""
+        raise NotImplementedError
+
+    def _bandwidths(self) -> tuple:
+        hs = self.bandwidth if isinstance(self.bandwidth, tuple) else (self.bandwidth,)
+        if any(h is None or callable(h) for h in hs):
+            raise ValueError(
+                f"{type(self).__name__}({self.bandwidth}) takes its bandwidth from references; call "
+                "kernel.fit(refs) first, or give a number such as median_bandwidth(refs)"
+            )
+        for h in hs:
+            if jnp.ndim(h) > 0:  # would broadcast over the Gram's columns
+                raise ValueError(
+                    f"bandwidth has shape {jnp.shape(h)}; give a tuple for a mixture, or vmap over an array"
+                )
+        return hs
+
+    def _with_each_bandwidth(self, change: Callable) -> "Kernel":
+        h = self.bandwidth
+        return replace(self, bandwidth=tuple(map(change, h)) if isinstance(h, tuple) else change(h))
+
+    def profile(self, d2):
+        hs = self._bandwidths()
+        return sum(self.value(d2, h) for h in hs) / len(hs)
+
+    def weight(self, d2):
+        hs = self._bandwidths()
+        return sum(self.value_weight(d2, h) for h in hs) / len(hs)
+
+    def components(self):
+        hs = self._bandwidths()
+        return tuple((1.0 / len(hs), replace(self, bandwidth=h)) for h in hs)
+
+    def length2(self, a):
+        (h,) = self._bandwidths()
+        return jnp.asarray(h) ** 2
+
+    def fit(self, refs):
+        def from_refs(h):
+            rule = self.default_rule() if h is None else h
+            return rule(refs) if callable(rule) else rule
+
+        return self._with_each_bandwidth(from_refs)
+
+    def at_level(self, level):
+        return self._with_each_bandwidth(lambda h: level.alpha * h)
+
+
+@pytree
+class RBF(Scaled):
+    """exp(−d²/2h²). A tuple of bandwidths is the mean of their kernels; None is the median distance of the references.
+
+    At a noise level the width is √(α²h² + σ²): a fixed one would see nothing at high noise.
+
+    Example:
+      >>> p = Particles(jnp.array([[0.0], [1.0]]))
+      >>> RBF(1.0)(p, p).tolist()
+      [[1.0, 0.606...], [0.606..., 1.0]]
+    """
+
+    bandwidth: Any = None
+
+    def value(self, d2, h):
+        return jnp.exp(-d2 / (2 * h**2))
+
+    def value_weight(self, d2, h):
+        return jnp.exp(-d2 / (2 * h**2)) / h**2
+
+    def at_level(self, level):
+        return self._with_each_bandwidth(lambda h: jnp.sqrt((level.alpha * h) ** 2 + level.sigma**2))
+
+
+@pytree
+class Laplacian(Scaled):
+    """exp(−d/h), d the Euclidean distance.
+
+    Example:
+      >>> Laplacian(1.0)(Particles(jnp.zeros((1, 2))), Particles(jnp.array([[3.0, 4.0]]))).tolist()
+      [[0.0067...]]
+    """
+
+    bandwidth: Any = None
+
+    def value(self, d2, h):
+        return jnp.exp(-safe_sqrt(d2) / h)
+
+    def value_weight(self, d2, h):
+        return self.value(d2, h) * reciprocal(h * safe_sqrt(d2))
+
+    at_level = RBF.at_level
+
+
+@pytree
+class IMQ(Scaled):
+    """The inverse multiquadric (1 + d²/h²)^(−1/2) = h (d² + h²)^(−1/2).
+
+    None is `NearestNeighbour()`: twice the median nearest-neighbour distance of the references.
+
+    Example:
+      >>> IMQ(3.0)(Particles(jnp.zeros((1, 1))), Particles(jnp.array([[4.0]]))).tolist()
+      [[0.6...]]
+    """
+
+    bandwidth: Any = None
+
+    def default_rule(self):
+        return NearestNeighbour()
+
+    def value(self, d2, h):
+        return jax.lax.rsqrt(1 + d2 / h**2)
+
+    def value_weight(self, d2, h):
+        return self.value(d2, h) ** 3 / h**2
+
+
+@pytree
+class RationalQuadratic(Scaled):
+    """(1 + d²/(2 shape h²))^(−shape): a scale mixture of RBFs; the tail thins as `shape` grows."""
+
+    bandwidth: Any = None
+    shape: Any = 1.0
+
+    def value(self, d2, h):
+        return (1 + d2 / (2 * self.shape * h**2)) ** (-self.shape)
+
+    def value_weight(self, d2, h):
+        return (1 + d2 / (2 * self.shape * h**2)) ** (-self.shape - 1) / h**2
+
+
+@pytree
+class Energy(Radial):
+    """−d; MMD² with it is the energy distance 2E|x − y| − E|x − x'| − E|y − y'|.
+
+    Conditionally positive definite. As a factor of `Product` it becomes |x − o| + |y − o| − |x − y| with o the
+    reference mean, which is positive definite and gives the same MMD² on its own.
+
+    Args:
+      origin: o, one sample; None for −d.
+      length: the references' median distance, for precondition="length"; `fit` fills it in.
+
+    Example:
+      >>> Energy()(Particles(jnp.zeros((1, 2))), Particles(jnp.array([[3.0, 4.0]]))).tolist()
+      [[-5.0]]
+    """
+
+    origin: Any = None
+    length: Any = None
+
+    def profile(self, d2):
+        return -safe_sqrt(d2)
+
+    def weight(self, d2):
+        return reciprocal(safe_sqrt(d2))
+
+    def gram(self, a, b, *, same=False):
+        gram = super().gram(a, b, same=same)
+        if self.origin is None:
+            return gram
+        return gram + self._from_origin(a)[:, None] + self._from_origin(b)[None, :]
+
+    def gradient(self, a, b, coef, *, same=False, precondition="none"):
+        gradient, mass = super().gradient(a, b, coef, same=same, precondition=precondition)
+        if self.origin is None:
+            return gradient, mass
+        # the origin pushes with what all of b pulls with: −Σ_j coef_ij (o − a_i)/|a_i − o|
+        total = jnp.broadcast_to(coef, (a.n, b.n)).sum(1, keepdims=True)
+        origin = Particles(jax.tree.map(lambda o: jnp.asarray(o)[None], self.origin))
+        plain = replace(self, origin=None)
+        pushed, from_origin = plain.gradient(a, origin, -total, precondition=precondition)
+        return jax.tree.map(jnp.add, gradient, pushed), mass + (from_origin if precondition == "mass" else 0)
+
+    def fit(self, refs):
+        if self.length is not None or refs.n < 2:  # one reference has no length, and only precondition="length" asks
+            return self
+        return replace(self, length=jnp.nan_to_num(Median()(refs)))  # equal references: 0, a length that moves nothing
+
+    def fit_factor(self, refs):
+        fitted = self.fit(refs)
+        if self.origin is not None:
+            return fitted
+        p = refs.probabilities()
+        mean = jax.tree.map(lambda x: jnp.tensordot(p, jnp.asarray(x, p.dtype), 1), refs.x)
+        return replace(fitted, origin=jax.lax.stop_gradient(mean))
+
+    def at_level(self, level):
+        return jax.tree.map(lambda leaf: level.alpha * leaf, self)
+
+    def length2(self, a):
+        if self.length is None:
+            raise ValueError(
+                'Energy() takes its length from references; call kernel.fit(refs) first, or precondition="none"'
+            )
+        return self.length
+
+    def _from_origin(self, points):
+        origin = Particles(jax.tree.map(lambda o: jnp.asarray(o)[None], self.origin))
+        return -super().gram(points, origin)[:, 0]
+
+
+# Where a bandwidth of None comes from. Detached, on at most 2,000 references.
+
+
+@pytree
+class Median:
+    """factor × the median distance between two references."""
+
+    factor: Any = 1.0
+
+    def __call__(self, refs: Particles) -> Array:
+        return self.factor * pairwise_median(flat(refs.x), refs.probabilities())
+
+
+@pytree
+class NearestNeighbour:
+    """factor × the median distance of a reference to its nearest other one, duplicates ignored."""
+
+    factor: Any = 2.0
+
+    def __call__(self, refs: Particles) -> Array:
+        return self.factor * nearest_distance(flat(refs.x), refs.probabilities())
+
+
+def median_bandwidth(refs: Any) -> Float[Array, ""]:
+    """The median distance between two references: the usual width of an RBF.  Gretton et al. 2012, section 8.
+
+    Detached; on at most 2,000 references spread evenly over the rows. Zero-weight rows are left out.
+
+    Args:
+      refs: Particles, or an array [m, ...] of at least two samples.
+    Raises:
+      ValueError: fewer than two references.
+
+    Example:
+      >>> float(median_bandwidth(jnp.array([[0.0], [1.0], [3.0]])))
+      2.0
+    """
+    return Median()(as_particles(refs))
