@@ -51,6 +51,7 @@ def guide_denoiser(denoiser: Denoiser, guidance: MMDGuidance, refs: Any) -> Guid
       ValueError: another placement (it moves x after a step: use `guide_sampler`); references that cannot be used.
 
     Example:
+      >>> from mmdjax import RBF
       >>> from mmdjax.schedules import VPLinear
       >>> flat_prior = lambda params, x, level, cond: level.alpha * x
       >>> guided = guide_denoiser(flat_prior, MMDGuidance(kernel=RBF(1.0)), jnp.ones((4, 2)))
@@ -127,7 +128,7 @@ def guide_sampler(
       ValueError, TypeError: references, conditions or a guidance that cannot be used.
 
     Example:
-      >>> from mmdjax.samplers import DDIM
+      >>> from mmdjax import DDIM, RBF
       >>> sampler = guide_sampler(DDIM(), MMDGuidance(kernel=RBF(1.0)), jnp.ones((4, 2)))
       >>> carry = sampler.init(jnp.zeros((3, 2)))
     """
