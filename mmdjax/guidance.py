@@ -34,7 +34,6 @@ from mmdjax.tree import is_concrete, pytree, replace, static
 PLACEMENTS = ("denoised", "sample", "clean", "diffused")
 PRECONDITIONS = ("mass", "length", "none", "raw")
 DENOISED_STEPS = 10  # inner steps a network call
-ROUNDING = 1e-5  # of a fraction of steps: i/N and the window's edge may differ in the last digit
 SAMPLE_RATE, SAMPLE_CAP = 20.0, 0.575  # inner steps per unit of log σ²/α², and the most of it that one step counts
 
 
@@ -184,7 +183,7 @@ class BoundGuidance:
     def active(self, fraction: Any) -> Any:
         """Whether a fraction of the steps lies in the window."""
         start, end = self.guidance.window
-        return (fraction > start - ROUNDING) & (fraction < end - ROUNDING)
+        return (fraction >= start) & (fraction < end)
 
     def denoised(self, x0: Array, state: GuidanceState, fraction: Any) -> tuple[Array, GuidanceState]:
         """x̂0 [n, ...] moved against clean references; `fraction` of the steps is done."""

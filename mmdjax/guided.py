@@ -17,6 +17,8 @@ from mmdjax.particles import Particles, as_particles
 from mmdjax.samplers import Sampler, as_sampler
 from mmdjax.tree import as_component, pytree, static
 
+ROUNDING = 1e-5  # added to a fraction of steps: k/N may fall short of a window's edge at k/N by its last digit
+
 
 @pytree
 class GuidedDenoiser:
@@ -33,7 +35,7 @@ class GuidedDenoiser:
         _check_shapes(x, self.refs)
         bound = bind(self.guidance, self.kernel, self.refs, cond)
         x0 = self.denoiser(params, x, level, cond)
-        return bound.denoised(x0, bound.init(x0), 1 - level.t)[0]
+        return bound.denoised(x0, bound.init(x0), 1 - level.t + ROUNDING)[0]
 
 
 def guide_denoiser(denoiser: Denoiser, guidance: MMDGuidance, refs: Any) -> GuidedDenoiser:
@@ -88,7 +90,7 @@ class GuidedSampler:
     def step(self, key, x, carry, state, denoise, t, s):
         """The inner sampler's step, guided."""
         carry, guidance_state, done = carry
-        fraction = 1 - t.t if self.num_steps is None else done / self.num_steps
+        fraction = ROUNDING + (1 - t.t if self.num_steps is None else done / self.num_steps)
         if self.bound.guidance.at == "denoised":
 
             def guided(x, level, states):
