@@ -236,6 +236,19 @@ class DiffusionModel:
             raise ValueError(f"shape is {self.shape}; every size must be at least 1")
         object.__setattr__(self, "shape", tuple(int(size) for size in shape))
 
+    def denoise(self, params: Any, x: Array, level: Level, cond: Any = None) -> Array:
+        """E[x_0 | x_t = x], [n, ...], in x's dtype.
+
+        Raises:
+          ValueError: the denoiser returns another shape.
+        """
+        x0 = self.denoiser(params, x, level, cond)
+        if x0.shape != x.shape:
+            raise ValueError(
+                f"the denoiser returned shape {x0.shape} for x of shape {x.shape}; it must return x0_hat, one each"
+            )
+        return x0.astype(x.dtype)
+
 
 def _off_zero(x: Array) -> Array:
     # at zero terminal SNR α is 0 and eps or score say nothing of x_0: stay finite there

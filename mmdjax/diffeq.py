@@ -405,12 +405,7 @@ def _x0_hat_of(lam, y, args):
 
 def _x0_hat(args, x, level, lam):
     params, model, bound, cond = args
-    x0 = model.denoiser(params, x, level, cond)
-    if x0.shape != x.shape:
-        raise ValueError(
-            f"the denoiser returned shape {x0.shape} for x of shape {x.shape}; it must return x0_hat, one each"
-        )
-    x0 = x0.astype(x.dtype)
+    x0 = model.denoise(params, x, level, cond)
     return x0 if bound is None else bound.denoised(x0, bound.init(x0), lam)[0]
 
 

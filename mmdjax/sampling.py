@@ -176,12 +176,7 @@ def _sample(
         sampler = GuidedSampler(sampler, bound, num_steps)
 
     def denoise(x, level, finite):
-        x0 = model.denoiser(params, x, level, cond)
-        if x0.shape != x.shape:
-            raise ValueError(
-                f"the denoiser returned shape {x0.shape} for x of shape {x.shape}; it must return x0_hat, one each"
-            )
-        x0 = x0.astype(x.dtype)
+        x0 = model.denoise(params, x, level, cond)
         return x0, finite & jnp.isfinite(x0).all() if checks else finite
 
     bar = Bar(num_steps, "sampling")
@@ -219,6 +214,12 @@ def _sample(
     return Samples(x, memory, trace), finite
 
 
+def check_key(key: Any) -> None:
+    """Raise TypeError unless this is a typed PRNG key."""
+    if not (hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
+        raise TypeError(f"key is {type(key).__name__} without a key type; make one with jax.random.key(seed)")
+
+
 def check_call(
     key: Any,
     refs: Particles | None,
@@ -230,8 +231,7 @@ def check_call(
     x_init: Any,
 ) -> None:
     """Raise the TypeError or ValueError of `guided_sample` for arguments that do not fit each other."""
-    if not (hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
-        raise TypeError(f"key is {type(key).__name__} without a key type; make one with jax.random.key(seed)")
+    check_key(key)
     if key.shape != ():
         raise ValueError(f"key has shape {key.shape}; give one key, and jax.vmap over several")
     if not isinstance(model, DiffusionModel):

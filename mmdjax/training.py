@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 
 from mmdjax.denoisers import DiffusionModel
 from mmdjax.particles import Particles, as_particles, check_points
+from mmdjax.sampling import check_key
 from mmdjax.schedules import Level, diffuse
 from mmdjax.tree import pytree
 
@@ -299,8 +300,7 @@ def _kind(tree):
 
 
 def _check_fit(params, key, data, model, *, ema, **counts):
-    if not (hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
-        raise TypeError(f"key is {type(key).__name__} without a key type; make one with jax.random.key(seed)")
+    check_key(key)
     check_points("data", data, floats=True)
     for name, value in counts.items():
         if not isinstance(value, (int, np.integer)) or value < 1:

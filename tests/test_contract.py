@@ -1,6 +1,6 @@
 """Every sampler × kernel × placement, with preconditions and estimators in turn, keeps the contract end to end.
 
-For each of the 240 triples one precondition and estimator is drawn so that over the samplers every precondition and
+For each of the 195 triples one precondition and estimator is drawn so that over the samplers every precondition and
 both estimators meet every kernel and placement; the direction itself is tested for all of them in test_guidance.
 """
 
