@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from mmdjax.whole import written_whole
+
 
 def image_grid(images: Any, *, columns: int, scale: int = 1, margin: int = 1) -> Any:
     """Images in rows, as one `PIL.Image`.
@@ -54,15 +56,15 @@ def save_labelled_grids(path: str | Path, grids: dict[str, Any], *, columns: int
     pictures = {
         title: image_grid(images, columns=columns, scale=scale, margin=scale) for title, images in grids.items()
     }
-    gap, header = 16, 34
-    width = sum(p.width for p in pictures.values()) + gap * (len(pictures) + 1)
-    sheet = Image.new("RGB", (width, max(p.height for p in pictures.values()) + header + gap), "white")
-    draw, font, left = ImageDraw.Draw(sheet), ImageFont.load_default(size=16), gap
-    for title, picture in pictures.items():
+    gap, header, font = 16, 34, ImageFont.load_default(size=16)
+    widths = [max(picture.width, round(font.getlength(title))) for title, picture in pictures.items()]
+    size = (sum(widths) + gap * (len(pictures) + 1), max(p.height for p in pictures.values()) + header + gap)
+    sheet = Image.new("RGB", size, "white")
+    draw, left = ImageDraw.Draw(sheet), gap
+    for (title, picture), width in zip(pictures.items(), widths, strict=True):
         draw.text((left, 8), title, fill="black", font=font)
         sheet.paste(picture, (left, header))
-        left += picture.width + gap
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".part")
-    sheet.save(unfinished, format="PNG")
-    return unfinished.replace(path)
+        left += width + gap
+    with written_whole(path) as partial:
+        sheet.save(partial, format="PNG")
+    return path

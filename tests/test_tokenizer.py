@@ -2,17 +2,22 @@
 
 import numpy as np
 import pytest
-import sd_toys
 
 from mmdjax.sd.checkpoint import CheckpointError
+from mmdjax.sd.tiny import BYTES, write_vocabulary
 from mmdjax.sd.tokenizer import load_tokenizer
 
 START, END = 516, 517
 
 
+def vocabulary(folder, **how):
+    assert write_vocabulary(folder, **how) == 518
+    return folder
+
+
 def test_words_bytes_and_padding(tmp_path):
-    tokenizer = load_tokenizer(sd_toys.write_tokenizer(tmp_path, length=8))
-    a, b = sd_toys.SIGNS.index("a"), sd_toys.SIGNS.index("b")
+    tokenizer = load_tokenizer(vocabulary(tmp_path, length=8))
+    a, b = BYTES.index("a"), BYTES.index("b")
     ids = tokenizer(["A  Cat\n", "", "ab"])
     assert ids.tolist() == [
         [START, 256 + a, 513, END, END, END, END, END],
@@ -23,20 +28,18 @@ def test_words_bytes_and_padding(tmp_path):
 
 
 def test_padding_with_another_token(tmp_path):
-    assert load_tokenizer(sd_toys.write_tokenizer(tmp_path, length=5, pad="!"))(["cat"]).tolist() == [
-        [START, 513, END, 0, 0]
-    ]
+    assert load_tokenizer(vocabulary(tmp_path, length=5, pad="!"))(["cat"]).tolist() == [[START, 513, END, 0, 0]]
 
 
 def test_long_prompt_is_cut_with_a_warning(tmp_path):
-    tokenizer = load_tokenizer(sd_toys.write_tokenizer(tmp_path, length=5))
+    tokenizer = load_tokenizer(vocabulary(tmp_path, length=5))
     assert tokenizer(["cat dog cat"]).tolist() == [[START, 513, 515, 513, END]]  # fits: no warning
     with pytest.warns(UserWarning, match="of 4 tokens was cut to the 3 that the text encoder takes; left out: 'Dog'"):
         assert tokenizer(["cat dog cat Dog"]).tolist() == [[START, 513, 515, 513, END]]
 
 
 def test_saved_and_loaded(tmp_path):
-    tokenizer = load_tokenizer(sd_toys.write_tokenizer(tmp_path / "a", length=9, pad="!"))
+    tokenizer = load_tokenizer(vocabulary(tmp_path / "a", length=9, pad="!"))
     tokenizer.save(tmp_path / "b")
     again = load_tokenizer(tmp_path / "b")
     prompts = ["cat!", "a <|endoftext|> b", "é"]
@@ -47,7 +50,7 @@ def test_saved_and_loaded(tmp_path):
 def test_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no vocabulary for prompts; needed: vocab.json with merges.txt"):
         load_tokenizer(tmp_path)
-    folder = sd_toys.write_tokenizer(tmp_path / "a")
+    folder = vocabulary(tmp_path / "a")
     with pytest.raises(TypeError, match="prompts is 'a cat'; give a list of strings"):
         load_tokenizer(folder)("a cat")
     folder.joinpath("merges.txt").write_text("#version: 0.2\nzz zz\n")

@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from mmdjax.whole import written_whole
+
 MAX_HEADER = 100_000_000  # bytes: the safetensors format's own limit
 DTYPES = {
     "F64": np.float64,
@@ -172,13 +174,10 @@ def write_safetensors(
         header[key] = {"dtype": names[np.dtype(entry.dtype)], "shape": list(entry.shape), "data_offsets": [start, end]}
     head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     head += b" " * (-len(head) % 8)
-    path = Path(path)
-    partial = path.with_name(path.name + ".part")
-    with partial.open("wb") as file:
+    with written_whole(path) as partial, partial.open("wb") as file:
         file.write(struct.pack("<Q", len(head)) + head)
         for key in order:
             file.write(np.ascontiguousarray(entries[key].read()).reshape(-1).view(np.uint8).data)
-    partial.replace(path)
 
 
 def map_file(file) -> mmap.mmap:

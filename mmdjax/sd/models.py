@@ -5,9 +5,10 @@ or `.ckpt` in CompVis's naming, a folder that `save` wrote (Flax's names and lay
 id.
 """
 
+import contextlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from mmdjax.sd.clip import CLIPText, CLIPTextConfig
 from mmdjax.sd.files import download, open_file, open_folder
 from mmdjax.sd.unet import UNet2D, UNet2DCondition, UNet2DConditionConfig, UNet2DConfig
 from mmdjax.sd.vae import AutoencoderKL, AutoencoderKLConfig, VQModel, VQModelConfig
+from mmdjax.whole import write_json
 
 MODULES = (
     (UNet2DConditionConfig, UNet2DCondition),
@@ -53,14 +55,36 @@ class _How(NamedTuple):
     param_dtype: Any
     flash: bool
     put: Callable
+    progress: bool
 
     def module(self, raw: Mapping[str, Any]) -> Any:
         return module_from_config(raw, dtype=self.dtype, param_dtype=self.param_dtype or jnp.float32, flash=self.flash)
 
-    def component(self, raw: Mapping[str, Any], checkpoint: Checkpoint, module: Any = None) -> Component:
-        module = module or self.module(raw)
-        params = convert.params_from_torch(module, checkpoint, param_dtype=self.param_dtype, put=self.put)
+    def of(self, name: str) -> "_How":
+        """For one component: `param_dtype` may be by component."""
+        by_name = isinstance(self.param_dtype, Mapping)
+        return self._replace(param_dtype=self.param_dtype.get(name)) if by_name else self
+
+    def component(self, name: str, raw: Mapping[str, Any], checkpoint: Checkpoint, module: Any) -> Component:
+        with self.loading(name, checkpoint) as put:
+            params = convert.params_from_torch(module, checkpoint, param_dtype=self.param_dtype, put=put)
         return Component(module, params, raw)
+
+    def cast(self, array: np.ndarray) -> np.ndarray:
+        return array if self.param_dtype is None else array.astype(self.param_dtype)
+
+    @contextlib.contextmanager
+    def loading(self, name: str, checkpoint: Checkpoint) -> Iterator[Callable]:
+        """`put`, with a bar of the tensors that went through it."""
+        from tqdm.auto import tqdm
+
+        with tqdm(total=len(checkpoint), desc=f"loading {name}", unit="tensor", disable=not self.progress) as bar:
+
+            def put(array):
+                bar.update()
+                return self.put(array)
+
+            yield put
 
 
 def load_models(
@@ -73,6 +97,7 @@ def load_models(
     put: Callable = jnp.array,
     ema: bool = False,
     configs: Mapping[str, Mapping] | None = None,
+    progress: bool = False,
 ) -> dict[str, Component]:
     """The networks of a model by component: "unet", "vae" or "vqvae", "text_encoder", "text_encoder_2".
 
@@ -80,36 +105,34 @@ def load_models(
       path: see the top of this module.
       variant: "fp16" for the half-precision files of a folder.
       dtype: that the modules compute in.
-      param_dtype: that the parameters are cast to; None keeps the file's.
+      param_dtype: that the parameters are cast to, for all or by component, such as {"unet": jnp.bfloat16}; None keeps
+        the file's.
       flash: see `mmdjax.sd.layers.Block`.
       put: what becomes of each array of parameters; a `jax.device_put` to a sharding, say.
       ema: the moving average of a single file's U-Net, instead of the last step's weights.
       configs: of a single file's components, in place of what its shapes say.
+      progress: show a bar a network.
     Raises:
       FileNotFoundError: no such file, config, weights, variant or shard.
       CheckpointError: the file is damaged or unsafe, or keys are missing, unused or mis-shaped: all in one message.
       ValueError: a config.json of a network, or with settings, that are not implemented.
     """
-    how = _How(dtype, param_dtype, flash, put)
-    path = Path(path)
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-        path = download(str(path), variant=variant)
+    how = _How(dtype, param_dtype, flash, put, progress)
+    path = local_path(path, variant)
     if path.is_file():
         return _load_single(open_file(path), how, ema, configs)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder")
     if ema:
         raise ValueError("ema=True is for single files; a folder has one set of weights a variant")
     if (path / MANIFEST).exists():
         return _load_saved(path, how)
     if (path / "config.json").exists():
-        return {path.name: load_component(path, variant=variant, **how._asdict())}
+        return {path.name: _load_folder(path, variant, how)}
     found = {name: path / name for name in COMPONENTS if (path / name).is_dir()}
     if not found:
         raise FileNotFoundError(
             f"{path.name}: no model; looked for {MANIFEST}, config.json and folders {', '.join(COMPONENTS)}"
         )
-    return {name: load_component(folder, variant=variant, **how._asdict()) for name, folder in found.items()}
+    return {name: _load_folder(folder, variant, how) for name, folder in found.items()}
 
 
 def load_component(
@@ -120,12 +143,23 @@ def load_component(
     param_dtype: Any = None,
     flash: bool = False,
     put: Callable = jnp.array,
+    progress: bool = False,
 ) -> Component:
     """One network's folder, config.json and its weights. See `load_models`."""
-    folder = Path(folder)
-    how, raw = _How(dtype, param_dtype, flash, put), read_config(folder)
-    module = how.module(raw)  # before the weights: another network's config is the clearer error
-    return how.component(raw, open_folder(folder, variant), module)
+    return _load_folder(Path(folder), variant, _How(dtype, param_dtype, flash, put, progress))
+
+
+def local_path(path: str | Path, variant: str | None = None) -> Path:
+    """The path of a model on this machine: itself, or where a hub id was downloaded to.
+
+    Raises:
+      FileNotFoundError: neither a path nor a hub id.
+    """
+    if Path(path).exists():
+        return Path(path)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        return download(str(path), variant=variant)
+    raise FileNotFoundError(f"{path}: no such file or folder")
 
 
 def module_from_config(
@@ -170,7 +204,7 @@ def save(path: str | Path, components: Mapping[str, Component]) -> None:
         "format": FORMAT,
         "components": {name: dict(component.config) for name, component in components.items()},
     }
-    (path / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    write_json(path / MANIFEST, manifest)
 
 
 def export(path: str | Path, components: Mapping[str, Component]) -> None:
@@ -181,19 +215,26 @@ def export(path: str | Path, components: Mapping[str, Component]) -> None:
         stem = "model" if isinstance(component.module, CLIPText) else "diffusion_pytorch_model"
         entries = convert.params_to_torch(component.params)
         write_safetensors(folder / f"{stem}.safetensors", entries, {"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(dict(component.config), indent=2, sort_keys=True) + "\n")
+        write_json(folder / "config.json", dict(sorted(component.config.items())))
+
+
+def _load_folder(folder: Path, variant: str | None, how: _How) -> Component:
+    raw, how = read_config(folder), how.of(folder.name)
+    module = how.module(raw)  # before the weights: another network's config is the clearer error
+    return how.component(folder.name, raw, open_folder(folder, variant), module)
 
 
 def _load_single(file: Checkpoint, how: _How, ema: bool, configs: Mapping[str, Mapping] | None) -> dict[str, Component]:
     convert.refuse_foreign(file)
     found = {}
     for name, part in single.parts(file, configs).items():
-        module = how.module(part.config)
+        mine_how = how.of(name)
+        module = mine_how.module(part.config)
         mine = single.used(part, module.config, file)
         if ema and name == "unet":
             mine = _moving_average(mine, part.prefix, file)
         sources = compvis.sources(module, convert.keys(convert.abstract(module)), openclip=part.openclip)
-        found[name] = how.component(part.config, compvis.translate(mine, sources), module)
+        found[name] = mine_how.component(name, part.config, compvis.translate(mine, sources), module)
     return found
 
 
@@ -215,14 +256,14 @@ def _load_saved(path: Path, how: _How) -> dict[str, Component]:
         )
     found = {}
     for name, raw in manifest["components"].items():
-        module = how.module(raw)
+        mine = how.of(name)
+        module = mine.module(raw)
         tree = {".".join(p): (p, leaf.shape) for p, leaf in convert.flat(convert.abstract(module)).items()}
         file = open_file(path / f"{name}.safetensors")
         convert.check(file, {key: shape for key, (_, shape) in tree.items()}, f"{path.name}/{file.source}")
-        cast = (lambda x: x) if how.param_dtype is None else (lambda x: x.astype(how.param_dtype))
-        found[name] = Component(
-            module, unflatten_dict({p: how.put(cast(file[key])) for key, (p, _) in tree.items()}), raw
-        )
+        with mine.loading(name, file) as put:
+            leaves = {path: put(mine.cast(file[key])) for key, (path, _) in tree.items()}
+        found[name] = Component(module, unflatten_dict(leaves), raw)
     return found
 
 

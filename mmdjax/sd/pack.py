@@ -86,7 +86,7 @@ class ReferencePack:
 def encode_references(
     pipeline: Pipeline,
     params: Any,
-    images: Float[Array | np.ndarray, "m h w c"],
+    images: Float[Array | np.ndarray, "m h w c"] | Iterable,
     prompts: str | Sequence[str] | None = None,
     *,
     batch_size: int | None = None,
@@ -94,25 +94,29 @@ def encode_references(
     """References encoded once: pictures by the autoencoder (no noise drawn, scaled once), prompts by the text encoders.
 
     Args:
-      images: [m, h, w, c] in [−1, 1].
+      images: [m, h, w, c] in [−1, 1]; or batches of such, read as they are encoded (`PictureFolder.batches`).
       prompts: one for each picture, or one for all; None: references without prompts.
       batch_size: pictures at a time; None: all.
     Raises:
       ValueError: not as many prompts as pictures; or see `Pipeline.encode_images` and `Pipeline.encode_prompts`.
     """
-    if isinstance(prompts, str):
-        prompts = [prompts] * len(images)
-    if prompts is not None and len(prompts) != len(images):
-        raise ValueError(
-            f"there are {len(prompts)} prompts for {len(images)} pictures; give one each, one for all, or None"
-        )
-    latents = pipeline.encode_images(params, images, batch_size=batch_size)
+    if isinstance(images, jax.Array | np.ndarray):
+        _check_prompts(prompts, len(images))
+        images = (images,)
+    latents = jnp.concatenate([pipeline.encode_images(params, batch, batch_size=batch_size) for batch in images])
+    _check_prompts(prompts, len(latents))
+    prompts = [prompts] * len(latents) if isinstance(prompts, str) else prompts
     model = identity(pipeline, params, prompts=prompts is not None)
     if prompts is None:
         return ReferencePack(latents, model)
     distinct = tuple(dict.fromkeys(prompts))
     index = np.array([distinct.index(prompt) for prompt in prompts], np.int32)
     return ReferencePack(latents, model, distinct, index, pipeline.encode_prompts(params, distinct))
+
+
+def _check_prompts(prompts: Any, count: int) -> None:
+    if prompts is not None and not isinstance(prompts, str) and len(prompts) != count:
+        raise ValueError(f"there are {len(prompts)} prompts for {count} pictures; give one each, one for all, or None")
 
 
 def load_references(path: str | Path, pipeline: Pipeline | None = None, params: Any = None) -> ReferencePack:
@@ -163,8 +167,16 @@ def identity(pipeline: Pipeline, params: Any, *, prompts: bool = True) -> str:
     if prompts:
         said += [pipeline.tokenizers[encoder].encoding.to_str() for encoder in pipeline.encoders]
         parts += [params[encoder] for encoder in pipeline.encoders]
-    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(parts)}
-    return _hash([json.dumps(said).encode(), *_array_bytes(leaves)])
+    return _hash([json.dumps(said).encode(), *_tree_bytes(parts)])
+
+
+def weights_hash(params: Any) -> str:
+    """A hash of all of a model's parameters: their names, types and values."""
+    return _hash(_tree_bytes(params))
+
+
+def _tree_bytes(tree: Any) -> Iterable[Any]:
+    return _array_bytes({jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)})
 
 
 def _array_bytes(arrays: Mapping[str, Any]) -> Iterable[Any]:

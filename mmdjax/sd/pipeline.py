@@ -14,7 +14,6 @@ References:
 
 import dataclasses
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,12 +27,13 @@ from mmdjax.denoisers import Clipped, DiffusionModel, cfg, from_model
 from mmdjax.kernels import Product
 from mmdjax.numerics import all_finite
 from mmdjax.schedules import Discrete, DiscreteTime
-from mmdjax.sd.models import Component, save
+from mmdjax.sd.models import Component, export, save
 from mmdjax.sd.prompts import ENCODERS, Network, encode_ids, prompt_kernel, rows
 from mmdjax.sd.scheduler import Scheduler
 from mmdjax.sd.tiling import decode_sliced, decode_tiled
 from mmdjax.sd.tokenizer import FILES, Tokenizer
 from mmdjax.tree import is_concrete
+from mmdjax.whole import write_json
 
 AUTOENCODERS = ("vae", "vqvae")
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
@@ -291,17 +291,35 @@ class Pipeline:
 
     def save(self, path: str | Path, params: Any) -> None:
         """Write everything so that `load(path)` needs no conversion."""
-        path = Path(path)
-        components = {
-            name: Component(module, params[name], self.configs[name]) for name, module in self.modules.items()
-        }
-        save(path, components)
+        save(path, self._components(params))
+        self._save_rest(Path(path))
+
+    def export(self, path: str | Path, params: Any) -> None:
+        """Write everything in the layout of diffusers, which its pipelines read, every tensor bit for bit."""
+        export(path, self._components(params))
+        self._save_rest(Path(path))
+
+    def _components(self, params: Any) -> dict[str, Component]:
+        return {name: Component(module, params[name], self.configs[name]) for name, module in self.modules.items()}
+
+    def _save_rest(self, path: Path) -> None:
         for name, tokenizer in self.tokenizers.items():
             tokenizer.save(path / TOKENIZERS[name])
-        (path / "scheduler").mkdir(exist_ok=True)
-        texts = {"scheduler/scheduler_config.json": self.scheduler.raw, "model_index.json": self.index}
-        for place, raw in texts.items():
-            (path / place).write_text(json.dumps(dict(raw), indent=2) + "\n")
+        write_json(path / "scheduler" / "scheduler_config.json", self.scheduler.raw)
+        write_json(path / "model_index.json", self.index or self._index())
+
+    def _index(self) -> dict[str, Any]:
+        # what diffusers' loader wants to know: the class of the whole, and library and class of each part
+        kind = "StableDiffusionXLPipeline" if self.sdxl else "StableDiffusionPipeline"
+        index: dict[str, Any] = {"_class_name": kind if self.conditional else "LDMPipeline"}
+        for name, raw in self.configs.items():
+            library = "transformers" if name in ENCODERS else "diffusers"
+            index[name] = [library, raw.get("_class_name") or raw["architectures"][0]]
+        index |= {TOKENIZERS[name]: ["transformers", "CLIPTokenizer"] for name in self.tokenizers}
+        index["scheduler"] = ["diffusers", self.scheduler.raw["_class_name"]]
+        if self.conditional and not self.sdxl:
+            index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
+        return index
 
     @property
     def _autoencoder_name(self) -> str:

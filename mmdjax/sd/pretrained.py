@@ -1,14 +1,12 @@
 """`mmdjax.sd.load`: a pipeline and its parameters from disk or the hub."""
 
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
-from mmdjax.sd.files import download
-from mmdjax.sd.models import load_models, read_json
+from mmdjax.sd.models import Component, load_models, local_path, read_json
 from mmdjax.sd.pipeline import TOKENIZERS, Pipeline
 from mmdjax.sd.prompts import ENCODERS
 from mmdjax.sd.scheduler import Scheduler
@@ -38,13 +36,15 @@ def load(
     configs: Mapping[str, Mapping] | None = None,
     scheduler: Mapping[str, Any] | None = None,
     tokenizer: str | Path | Mapping[str, str | Path] | None = None,
+    progress: bool = False,
 ) -> tuple[Pipeline, dict[str, Any]]:
     """A pipeline and its parameters, by component, from disk or the hub.
 
     Args:
       path: a folder of diffusers, a folder that `Pipeline.save` wrote, a single file, or a hub id.
       dtype: that the networks compute in.
-      param_dtype: that the parameters are cast to; None keeps the file's.
+      param_dtype: that the parameters are cast to, for all or by component, such as {"unet": jnp.bfloat16}; None keeps
+        the file's.
       variant: "fp16" for the half-precision files of a folder.
       flash: see `mmdjax.sd.layers.Block`.
       put: what becomes of each array of parameters; a `jax.device_put` to a sharding, say.
@@ -54,26 +54,48 @@ def load(
         "prediction_type".
       tokenizer: a folder with the vocabulary, or one for each text encoder, in place of the model's own; single files
         have none.
+      progress: show a bar a network.
     Raises:
       FileNotFoundError, CheckpointError, ValueError: see `mmdjax.sd.load_models`; and the pipeline's own.
     """
-    path = Path(path)
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-        path = download(str(path), variant=variant)
+    path = local_path(path, variant)
     found = load_models(
-        path, variant=variant, dtype=dtype, param_dtype=param_dtype, flash=flash, put=put, ema=ema, configs=configs
+        path,
+        variant=variant,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        flash=flash,
+        put=put,
+        ema=ema,
+        configs=configs,
+        progress=progress,
     )
+    pipeline = assemble(path, found, scheduler=scheduler, tokenizer=tokenizer)
+    return pipeline, {name: component.params for name, component in found.items()}
+
+
+def assemble(
+    path: str | Path,
+    found: Mapping[str, Component],
+    *,
+    scheduler: Mapping[str, Any] | None = None,
+    tokenizer: str | Path | Mapping[str, str | Path] | None = None,
+) -> Pipeline:
+    """The pipeline of networks that `load_models` found at a path, with the scheduler and vocabularies that lie there.
+
+    See `load`.
+    """
+    path = Path(path)
     modules = {name: component.module for name, component in found.items()}
     raw = _scheduler_config(path, modules.get("unet"), scheduler or {})
     index = path / "model_index.json"
-    pipeline = Pipeline(
+    return Pipeline(
         modules,
         {name: component.config for name, component in found.items()},
         Scheduler(raw),
         _tokenizers(path, tuple(modules), tokenizer),
         read_json(index) if index.exists() else {},
     )
-    return pipeline, {name: component.params for name, component in found.items()}
 
 
 def _scheduler_config(path: Path, unet: Any, override: Mapping[str, Any]) -> dict[str, Any]:

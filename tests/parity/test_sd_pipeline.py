@@ -2,8 +2,6 @@
 
 import functools
 import json
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,12 +15,10 @@ import torch_models as tm  # noqa: E402
 from safetensors.numpy import save_file  # noqa: E402
 from test_sd_files import single_file  # noqa: E402
 
-sys.path.append(str(Path(__file__).parents[1]))
-import sd_toys  # noqa: E402
-
 from mmdjax import DDIM, guided_sample  # noqa: E402
 from mmdjax.sd import load, load_models  # noqa: E402
 from mmdjax.sd.scheduler import GRIDS, Scheduler  # noqa: E402
+from mmdjax.sd.tiny import write_vocabulary  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # NumPy 2 of torch's tensors
@@ -48,7 +44,8 @@ def precision():
 
 
 def tokenizer(folder, pad="<|endoftext|>"):
-    return transformers.CLIPTokenizer.from_pretrained(sd_toys.write_tokenizer(folder, length=12, pad=pad))
+    write_vocabulary(folder, length=12, pad=pad)
+    return transformers.CLIPTokenizer.from_pretrained(folder)
 
 
 def build(family, path):

@@ -1,0 +1,36 @@
+"""Files that appear under their name only once they are whole."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+@contextlib.contextmanager
+def written_whole(path: str | Path) -> Iterator[Path]:
+    """A path beside `path` to write to: moved to `path` when the block ends, removed when it fails.
+
+    Example:
+      >>> import tempfile
+      >>> target = Path(tempfile.mkdtemp()) / "new" / "a.txt"
+      >>> with written_whole(target) as partial:
+      ...     _ = partial.write_text("all of it")
+      >>> target.read_text()
+      'all of it'
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.part")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
+    """Write an object as indented JSON."""
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps(dict(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

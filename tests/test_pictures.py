@@ -1,0 +1,158 @@
+"""Folders of pictures: what is read, in which order and how; and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmdjax.sd.pictures import PictureError, open_pictures, read_picture
+
+RED, GREY = (255, 0, 0), (128, 128, 128)
+
+
+def save(path, array, **how):
+    Image.fromarray(np.asarray(array, np.uint8)).save(path, **how)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("b.png", "a.jpg", "c.PNG"):
+        save(tmp_path / name, np.full((8, 8, 3), GREY))
+    return tmp_path
+
+
+def test_sorted_and_in_batches(folder):
+    found = open_pictures(folder)
+    assert [path.name for path in found.paths] == ["a.jpg", "b.png", "c.PNG"]
+    assert found.captions is None
+    batches = list(found.batches(4, 6, batch_size=2))
+    assert [batch.shape for batch in batches] == [(2, 4, 6, 3), (1, 4, 6, 3)]
+    np.testing.assert_allclose(np.concatenate(batches), 128 / 127.5 - 1, atol=2 / 127.5)
+
+
+def test_cut_around_the_centre_and_resized(tmp_path):
+    # 12 × 4: the middle third is green, and all that a square picture keeps
+    wide = np.zeros((4, 12, 3))
+    wide[:, :4, 0], wide[:, 4:8, 1], wide[:, 8:, 2] = 255, 255, 255
+    picture = read_picture(save(tmp_path / "wide.png", wide), 2, 2)
+    np.testing.assert_array_equal(picture, np.broadcast_to([-1.0, 1.0, -1.0], (2, 2, 3)))
+    tall = read_picture(save(tmp_path / "tall.png", wide.transpose(1, 0, 2)), 2, 2)
+    np.testing.assert_array_equal(tall, picture)
+
+
+def test_turned_upright(tmp_path):
+    left_red = np.zeros((4, 4, 3))
+    left_red[:, :2] = RED
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90° clockwise: left becomes top
+    picture = read_picture(save(tmp_path / "a.png", left_red, exif=exif), 4, 4)
+    assert (picture[:2, :, 0] == 1).all()
+    assert (picture[2:, :, 0] == -1).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "stored", "pixel"),
+    [
+        ("rgba.png", "RGBA", (255, 0, 0, 128), (255, 127, 127)),  # on white
+        ("clear.png", "RGBA", (255, 0, 0, 0), (255, 255, 255)),
+        ("clear-grey.png", "LA", (0, 0), (255, 255, 255)),
+        ("grey.png", "L", (128,), GREY),
+        ("cmyk.jpg", "CMYK", (0, 255, 255, 0), RED),
+    ],
+)
+def test_colours(tmp_path, name, mode, stored, pixel):
+    Image.new(mode, (8, 8), stored).save(tmp_path / name)
+    picture = read_picture(tmp_path / name, 4, 4)
+    np.testing.assert_allclose((picture[1, 1] + 1) * 127.5, pixel, atol=3)  # JPEG, and the blend's rounding
+
+
+def test_palette_bits_and_grey_models(tmp_path):
+    Image.fromarray(np.full((8, 8), 30_000, np.uint16)).save(tmp_path / "deep.png")  # 16 bits: 30000/65535
+    np.testing.assert_allclose(read_picture(tmp_path / "deep.png", 4, 4), 2 * 30_000 / 65_535 - 1, atol=0.01)
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([0, 0, 0, *RED])
+    palette.save(tmp_path / "palette.png")
+    np.testing.assert_array_equal(read_picture(tmp_path / "palette.png", 4, 4)[0, 0], [1, -1, -1])
+    palette.save(tmp_path / "clear.png", transparency=1)
+    np.testing.assert_array_equal(read_picture(tmp_path / "clear.png", 4, 4)[0, 0], [1, 1, 1])
+    assert read_picture(tmp_path / "palette.png", 4, 6, channels=1).shape == (4, 6, 1)
+
+
+def test_captions(folder):
+    for name, text in {"a": "a cat\n", "b": "two\nlines", "c": ""}.items():
+        (folder / f"{name}.txt").write_text(text)
+    assert open_pictures(folder).captions == ("a cat", "two lines", "")
+    entries = [{"file_name": name, "text": f"of {name}"} for name in ("c.PNG", "b.png", "a.jpg")]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, entries)) + "\n\n")
+    assert open_pictures(folder).captions == ("of a.jpg", "of b.png", "of c.PNG")  # these come first
+
+
+# --- what is refused ---
+
+
+def refused(folder, *texts, error=PictureError, **how):
+    with pytest.raises(error) as info:
+        open_pictures(folder, **how)
+    for text in texts:
+        assert text in str(info.value)
+
+
+def test_no_folder_no_pictures(tmp_path):
+    refused(tmp_path / "no", "no: no such folder of pictures", error=FileNotFoundError)
+    (tmp_path / "notes.md").write_text("no picture")
+    refused(tmp_path, "no pictures; looked for *.png, *.jpg", error=FileNotFoundError)
+
+
+def test_every_unreadable_picture_is_named(folder):
+    (folder / "d.png").write_bytes(b"not a picture")
+    whole = folder.joinpath("b.png").read_bytes()
+    (folder / "e.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "f.png").write_bytes(b"")
+    save(folder / "tiny.png", np.zeros((1, 1, 3)))
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(folder / "moving.gif", save_all=True, append_images=frames[1:])
+    lines = (
+        "5 of 8 pictures or captions: mend or remove them, or skip them (--unreadable skip)",
+        "d.png: not readable as a picture",
+        "e.png: not readable as a picture",
+        "f.png: not readable as a picture",
+        "moving.gif: it has 2 frames; save the one that is meant",
+        "tiny.png: it has 1 × 1 pixels; the shorter side needs 8",
+    )
+    refused(folder, *lines, smallest=8)
+    found = open_pictures(folder, smallest=8, skip=True)
+    assert [path.name for path in found.paths] == ["a.jpg", "b.png", "c.PNG"]
+    assert len(found.skipped) == 5
+
+
+def test_captions_without_pictures_and_the_reverse(folder):
+    (folder / "a.txt").write_text("a cat")
+    (folder / "z.txt").write_text("a dog")
+    refused(
+        folder,
+        "3 of 3 pictures or captions",
+        "b.png: it has no caption and others have",
+        "z.txt: a caption without a picture",
+    )
+    assert open_pictures(folder, skip=True).captions == ("a cat",)
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ('{"file_name": "no.png", "text": "a"}', "metadata.jsonl, line 1: a caption without its picture no.png"),
+        ("{", 'metadata.jsonl, line 1: not a JSON object with "file_name" and "text"'),
+        ("[1]", 'metadata.jsonl, line 1: not a JSON object with "file_name" and "text"'),
+        ('{"file_name": "a.jpg"}', 'metadata.jsonl, line 1: not a JSON object with "file_name" and "text"'),
+    ],
+)
+def test_metadata_that_does_not_fit(folder, line, text):
+    (folder / "metadata.jsonl").write_text(line + "\n")
+    refused(folder, text)
+
+
+def test_nothing_is_left(tmp_path):
+    save(tmp_path / "a.png", np.zeros((1, 1, 3)))
+    refused(tmp_path, "none is left", skip=True)
