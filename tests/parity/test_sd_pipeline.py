@@ -1,5 +1,6 @@
 """Whole pipelines against diffusers': prompts to pictures, ten steps, from checkpoints that diffusers wrote."""
 
+import dataclasses
 import functools
 import json
 
@@ -135,6 +136,22 @@ def test_unconditional(built):
         times=pipeline.times(STEPS), x_init=tm.nhwc(latents),
     )  # fmt: skip
     close(pipeline.decode(params, samples.x), expected)
+
+
+@pytest.mark.parametrize("family", SCHEDULERS)
+def test_export_is_read_by_diffusers(built, tmp_path, family):
+    theirs, _, pipeline, params = built(family)
+    dataclasses.replace(pipeline, index={}).export(tmp_path, params)  # its own model_index.json
+    again = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(again) is type(theirs)
+    for name in pipeline.modules:
+        one, other = (getattr(whole, name).state_dict() for whole in (theirs, again))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    for name in pipeline.tokenizers:
+        tokenizers = [getattr(whole, name.replace("text_encoder", "tokenizer")) for whole in (theirs, again)]
+        ids = [one(PROMPTS, padding="max_length", max_length=12).input_ids for one in tokenizers]
+        assert ids[0] == ids[1]
 
 
 @pytest.mark.parametrize("family", SCHEDULERS)
