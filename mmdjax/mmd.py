@@ -93,14 +93,7 @@ def mmd2(kernel: Any, p: Any, q: Any, *, estimator: Estimator = "v") -> Float[Ar
     Source: Gretton et al. 2012, eq. 3 and 5.
     """
     check_estimator(estimator)
-    p, q = as_particles(p), as_particles(q)
-    for name, points in (("p", p), ("q", q)):
-        check_points(name, points)
-    kernel = as_kernel(kernel)
-    check_comparable("p", p, "q", q, kernel_uses_cond=kernel.uses_cond)
-    p, q = widen(p), widen(q)
-    kernel = kernel.fit(q)
-    check_fitted(kernel)
+    kernel, p, q = _fitted(kernel, p=p, q=q)
     return self_term(kernel, p, estimator) - 2 * cross_term(kernel, p, q) + self_term(kernel, q, estimator)
 
 
@@ -123,13 +116,40 @@ def witness(kernel: Any, p: Any, q: Any, points: Any) -> Float[Array, " k"]:
       >>> witness(RBF(1.0), p, q, jnp.array([[0.0], [9.0]])).tolist()
       [1.0, -1.0]
     """
-    p, q, points = as_particles(p), as_particles(q), as_particles(points)
-    kernel = as_kernel(kernel)
-    for name, particles in (("p", p), ("q", q), ("points", points)):
-        check_points(name, particles)
-        check_comparable(name, particles, "q", q, kernel_uses_cond=kernel.uses_cond)
-    p, q, points = widen(p), widen(q), widen(points)
-    kernel = kernel.fit(q)
-    check_fitted(kernel)
+    kernel, p, q, points = _fitted(kernel, p=p, q=q, points=points)
     to_p = product(kernel.gram(points, p), p.probabilities())
     return to_p - product(kernel.gram(points, q), q.probabilities())
+
+
+def attribution(kernel: Any, points: Any, refs: Any) -> Float[Array, "n m"]:
+    """The share of each reference in the pull on each point: v_j k(z_i, y_j) / Σ_l v_l k(z_i, y_l); rows sum to 1.
+
+    Args:
+      kernel: a non-negative one, such as that of the guidance; a bandwidth of None is taken from refs.
+      points: n particles or an array [n, ...].
+      refs: m particles or an array [m, ...].
+    Raises:
+      ValueError: the samples' shapes differ.
+
+    Example:
+      >>> from mmdjax import IMQ
+      >>> attribution(IMQ(1.0), jnp.array([[0.0]]), jnp.array([[0.0], [3.0**0.5]])).round(3).tolist()
+      [[0.667..., 0.333...]]
+    """
+    kernel, points, refs = _fitted(kernel, points=points, refs=refs)
+    weighted = refs.probabilities() * kernel.gram(points, refs)
+    return weighted / weighted.sum(1, keepdims=True)
+
+
+def _fitted(kernel: Any, **sets: Any) -> tuple:
+    """The kernel fitted to `q` or `refs`, and the point sets, checked and widened."""
+    kernel = as_kernel(kernel)
+    particles = {name: as_particles(points) for name, points in sets.items()}
+    base = "q" if "q" in particles else "refs"
+    for name, points in particles.items():
+        check_points(name, points)
+        check_comparable(name, points, base, particles[base], kernel_uses_cond=kernel.uses_cond)
+    wide = {name: widen(points) for name, points in particles.items()}
+    kernel = kernel.fit(wide[base])
+    check_fitted(kernel)
+    return kernel, *wide.values()

@@ -30,10 +30,12 @@ class Trace:
       mmd2: [num_steps] MMD² to the references after the step's shift: of x̂0 ("denoised") or x_s ("clean"); for
         "sample" and "diffused", whose references are noisy, without the references' own term. NaN without references.
       shift_norm: [num_steps] mean L2 norm of the samples' shifts, in the data's units. 0 without references.
+      path: [num_steps, num_samples, *shape] the batch after each step, with `keep_path`; else None.
     """
 
     mmd2: Float[Array, " num_steps"]
     shift_norm: Float[Array, " num_steps"]
+    path: Any = None
 
 
 @pytree
@@ -69,6 +71,7 @@ def guided_sample(
     sharding: Any = None,
     checks: bool = False,
     remat: bool = False,
+    keep_path: bool = False,
 ) -> Samples:
     """Sample a diffusion model, guided towards references by the gradient of MMD².
 
@@ -96,6 +99,7 @@ def guided_sample(
       progress: show a bar, also inside `jit`.
       sharding: a `jax.sharding.Sharding` for the batch, on a mesh of Auto axes.
       checks: raise at the first step whose x̂0 or x is not finite.
+      keep_path: keep x after each step as `trace.path`, for pictures; memory for num_steps batches.
       remat: recompute each step in the backward pass: memory for `grad` then grows with one step's network call only.
     Returns:
       Samples.
@@ -146,16 +150,17 @@ def guided_sample(
         sharding=sharding,
         checks=checks,
         remat=remat,
+        keep_path=keep_path,
     )
     if checks:
         _raise_at_first(finite, times)
     return samples
 
 
-@functools.partial(jax.jit, static_argnames=("num_samples", "progress", "sharding", "checks", "remat"))
+@functools.partial(jax.jit, static_argnames=("num_samples", "progress", "sharding", "checks", "remat", "keep_path"))
 def _sample(
     params, key, refs, kernel, model, guidance, sampler, cond, times, x_init, memory,
-    *, num_samples, progress, sharding, checks, remat,
+    *, num_samples, progress, sharding, checks, remat, keep_path,
 ):  # fmt: skip
     levels = jax.vmap(model.schedule)(times)
     num_steps = times.shape[0] - 1
@@ -191,12 +196,11 @@ def _sample(
         x = place(x)
         if progress:
             jax.debug.callback(bar, index)
-        guidance_state = sampler_carry[1] if refs is not None else None
-        trace = (
-            Trace(jnp.full((), jnp.nan), jnp.zeros(()))
-            if guidance_state is None
-            else Trace(guidance_state.mmd2, guidance_state.shift_norm)
-        )
+        path = x if keep_path else None
+        if refs is None:
+            trace = Trace(jnp.full((), jnp.nan), jnp.zeros(()), path)
+        else:
+            trace = Trace(sampler_carry[1].mmd2, sampler_carry[1].shift_norm, path)
         return (x, sampler_carry), (trace, {"x0_hat": finite, "x": jnp.isfinite(x).all()} if checks else None)
 
     steps = (
