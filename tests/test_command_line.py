@@ -75,7 +75,8 @@ def test_pictures_are_the_decoded_latents(sampled, model):
     pipeline, params = load(model)
     latents = load_file(sampled / "samples.safetensors")["latents"]
     picture = np.asarray(pipeline.decode(params, latents[4:5]))[0]
-    stored = np.asarray(Image.open(sampled / "00004.png"), np.float32) / 127.5 - 1
+    with Image.open(sampled / "00004.png") as file:
+        stored = np.asarray(file, np.float32) / 127.5 - 1
     np.testing.assert_allclose(stored, picture, atol=1.5 / 127.5)  # 8 bits, rounded
 
 
@@ -96,6 +97,14 @@ def test_unconditional_without_references(tmp_path):
     model = sd_toys.write_pipeline(tmp_path / "ldm", unconditional=True)
     assert run("sample", model, "--out", tmp_path / "out", "-n", 2, "--steps", 2, "--sampler", "heun") == 0
     assert json.loads((tmp_path / "out" / "run.json").read_text())["distances"] is None
+
+
+def test_half_precision_takes_the_same_pack(model, refs, tmp_path):
+    pack = tmp_path / "refs.safetensors"
+    assert run("encode", model, refs, "--out", pack) == 0
+    how = ("-n", 2, "--steps", 2, "--cfg-scale", 1, "--no-compare", "--sampler", "dpm++2m", "--at", "sample")
+    assert run("sample", model, "--refs", pack, "--out", tmp_path / "out", "--dtype", "bfloat16", *how) == 0
+    assert np.isfinite(load_file(tmp_path / "out" / "samples.safetensors")["latents"]).all()
 
 
 def test_convert_there_and_back(model, tmp_path):

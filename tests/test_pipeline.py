@@ -20,6 +20,7 @@ from mmdjax import (
     Product,
     from_model,
     guided_sample,
+    mmd2,
 )
 from mmdjax.schedules import RectifiedFlow
 from mmdjax.sd import load
@@ -152,6 +153,22 @@ def test_unconditional(tmp_path):
         pipeline.kernel()
     with pytest.raises(ValueError, match=r"guidance_scale is 2.0 without a negative prompt; an unconditional"):
         pipeline.model(guidance_scale=2.0)
+
+
+def test_guided_by_decoded_pictures(loaded):
+    pipeline, params = loaded
+    latents = 0.3 * jax.random.normal(jax.random.key(1), (6, 4, 4, 4)) + 1.0
+    kernel = Mapped(pipeline.decoder(params), RBF(None)).fit(Particles(latents))
+    picture = pipeline.decoder(params)(latents)
+    np.testing.assert_allclose(jnp.clip(picture, -1, 1), pipeline.decode(params, latents), atol=1e-4)
+    guidance = MMDGuidance(kernel=kernel, precondition="length", at="denoised", inner_steps=1)
+    shrink = DiffusionModel(from_model(lambda params, x, t, cond: 0.5 * x, "x0"), RectifiedFlow(), (4, 4, 4))
+    how = {"model": shrink, "num_samples": 4, "num_steps": 3}
+    key = jax.random.key(0)
+    guided = guided_sample(None, key, latents, guidance=guidance, **how).x
+    unguided = guided_sample(None, key, None, **how).x
+    before, after = (mmd2(kernel, x, latents, estimator="u") for x in (unguided, guided))
+    assert float(after) < 0.8 * float(before)
 
 
 def test_saved_and_loaded(loaded, tmp_path):

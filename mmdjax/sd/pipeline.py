@@ -32,7 +32,7 @@ from mmdjax.sd.prompts import ENCODERS, Network, encode_ids, prompt_kernel, rows
 from mmdjax.sd.scheduler import Scheduler
 from mmdjax.sd.tiling import decode_sliced, decode_tiled
 from mmdjax.sd.tokenizer import FILES, Tokenizer
-from mmdjax.tree import is_concrete
+from mmdjax.tree import is_concrete, pytree, static
 from mmdjax.whole import write_json
 
 AUTOENCODERS = ("vae", "vqvae")
@@ -189,6 +189,15 @@ class Pipeline:
         images = _decode(self.autoencoder, params[self._autoencoder_name], jnp.asarray(latents), batch_size, tile)
         return self._finite("the pictures", images)
 
+    def decoder(self, params: Any) -> "Decoder":
+        """Latents to pictures as a pytree that holds its parameters, for kernels on pictures or on features of them.
+
+            MMDGuidance(kernel=Mapped(pipeline.decoder(params), RBF(None)), precondition="length")
+
+        The guidance's gradient then goes through the decoder: a decoding and its derivative at each inner step.
+        """
+        return Decoder(self.autoencoder, params[self._autoencoder_name])
+
     # Prompts
 
     def encode_prompts(
@@ -332,6 +341,17 @@ class Pipeline:
                 "dtype=jnp.float32 or jnp.bfloat16, which have the range"
             )
         return x
+
+
+@pytree
+class Decoder:
+    """Latents [n, h, w, k] -> pictures [n, h2, w2, c], not clipped; made by `Pipeline.decoder`."""
+
+    module: Any = static()
+    params: Any
+
+    def __call__(self, latents: Float[Array, "n h w k"]) -> Float[Array, "n h2 w2 c"]:
+        return self.module.apply({"params": self.params}, latents, method="from_latents").astype(jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
