@@ -192,9 +192,11 @@ class Pipeline:
     def decoder(self, params: Any) -> "Decoder":
         """Latents to pictures as a pytree that holds its parameters, for kernels on pictures or on features of them.
 
-            MMDGuidance(kernel=Mapped(pipeline.decoder(params), RBF(None)), precondition="length")
+            kernel = Mapped(pipeline.decoder(params), RBF(None))
+            MMDGuidance(kernel=kernel, scale=0.02, precondition="length", inner_steps=1)
 
-        The guidance's gradient then goes through the decoder: a decoding and its derivative at each inner step.
+        The guidance's gradient then goes through the decoder: a decoding and its derivative at each inner step. A step
+        grows with the square of the decoder's gain, so that the scale must be found.
         """
         return Decoder(self.autoencoder, params[self._autoencoder_name])
 
