@@ -93,19 +93,28 @@ def torch_shape(leaf: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return to_torch(leaf, np.broadcast_to(np.empty(()), shape)).shape
 
 
+def to_device(array: np.ndarray) -> jax.Array:
+    """A copy on the default device.
+
+    A transposed view goes there in one copy, where `jnp.array` makes two. Contiguous memory does not: on the CPU JAX
+    would share it, here with the file.
+    """
+    return jnp.array(array) if array.flags.c_contiguous else jax.device_put(array)
+
+
 def params_from_torch(
     module: nn.Module,
     checkpoint: Checkpoint,
     *,
     param_dtype: Any = None,
-    put: Callable[[np.ndarray], Any] = jnp.array,
+    put: Callable[[np.ndarray], Any] = to_device,
 ) -> dict:
     """The parameters of a module from a checkpoint in diffusers' naming, tensor by tensor.
 
     Args:
       checkpoint: every tensor must be used, every parameter found.
       param_dtype: to cast to; by default each tensor keeps the file's.
-      put: what becomes of each array: `jnp.array`, a copy, or a `jax.device_put` to a sharding. It is given views of
+      put: what becomes of each array: `to_device`, a copy, or a `jax.device_put` to a sharding. It is given views of
         the file.
     Raises:
       CheckpointError: keys missing, unused or of another shape, all in one message.

@@ -70,7 +70,7 @@ def load_models(
     dtype: Any = jnp.float32,
     param_dtype: Any = None,
     flash: bool = False,
-    put: Callable = jnp.array,
+    put: Callable = convert.to_device,
     ema: bool = False,
     configs: Mapping[str, Mapping] | None = None,
 ) -> dict[str, Component]:
@@ -119,7 +119,7 @@ def load_component(
     dtype: Any = jnp.float32,
     param_dtype: Any = None,
     flash: bool = False,
-    put: Callable = jnp.array,
+    put: Callable = convert.to_device,
 ) -> Component:
     """One network's folder, config.json and its weights. See `load_models`."""
     folder = Path(folder)
