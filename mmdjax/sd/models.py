@@ -87,7 +87,8 @@ def load_models(
       configs: of a single file's components, in place of what its shapes say.
     Raises:
       FileNotFoundError: no such file, config, weights, variant or shard.
-      CheckpointError: the file is damaged or unsafe, or keys are missing, unused or mis-shaped: all in one message.
+      CheckpointError: the file is damaged or unsafe; keys are missing, unused or mis-shaped, all in one message; values
+        that `param_dtype` cannot hold.
       ValueError: a config.json of a network, or with settings, that are not implemented.
     """
     how = _How(dtype, param_dtype, flash, put)
@@ -219,10 +220,11 @@ def _load_saved(path: Path, how: _How) -> dict[str, Component]:
         tree = {".".join(p): (p, leaf.shape) for p, leaf in convert.flat(convert.abstract(module)).items()}
         file = open_file(path / f"{name}.safetensors")
         convert.check(file, {key: shape for key, (_, shape) in tree.items()}, f"{path.name}/{file.source}")
-        cast = (lambda x: x) if how.param_dtype is None else (lambda x: x.astype(how.param_dtype))
-        found[name] = Component(
-            module, unflatten_dict({p: how.put(cast(file[key])) for key, (p, _) in tree.items()}), raw
-        )
+        params = {
+            p: how.put(convert.cast(file[key], how.param_dtype, f"{path.name}/{file.source}: {key}"))
+            for key, (p, _) in tree.items()
+        }
+        found[name] = Component(module, unflatten_dict(params), raw)
     return found
 
 
