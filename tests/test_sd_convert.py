@@ -161,6 +161,16 @@ def test_names_of_the_autoencoder(key, place):
     assert compvis.vae_key(key, 4) == place
 
 
+def test_12_old_spelling_of_attention():
+    """query, key, value, proj_attn: as diffusers wrote at first. CompVis's q, k, v, proj_out: `test_vae_alone`."""
+    module, params, _ = sd_tiny.component(sd_tiny.VAE)
+    tensors = {key: entry.read() for key, entry in convert.params_to_torch(params).items()}
+    for new, old in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
+        assert any(f".{new}." in key for key in tensors)
+        tensors = {key.replace(f".{new}.", f".{old}."): value for key, value in tensors.items()}
+    jax.tree.map(np.testing.assert_array_equal, convert.params_from_torch(module, entries(tensors)), params)
+
+
 def test_28_name_of_the_moving_average():
     assert (
         compvis.ema_key("model.diffusion_model.input_blocks.0.0.weight")
