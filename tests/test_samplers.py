@@ -1,14 +1,27 @@
 import functools
 import itertools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import toys
+from safetensors.numpy import load_file
 
-from mmdjax import DDIM, DDPM, DPMSolverPP2M, EulerMaruyama, Heun, Level
-from mmdjax.schedules import EDM, VE, Cosine, RectifiedFlow, ScaledLinear, VPLinear, log_snr_times, uniform_times
+from mmdjax import DDIM, DDPM, DPMSolverPP2M, EulerMaruyama, Heun, Level, from_model
+from mmdjax.schedules import (
+    EDM,
+    VE,
+    Cosine,
+    Discrete,
+    DiscreteTime,
+    RectifiedFlow,
+    ScaledLinear,
+    VPLinear,
+    log_snr_times,
+    uniform_times,
+)
 
 DETERMINISTIC = {"ddim": DDIM(), "heun": Heun(), "dpmpp": DPMSolverPP2M()}
 STOCHASTIC = {"ddim_1": DDIM(eta=1.0), "ddpm": DDPM(), "ddpm_large": DDPM("large"), "euler": EulerMaruyama()}
@@ -245,6 +258,32 @@ def test_first_and_last_dpm_solver_steps_are_ddim():
     np.testing.assert_allclose(first, expected, rtol=1e-5, atol=1e-6)  # float32
     last, *_ = dpm.step(key, first, carry, (), denoise, levels[1], levels[2])
     np.testing.assert_allclose(last, denoise(first, levels[1], ())[0], rtol=1e-6)
+
+
+# diffusers' schedulers (tests/fixtures, recorded by tests/parity/record_fixtures.py)
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler"),
+    [
+        *(("ddim_0", DDIM()), ("ddim_1", DDIM(eta=1.0)), ("euler", DDIM()), ("dpmpp_2m", DPMSolverPP2M())),
+        *(("ddpm_small", DDPM()), ("ddpm_large", DDPM("large"))),
+    ],
+)
+def test_ten_steps_are_the_recorded_ones(monkeypatch, name, sampler):
+    recorded = load_file(Path(__file__).parent / "fixtures" / "sd_samplers.safetensors")
+    noise = iter(recorded["noise"])
+    monkeypatch.setattr("mmdjax.samplers.noise_like", lambda key, x, s: (s.sigma > 0) * jnp.asarray(next(noise)))
+    network = from_model(lambda params, x, t, cond: toys.noise_prediction(x, t[:, None]), "eps", DiscreteTime(1000))
+    schedule = Discrete(recorded["alphas_cumprod"])
+    levels = [schedule(t) for t in recorded[f"{name}.times"]]
+    x = jnp.asarray(recorded["start"])
+    carry = sampler.init(x)
+    for t, s in itertools.pairwise(levels):
+        denoise = lambda x, level, state: (network(None, x, level, None), state)
+        x, carry, _ = sampler.step(jax.random.key(0), x, carry, (), denoise, t, s)
+    # float32 on both sides; x̂0 = (x − σ ε̂)/α with α down to .07
+    np.testing.assert_allclose(x, recorded[f"{name}.x"], rtol=1e-5, atol=1e-5)
 
 
 # Calls and state

@@ -7,6 +7,7 @@ import struct
 import sys
 import zipfile
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import sd_tiny
@@ -14,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from mmdjax.sd.checkpoint import CheckpointError, open_safetensors
 from mmdjax.sd.files import open_file
-from mmdjax.sd.models import load_component, load_models, module_from_config
+from mmdjax.sd.models import load_component, load_models, module_from_config, save
 
 
 @pytest.fixture
@@ -290,6 +291,23 @@ def test_index_without_map(unet):
     shard(unet, {})
     unet.with_name("diffusion_pytorch_model.safetensors.index.json").write_text("{}")
     refused(unet, "is not an index of shards", load=load_unet)
+
+
+@pytest.mark.parametrize("stored", [jnp.float32, jnp.bfloat16])
+def test_weights_that_overflow_float16(unet, stored):
+    tensors = {key: value.astype(stored) for key, value in load_file(unet).items()}
+    tensors["conv_in.weight"][0, 0, 0, 0] = -1e5
+    save_file(tensors, unet)
+    text = "conv_in.weight holds values beyond float16's largest, 65,504; give param_dtype=jnp.bfloat16"
+
+    def load_half(weights):
+        return load_component(weights.parent, param_dtype=jnp.float16)
+
+    refused(unet, f"{unet.name}: {text}", load=load_half)
+    component = load_component(unet.parent, param_dtype=jnp.bfloat16)
+    save(unet.parent / "saved", {"unet": component})  # and in our own layout
+    with pytest.raises(CheckpointError, match=r"saved/unet.safetensors: conv_in.kernel holds values beyond float16's"):
+        load_models(unet.parent / "saved", param_dtype=jnp.float16)
 
 
 # --- the wrong model ---

@@ -1,10 +1,15 @@
 """The rules of conversion on tensors whose values are their places."""
 
+import json
+import mmap
+import tracemalloc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import sd_tiny
+from flax.traverse_util import unflatten_dict
 from safetensors.numpy import load_file, save_file
 
 from mmdjax.sd import compvis, convert, single
@@ -156,6 +161,16 @@ def test_names_of_the_autoencoder(key, place):
     assert compvis.vae_key(key, 4) == place
 
 
+def test_12_old_spelling_of_attention():
+    """query, key, value, proj_attn: as diffusers wrote at first. CompVis's q, k, v, proj_out: `test_vae_alone`."""
+    module, params, _ = sd_tiny.component(sd_tiny.VAE)
+    tensors = {key: entry.read() for key, entry in convert.params_to_torch(params).items()}
+    for new, old in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
+        assert any(f".{new}." in key for key in tensors)
+        tensors = {key.replace(f".{new}.", f".{old}."): value for key, value in tensors.items()}
+    jax.tree.map(np.testing.assert_array_equal, convert.params_from_torch(module, entries(tensors)), params)
+
+
 def test_28_name_of_the_moving_average():
     assert (
         compvis.ema_key("model.diffusion_model.input_blocks.0.0.weight")
@@ -175,6 +190,42 @@ def test_30_tensor_by_tensor(tmp_path):
 
     load_component(tmp_path / "unet", put=put)
     assert sum(seen) == sum(value.nbytes for value in load_file(weights).values())
+
+
+def test_30_memory_for_one_tensor(tmp_path):
+    """Writing, reading and casting hold a few tensors' memory at once, not the model's."""
+    raw = sd_tiny.TEXT | {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4}
+    tree = convert.flat(convert.abstract(module_from_config(raw)))
+    keys = convert.keys(unflatten_dict(tree))
+    total = sum(4 * leaf.size for leaf in tree.values())
+    entries = {}
+    for key, path in keys.items():
+        shape = convert.torch_shape(path[-1], tree[path].shape)
+        entries[key] = Entry(shape, np.float32, lambda shape=shape: np.ones(shape, np.float32))
+    (tmp_path / "text_encoder").mkdir()
+    (tmp_path / "text_encoder" / "config.json").write_text(json.dumps(raw))
+    for run in (
+        lambda: write_safetensors(tmp_path / "text_encoder" / "model.safetensors", entries),
+        lambda: load_component(tmp_path / "text_encoder", put=np.shape),
+        lambda: load_component(tmp_path / "text_encoder", put=np.shape, param_dtype=np.float16),
+    ):
+        tracemalloc.start()
+        run()
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < total / 5  # the largest tensor is 1/12 of all
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_parameters_are_copies(swap):
+    """Of the file's memory, whose pages JAX would else share: a file may change or vanish once its model is loaded."""
+    file = np.ndarray((256, 256), np.float32, mmap.mmap(-1, 2**18))  # aligned as JAX shares it
+    file[:] = np.arange(256.0)
+    expected = file.T.copy() if swap else file.copy()
+    leaf = convert.to_device(file.T if swap else file)
+    np.testing.assert_array_equal(leaf, expected)
+    file[:] = -1.0
+    np.testing.assert_array_equal(leaf, expected)
 
 
 def test_written_bytes_are_the_librarys(tmp_path):

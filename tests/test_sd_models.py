@@ -147,6 +147,21 @@ def test_large_attention_logits_in_half_precision(dtype):
         assert relative(y, exact) < 0.02  # one value of eight bits
 
 
+@pytest.mark.parametrize("upcast", [True, False])
+def test_upcast_attention(monkeypatch, upcast):
+    """Porting 9: with `upcast_attention` every product is of float32, and none is cuDNN's, which would be half."""
+    seen, product = set(), jax.nn.dot_product_attention
+
+    def see(q, k, v, *, implementation=None, **how):
+        seen.add((q.dtype.name, k.dtype.name, v.dtype.name, implementation))
+        return product(q, k, v, **how)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", see)
+    raw = sd_tiny.UNET | {"attention_head_dim": 4, "upcast_attention": upcast}
+    convert.abstract(module_from_config(raw, dtype=jnp.bfloat16, flash=True))
+    assert seen == {("float32",) * 3 + (None,) if upcast else ("bfloat16",) * 3 + ("cudnn",)}
+
+
 @pytest.mark.parametrize("length", [7, 12, 64])
 @pytest.mark.parametrize("limit", [1, 100, 500, 3000])
 def test_attention_in_blocks(length, limit):
@@ -334,9 +349,11 @@ def test_dtypes_are_separate(raw, dtype):
     elif raw["_class_name"] == "AutoencoderKL":
         args, method = (jnp.ones((1, 4, 4, 4)),), "decode"
     else:
-        args, method = (jnp.ones((1, 4, 4, 4)), jnp.ones(1), jnp.ones((1, 2, 16))), None
+        args, method = (jnp.ones((2, 4, 4, 4)), jnp.array([998.0, 1000.0]), jnp.ones((2, 2, 16))), None
     y = apply(raw, *args, method=method, dtype=dtype)
     assert y.dtype == dtype
+    if len(args) == 3:  # porting 8: in bfloat16 the two times would be one
+        assert (y[0] != y[1]).any()
     assert relative(y.astype(jnp.float32), apply(raw, *args, method=method)) < (1e-6 if dtype == jnp.float32 else 0.1)
 
 

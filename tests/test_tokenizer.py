@@ -1,5 +1,8 @@
 """The tokenizer without torch, on a vocabulary of bytes and two words."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -25,6 +28,16 @@ def test_words_bytes_and_padding(tmp_path):
         [START, a, 256 + b, END, END, END, END, END],
     ]
     assert ids.dtype == np.int32
+
+
+@pytest.mark.filterwarnings("ignore:a prompt of")  # too long, on purpose
+@pytest.mark.parametrize("pad", ["<|endoftext|>", "!"])
+def test_awkward_prompts_as_recorded(tmp_path, pad):
+    """transformers' ids (tests/fixtures, recorded by tests/parity/record_fixtures.py)."""
+    recorded = json.loads((Path(__file__).parent / "fixtures" / "sd_tokenizer.json").read_text())
+    tokenizer = load_tokenizer(vocabulary(tmp_path, length=recorded["length"], pad=pad))
+    assert len(recorded["prompts"]) > 100
+    np.testing.assert_array_equal(tokenizer(recorded["prompts"]), recorded["ids"][pad])
 
 
 def test_padding_with_another_token(tmp_path):

@@ -92,6 +92,11 @@ def ring(modes=8, radius=4.0, std=0.35):
     return Mixture(radius * np.stack([np.cos(angle), np.sin(angle)], axis=1), std)
 
 
+def noise_prediction(x, index):
+    """A network's ε̂ that is not linear and depends on time; for arrays and tensors alike."""
+    return 0.8 * x / (1 + 0.1 * x * x) + 0.1 - index / 5000
+
+
 def run(sampler, denoiser, schedule, times, x, key=None, params=None, cond=None):
     """x at times[0] brought to times[-1], one scan: what `guided_sample` does, without guidance."""
     key = jax.random.key(0) if key is None else key

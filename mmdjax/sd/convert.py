@@ -93,22 +93,53 @@ def torch_shape(leaf: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return to_torch(leaf, np.broadcast_to(np.empty(()), shape)).shape
 
 
+def to_device(array: np.ndarray) -> jax.Array:
+    """A copy on the default device.
+
+    A transposed view goes there in one copy, where `jnp.array` makes two. Contiguous memory does not: on the CPU JAX
+    would share it, here with the file.
+    """
+    return jnp.array(array) if array.flags.c_contiguous else jax.device_put(array)
+
+
+def cast(array: np.ndarray, dtype: Any, what: str) -> np.ndarray:
+    """The array in another dtype; None leaves it.
+
+    Raises:
+      CheckpointError: it holds values beyond the dtype's largest, which would become infinite; `what` names it.
+    """
+    if dtype is None:
+        return array
+    if array.dtype == jnp.bfloat16:
+        array = array.astype(np.float32)  # whose casts report an overflow
+    try:
+        with np.errstate(over="raise"):
+            return array.astype(dtype, copy=False)
+    except FloatingPointError as error:
+        name, largest = jnp.dtype(dtype).name, float(jnp.finfo(dtype).max)
+        raise CheckpointError(
+            f"{what} holds values beyond {name}'s largest, {largest:,.0f}; give param_dtype=jnp.bfloat16, which has "
+            "the range, or None"
+        ) from error
+
+
 def params_from_torch(
     module: nn.Module,
     checkpoint: Checkpoint,
     *,
     param_dtype: Any = None,
-    put: Callable[[np.ndarray], Any] = jnp.array,
+    put: Callable[[np.ndarray], Any] = to_device,
 ) -> dict:
     """The parameters of a module from a checkpoint in diffusers' naming, tensor by tensor.
 
     Args:
       checkpoint: every tensor must be used, every parameter found.
       param_dtype: to cast to; by default each tensor keeps the file's.
-      put: what becomes of each array: `jnp.array`, a copy, or a `jax.device_put` to a sharding. It is given views of
+      put: what becomes of each array: `to_device`, a copy, or a `jax.device_put` to a sharding. It is given views of
         the file.
     Raises:
-      CheckpointError: keys missing, unused or of another shape, all in one message.
+      CheckpointError: keys missing, unused or of another shape, all in one message; values that `param_dtype` cannot
+        hold.
     """
     tree = abstract(module)
     wanted, leaves = keys(tree), flat(tree)
@@ -118,7 +149,7 @@ def params_from_torch(
     params = {}
     for key, path in wanted.items():
         array = to_flax(path[-1], found[key].reshape(shapes[key]))
-        params[path] = put(array if param_dtype is None else array.astype(param_dtype))
+        params[path] = put(cast(array, param_dtype, f"{checkpoint.source}: {key}"))
     return unflatten_dict(params)
 
 

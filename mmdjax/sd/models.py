@@ -70,9 +70,6 @@ class _How(NamedTuple):
             params = convert.params_from_torch(module, checkpoint, param_dtype=self.param_dtype, put=put)
         return Component(module, params, raw)
 
-    def cast(self, array: np.ndarray) -> np.ndarray:
-        return array if self.param_dtype is None else array.astype(self.param_dtype)
-
     @contextlib.contextmanager
     def loading(self, name: str, checkpoint: Checkpoint) -> Iterator[Callable]:
         """`put`, with a bar of the tensors that went through it."""
@@ -94,7 +91,7 @@ def load_models(
     dtype: Any = jnp.float32,
     param_dtype: Any = None,
     flash: bool = False,
-    put: Callable = jnp.array,
+    put: Callable = convert.to_device,
     ema: bool = False,
     configs: Mapping[str, Mapping] | None = None,
     progress: bool = False,
@@ -114,7 +111,8 @@ def load_models(
       progress: show a bar a network.
     Raises:
       FileNotFoundError: no such file, config, weights, variant or shard.
-      CheckpointError: the file is damaged or unsafe, or keys are missing, unused or mis-shaped: all in one message.
+      CheckpointError: the file is damaged or unsafe; keys are missing, unused or mis-shaped, all in one message; values
+        that `param_dtype` cannot hold.
       ValueError: a config.json of a network, or with settings, that are not implemented.
     """
     how = _How(dtype, param_dtype, flash, put, progress)
@@ -142,7 +140,7 @@ def load_component(
     dtype: Any = jnp.float32,
     param_dtype: Any = None,
     flash: bool = False,
-    put: Callable = jnp.array,
+    put: Callable = convert.to_device,
     progress: bool = False,
 ) -> Component:
     """One network's folder, config.json and its weights. See `load_models`."""
@@ -260,9 +258,12 @@ def _load_saved(path: Path, how: _How) -> dict[str, Component]:
         module = mine.module(raw)
         tree = {".".join(p): (p, leaf.shape) for p, leaf in convert.flat(convert.abstract(module)).items()}
         file = open_file(path / f"{name}.safetensors")
-        convert.check(file, {key: shape for key, (_, shape) in tree.items()}, f"{path.name}/{file.source}")
+        what = f"{path.name}/{file.source}"
+        convert.check(file, {key: shape for key, (_, shape) in tree.items()}, what)
         with mine.loading(name, file) as put:
-            leaves = {path: put(mine.cast(file[key])) for key, (path, _) in tree.items()}
+            leaves = {
+                p: put(convert.cast(file[key], mine.param_dtype, f"{what}: {key}")) for key, (p, _) in tree.items()
+            }
         found[name] = Component(module, unflatten_dict(leaves), raw)
     return found
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from mmdjax.sd.convert import to_device
 from mmdjax.sd.models import Component, load_models, local_path, read_json
 from mmdjax.sd.pipeline import TOKENIZERS, Pipeline
 from mmdjax.sd.prompts import ENCODERS
@@ -31,7 +32,7 @@ def load(
     param_dtype: Any = None,
     variant: str | None = None,
     flash: bool = False,
-    put: Callable = jnp.array,
+    put: Callable = to_device,
     ema: bool = False,
     configs: Mapping[str, Mapping] | None = None,
     scheduler: Mapping[str, Any] | None = None,

@@ -1,20 +1,30 @@
 """Record what the real libraries compute, for the tests that run without them: python tests/parity/record_fixtures.py.
 
-A fixture is a JSON (config.json of a tiny network, the names and shapes of its parameters) and a safetensors file
-(inputs and outputs). Parameters are not stored: `sd_tiny.draw` makes them from their names.
+A network's fixture is a JSON (its config.json, the names and shapes of its parameters) and a safetensors file (inputs
+and outputs). Parameters are not stored: `sd_tiny.draw` makes them from their names. The others are a whole pipeline's
+pictures, schedulers' tables and timesteps, samplers' steps, and token ids.
 """
 
 import json
 import sys
+import tempfile
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import diffusers
 import numpy as np
+import test_samplers_parity as samplers_parity
+import test_sd_pipeline as pipelines
+import test_sd_tokenizer as tokenizers
 import torch
 import torch_models as tm
 from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel, VQModel
 from safetensors.numpy import save_file
+from transformers import CLIPTokenizer
+
+from mmdjax.sd.tiny import write_vocabulary
 
 FOLDER = Path(__file__).parent.parent / "fixtures"
 VERSIONS = {name: sys.modules[name].__version__ for name in ("torch", "diffusers", "transformers")}
@@ -67,6 +77,83 @@ def text(config, projection=False):
     )
 
 
+def pipeline():
+    """Ten steps with classifier-free guidance and a negative prompt: the configs of all parts, latents and pictures."""
+    with tempfile.TemporaryDirectory() as folder:
+        theirs, path, *_ = pipelines.build("sd1", Path(folder))
+        parts = ("unet/config", "vae/config", "text_encoder/config", "scheduler/scheduler_config")
+        configs = {part.split("/")[0]: json.loads((path / f"{part}.json").read_text()) for part in parts}
+    latents = normal(0, 2, 8, 8, 4)
+    said = {"prompts": pipelines.PROMPTS, "negative": pipelines.NEGATIVE, "scale": pipelines.SCALE}
+    images = theirs(
+        pipelines.PROMPTS, negative_prompt=[pipelines.NEGATIVE] * 2, latents=tm.nchw(latents), height=16, width=16,
+        num_inference_steps=pipelines.STEPS, guidance_scale=pipelines.SCALE, eta=0.0, output_type="np",
+    ).images  # fmt: skip
+    write("pipeline", said | {"steps": pipelines.STEPS, "configs": configs}, {"latents": latents, "images": images})
+
+
+def schedulers():
+    """Tables by their settings; ten timesteps by class and spacing."""
+    made = {f"table.{name}": diffusers.DDIMScheduler(**settings) for name, settings in pipelines.TABLES.items()}
+    with tm.exact_sqrt():
+        made["table.zero"] = diffusers.DDIMScheduler(**pipelines.TABLES["sd"], rescale_betas_zero_snr=True)
+    for kind in ("DDIM", "DDPM", "EulerDiscrete", "DPMSolverMultistep"):
+        for spacing in ("leading", "trailing", "linspace"):
+            settings = pipelines.TABLES["sd"] | {"timestep_spacing": spacing, "steps_offset": 1}
+            made[f"steps.{kind}.{spacing}"] = getattr(diffusers, f"{kind}Scheduler")(**settings)
+            made[f"steps.{kind}.{spacing}"].set_timesteps(10)
+    configs = {
+        name: dict(scheduler.config) | {"_class_name": type(scheduler).__name__} for name, scheduler in made.items()
+    }
+    arrays = {key: (s.alphas_cumprod if key[0] == "t" else s.timesteps).numpy() for key, s in made.items()}
+    write("schedulers", {"configs": configs}, arrays)
+
+
+def samplers():
+    """Ten steps from one start with one noise, and the times that were visited."""
+    table, noise = samplers_parity.TABLE, normal(0, 10, *samplers_parity.start().shape)
+    arrays = {"start": samplers_parity.start(), "noise": noise}
+
+    def record(name, scheduler, noise=None):
+        x, times = samplers_parity.theirs(scheduler, 10, noise)
+        arrays.update({f"{name}.x": x, f"{name}.times": times, "alphas_cumprod": scheduler.alphas_cumprod.numpy()})
+
+    for eta in (0, 1):
+        scheduler = diffusers.DDIMScheduler(**table, clip_sample=False, steps_offset=1)
+        step = scheduler.step
+        scheduler.step = lambda *args, step=step, eta=eta, **kwargs: step(*args, eta=float(eta), **kwargs)
+        record(f"ddim_{eta}", scheduler, noise if eta else None)
+    for variance in ("small", "large"):
+        scheduler = diffusers.DDPMScheduler(**table, clip_sample=False, variance_type=f"fixed_{variance}")
+        drawn = map(torch.tensor, noise)
+        with mock.patch("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, drawn=drawn, **__: next(drawn)):
+            record(f"ddpm_{variance}", scheduler)
+    record("euler", diffusers.EulerDiscreteScheduler(**table, timestep_spacing="leading", steps_offset=1))
+    record("dpmpp_2m", diffusers.DPMSolverMultistepScheduler(**table, final_sigmas_type="zero"))
+    write("samplers", {}, arrays)
+
+
+def token_ids():
+    """Ids of awkward prompts in the toy vocabulary, padded both ways."""
+    found = {"length": 20, "prompts": tokenizers.AWKWARD, "ids": {}}
+    for pad in tokenizers.PADS.values():
+        with tempfile.TemporaryDirectory() as folder:
+            write_vocabulary(folder, length=20, pad=pad)
+            theirs = CLIPTokenizer.from_pretrained(folder)
+            found["ids"][pad] = theirs(
+                tokenizers.AWKWARD, padding="max_length", max_length=20, truncation=True
+            ).input_ids
+    write("tokenizer", found)
+
+
+def write(name, said, arrays=None):
+    """A fixture's JSON and, with arrays, its safetensors file."""
+    text = json.dumps({"versions": VERSIONS} | said, separators=(",", ":"))
+    (FOLDER / f"sd_{name}.json").write_text(text + "\n")
+    if arrays is not None:
+        save_file({key: np.ascontiguousarray(x) for key, x in arrays.items()}, FOLDER / f"sd_{name}.safetensors")
+
+
 RECORDED = {
     "unet_sd1": lambda: unet(tm.SD1_UNET),
     "unet_sd2": lambda: unet(tm.SD2_UNET),
@@ -90,11 +177,9 @@ def main():
         else:
             config = dict(model.config) | {"_class_name": type(model).__name__}
         shapes = {key: list(value.shape) for key, value in model.named_parameters()}
-        fixture = {"versions": VERSIONS, "config": config, "shapes": shapes}
-        (FOLDER / f"sd_{name}.json").write_text(json.dumps(fixture, separators=(",", ":")) + "\n")
-        save_file(
-            {key: np.ascontiguousarray(value) for key, value in arrays.items()}, FOLDER / f"sd_{name}.safetensors"
-        )
+        write(name, {"config": config, "shapes": shapes}, arrays)
+    for record in (pipeline, schedulers, samplers, token_ids):
+        record()
 
 
 if __name__ == "__main__":

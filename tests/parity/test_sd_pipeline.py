@@ -60,7 +60,7 @@ def build(family, path):
     else:
         text = {"sd1": tm.CLIP_L | WORDS | {"eos_token_id": 2}, "sd2": tm.CLIP_H | WORDS, "sdxl": tm.CLIP_L | WORDS}
         config = {"sd1": tm.SD1_UNET, "sd2": tm.SD2_UNET, "sdxl": tm.SDXL_UNET}[family]
-        width = 128 if family == "sdxl" else 64
+        width = 160 if family == "sdxl" else 64
         parts |= {
             "unet": tm.randomise(diffusers.UNet2DConditionModel(**config | {"cross_attention_dim": width})),
             "vae": tm.randomise(diffusers.AutoencoderKL(**tm.KL | {"scaling_factor": 0.7})),
@@ -69,7 +69,7 @@ def build(family, path):
             "scheduler": scheduler,
         }
         if family == "sdxl":
-            parts |= {"text_encoder_2": tm.text_encoder(tm.CLIP_H | WORDS, projection=True)}
+            parts |= {"text_encoder_2": tm.text_encoder(tm.CLIP_G | WORDS, projection=True)}
             parts |= {"tokenizer_2": tokenizers[1]}
             made = diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False)
         else:
@@ -198,6 +198,23 @@ def test_single_file(built, tmp_path, family):
     jax.tree.map(np.testing.assert_array_equal, *prompts)
 
 
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_single_file_is_read_by_diffusers(built, tmp_path, family):
+    """The writer of single files and our reader would share a mistake; diffusers' reader does not. It knows no single
+    files of the unconditional models.
+    """
+    theirs, folder, _, _ = built(family)
+    components, path = load_models(folder), tmp_path / "model.safetensors"
+    save_file(single_file(family, components), path)
+    none = {} if family == "sdxl" else {"safety_checker": None, "feature_extractor": None}
+    again = type(theirs).from_single_file(str(path), config=str(folder), local_files_only=True, **none)
+    for name in components:
+        expected, found = getattr(theirs, name).state_dict(), getattr(again, name).state_dict()
+        assert expected.keys() == found.keys()
+        for key, value in expected.items():
+            assert torch.equal(found[key], value), (name, key)
+
+
 TABLES = {
     "sd": {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
     "ldm": {"beta_start": 0.0015, "beta_end": 0.0195, "beta_schedule": "scaled_linear"},
@@ -217,11 +234,10 @@ def test_alphas_cumprod_exactly(name, table):
 
 @pytest.mark.parametrize("name", ["DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
 def test_zero_terminal_snr(name):
-    theirs = getattr(diffusers, name)(**TABLES["sd"], rescale_betas_zero_snr=True)
-    ours = Scheduler(dict(theirs.config) | {"_class_name": name}).alphas_cumprod
-    assert ours[-1] == theirs.alphas_cumprod[-1].item()
-    # torch's vectorised square root is an ulp off the correctly rounded one in some places
-    np.testing.assert_allclose(ours, theirs.alphas_cumprod.numpy(), rtol=4e-7, atol=0)
+    with tm.exact_sqrt():
+        theirs = getattr(diffusers, name)(**TABLES["sd"], rescale_betas_zero_snr=True)
+    ours = Scheduler(dict(theirs.config) | {"_class_name": name})
+    np.testing.assert_array_equal(ours.alphas_cumprod, theirs.alphas_cumprod.numpy())
 
 
 @pytest.mark.parametrize("name", GRIDS)
@@ -239,10 +255,3 @@ def test_time_grids_exactly(name, spacing, steps):
     times = Scheduler(dict(theirs.config) | {"_class_name": name}).times(steps)
     np.testing.assert_allclose(times[:-1] * 1000 - 1, index, rtol=0, atol=1e-9 if index.dtype == int else 1e-4)
     assert times[-1] == (0.001 if name == "PNDMScheduler" and index[-1] > 0 else 0)
-
-
-@pytest.mark.parametrize(("one", "offset", "end"), [(True, 1, 0.0), (False, 1, 0.001), (False, 0, 0.0)])
-def test_where_the_grid_ends(one, offset, end):
-    times = Scheduler({"_class_name": "DDIMScheduler", "set_alpha_to_one": one, "steps_offset": offset}).times(10)
-    assert times[-1] == end
-    assert np.diff(times).max() < 0

@@ -1,0 +1,48 @@
+"""scheduler_config.json against what diffusers computed (tests/fixtures, by tests/parity/record_fixtures.py)."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from mmdjax.sd.scheduler import Scheduler
+
+FIXTURES = Path(__file__).parent / "fixtures"
+CONFIGS = json.loads((FIXTURES / "sd_schedulers.json").read_text())["configs"]
+ARRAYS = load_file(FIXTURES / "sd_schedulers.safetensors")
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("table.")])
+def test_table_exactly(name):
+    """Porting 22: float32, the product accumulated in float64."""
+    found = Scheduler(CONFIGS[name]).alphas_cumprod
+    assert found.dtype == Scheduler(CONFIGS[name]).schedule().alphas_cumprod.dtype == np.float32
+    np.testing.assert_array_equal(found, ARRAYS[name])
+    assert (found[-1] == 0) == (name == "table.zero")
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("steps.")])
+def test_ten_steps_exactly(name):
+    """Porting 23: spacing and offset."""
+    index = ARRAYS[name]
+    times = Scheduler(CONFIGS[name]).times(10)
+    np.testing.assert_allclose(times[:-1] * 1000 - 1, index, rtol=0, atol=1e-9 if index.dtype == int else 1e-4)
+    assert times[-1] == 0
+
+
+@pytest.mark.parametrize(("one", "offset", "end"), [(True, 1, 0.0), (False, 1, 0.001), (False, 0, 0.0)])
+def test_where_the_grid_ends(one, offset, end):
+    """Porting 23: `set_alpha_to_one`."""
+    times = Scheduler({"_class_name": "DDIMScheduler", "set_alpha_to_one": one, "steps_offset": offset}).times(10)
+    assert times[-1] == end
+    assert np.diff(times).max() < 0
+
+
+def test_clipping_is_as_the_config_says():
+    """Porting 23: diffusers clips x̂0 unless told not to, and Stable Diffusion's configs tell it."""
+    assert Scheduler({"_class_name": "DDIMScheduler"}).clip == 1.0
+    assert Scheduler({"_class_name": "DDIMScheduler", "clip_sample": False}).clip is None
+    assert Scheduler({"_class_name": "DDIMScheduler", "clip_sample_range": 2}).clip == 2.0
+    assert Scheduler({"_class_name": "EulerDiscreteScheduler"}).clip is None
