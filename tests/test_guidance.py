@@ -142,7 +142,7 @@ def test_neighbours_average(name):
 
 
 def test_few_references_are_not_copied():
-    """10 references, 60 samples, no model to hold them: the field leaves them between the references, "mass" on them."""
+    """10 references, 60 samples, no model: the field leaves them between the references, "mass" puts them on them."""
     refs = jax.random.normal(jax.random.key(7), (10, 2))
     nearest = lambda a: float(jnp.linalg.norm(a[:, None] - refs[None], axis=-1).min(1).mean())
     fresh = nearest(jax.random.normal(jax.random.key(9), (2000, 2)))
