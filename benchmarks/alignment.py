@@ -12,94 +12,17 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from provenance import provenance
+from tasks import NUM_REFS, NUM_SAMPLES, NUM_STEPS, Task, digits_mixture, digits_thick, ring
 
-from mmdjax import DiffusionModel, MMDGuidance, Particles, guided_sample, load_digits
-from mmdjax.digits import splits, thicken
+from mmdjax import MMDGuidance, guided_sample
 from mmdjax.metrics import energy_distance, nearest_ratio
-from mmdjax.schedules import VPLinear
 
 ALPHAS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-NUM_REFS, NUM_SAMPLES, NUM_STEPS = 100, 200, 50
-
-
-class Task(NamedTuple):
-    """A prior and a target: `draw(seed)` gives (references, fresh samples, more fresh samples to compare them with)."""
-
-    name: str
-    model: DiffusionModel
-    params: Any
-    draw: Callable[[int], tuple[Any, Any, Any]]
-
-
-def ring() -> Task:
-    """8 Gaussians on a circle of radius 4, std .35, to three of them with weights .4, .3, .3."""
-    angles = 2 * np.pi * np.arange(8) / 8
-    means, std = 4 * np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32), 0.35
-
-    def exact(params, x, level, cond):
-        variance = (level.alpha * std) ** 2 + level.sigma**2
-        offset = x[:, None] - level.alpha * means
-        weight = jax.nn.softmax(-jnp.sum(offset**2, -1) / (2 * variance), axis=1)
-        return jnp.einsum("nk,nkd->nd", weight, means + level.alpha * std**2 / variance * offset)
-
-    def draw(seed):
-        rng = np.random.default_rng(seed)
-        mode = np.array([0, 2, 5])[rng.choice(3, size=NUM_REFS + NUM_SAMPLES + 2000, p=[0.4, 0.3, 0.3])]
-        points = means[mode] + std * rng.normal(size=(len(mode), 2)).astype(np.float32)
-        return points[:NUM_REFS], points[NUM_REFS : NUM_REFS + NUM_SAMPLES], points[NUM_REFS + NUM_SAMPLES :]
-
-    return Task("ring: 8 Gaussians to 3", DiffusionModel(exact, VPLinear(), (2,)), None, draw)
-
-
-def digits_thick() -> Task:
-    """Held-out digits with thickened strokes."""
-    model, params = load_digits()
-
-    def draw(seed):
-        rng = np.random.default_rng(seed)
-        _, (images, _) = splits()
-        images = thicken(images)[rng.permutation(len(images))]
-        return images[:NUM_REFS], images[NUM_REFS : NUM_REFS + NUM_SAMPLES], images[NUM_REFS + NUM_SAMPLES :]
-
-    return Task("digits: thickened strokes", model, params, draw)
-
-
-def digits_mixture() -> Task:
-    """Digits of the classes 0, 3 and 6 with weights .5, .3, .2; sampling is unconditional.
-
-    References are 50, 30 and 20 held-out images. A class has some 178 images in all, so those that are left, the
-    model's training images among them, make two disjoint sets, weighted to the target's proportions: fresh samples and
-    what all are compared with. Both come from one finite pool without replacement, so a perfect method's energy is a
-    little below 0 here.
-    """
-    model, params = load_digits()
-    proportions = {0: 0.5, 3: 0.3, 6: 0.2}
-
-    def draw(seed):
-        rng = np.random.default_rng(seed)
-        train, held_out = splits()
-        refs, fresh, rest = [], [], []
-        for c, share in proportions.items():
-            mine = rng.permutation(held_out[0][held_out[1] == c])
-            k = round(share * NUM_REFS)
-            refs.append(mine[:k])
-            left = rng.permutation(np.concatenate([mine[k:], train[0][train[1] == c]]))
-            fresh.append(left[: len(left) // 2])
-            rest.append(left[len(left) // 2 :])
-
-        def weighted(parts):
-            weight = [np.full(len(part), p / len(part)) for part, p in zip(parts, proportions.values(), strict=True)]
-            return Particles(np.concatenate(parts), weight=np.concatenate(weight).astype(np.float32))
-
-        return np.concatenate(refs), weighted(fresh), weighted(rest)
-
-    return Task("digits: classes 0, 3, 6", model, params, draw)
 
 
 def measure(task: Task, seeds: range) -> dict[str, dict[str, list[float]]]:

@@ -6,10 +6,22 @@ For particles z_i of weight u_i (batch and memory together) and references y_j o
 
 and a precondition P_i. "mass" is one over twice the larger of the particle's kernel masses, from references and from
 particles: for a kernel of the distance the mean-shift step to the references less the one to the other particles, a
-majorise-minimise step, bounded, with no scale to tune.
+majorise-minimise step, bounded, with no scale to tune. With p_i and q_i the masses from references and from particles,
+"field" changes two things. The push is weakened by
+
+    min(1, (p_i/q_i)^b),   b = (2h)²/((2h)² + (σ/α)²),   h the kernel's reach:
+
+where the noise can no longer carry a particle from one mode to another, a mode with too many would only push the
+surplus out to where there is no data. And the steps are averaged over neighbours in the batch,
+
+    shift_i ← Σ_j w(z_i, z_j) shift_j / Σ_j w(z_i, z_j),
+
+so that the batch moves as a smooth field: what sets single references apart is noise of a small sample, and it moves
+particles apart from their neighbours; what the target is, moves them together. Details below h stay the model's.
 
 References:
-  Gretton et al. 2012, eq. 3 and 5. Cheng 1995 (mean shift as majorise-minimise).
+  Gretton et al. 2012, eq. 3 and 5. Cheng 1995 (mean shift as majorise-minimise). Liu & Wang 2016 (a
+  velocity smoothed by a kernel).
 """
 
 from typing import Any
@@ -21,7 +33,7 @@ from jaxtyping import Array, Float
 from mmdjax.kernels import RBF, Kernel, Product, Radial, Sum
 from mmdjax.mmd import pair_norm
 from mmdjax.numerics import reciprocal
-from mmdjax.particles import Particles, wide_dtype
+from mmdjax.particles import Particles, per_sample, wide_dtype
 from mmdjax.schedules import Level
 from mmdjax.tree import pytree, static
 
@@ -34,6 +46,7 @@ def shift_direction(
     *,
     estimator: str = "u",
     precondition: str = "mass",
+    balance: Any = 0.0,
 ) -> Float[Array, "n ..."]:
     """P_i ∂MMD²/∂z_i / u_i for a batch of equal weights; the particles of `memory` count on its side but do not move.
 
@@ -43,7 +56,8 @@ def shift_direction(
       refs: m references.
       memory: weights 0 or 1, or None.
       estimator: "u" or "v".
-      precondition: as in `MMDGuidance`.
+      precondition: as in `MMDGuidance`; "field" before the average over neighbours, which is `neighbours`.
+      balance: b, for "field".
     Returns:
       [n, ...], like z.x.
     """
@@ -56,7 +70,7 @@ def shift_direction(
     own = jnp.broadcast_to(coef[: z.n], (z.n, z.n))
     if estimator == "u":
         own = jnp.where(jnp.eye(z.n, dtype=bool), 0.0, own)
-    rule = "none" if precondition == "raw" else precondition
+    rule = {"raw": "none", "field": "mass"}.get(precondition, precondition)
 
     def gradient(k, points, coef, same=False):
         return k.gradient(z, points, coef, same=same, precondition=rule)
@@ -66,9 +80,15 @@ def shift_direction(
     if memory is not None:
         by_memory, mass_memory = gradient(fixed, memory, coef[z.n :])
         pushed, mass_push = pushed + by_memory, mass_push + mass_memory
+    if precondition == "field":
+        surplus = mass_push > mass_pull
+        tiny = jnp.finfo(mass_pull.dtype).tiny * 8
+        ratio = jnp.where(surplus, jnp.maximum(mass_pull, tiny) / jnp.where(surplus, mass_push, 1.0), 1.0)
+        weaker = ratio**balance
+        pushed, mass_push = per_sample(weaker, pushed) * pushed, weaker * mass_push
     direction = 2 * (pushed - pulled)
     match precondition:
-        case "mass":
+        case "mass" | "field":
             # normalised by its value first: 1/m² overflows in the derivative of 1/m where the kernel is nearly 0
             mass = jnp.maximum(mass_pull, mass_push)
             inverse = reciprocal(jax.lax.stop_gradient(jnp.where(mass > jnp.finfo(mass.dtype).tiny * 8, mass, 0.0)))
@@ -78,6 +98,24 @@ def shift_direction(
         case _:
             return direction
     return factor.reshape((-1,) + (1,) * (direction.ndim - 1)) * direction
+
+
+def balance_at(kernel: Kernel, level: Level | None) -> Any:
+    """b: how far the push is weakened at a noise level; 0 without one, or for a kernel without a reach."""
+    if level is None:
+        return 0.0
+    reach2, noise2 = (2 * level.alpha * kernel.reach()) ** 2, jnp.asarray(level.sigma) ** 2
+    total = reach2 + noise2
+    return jnp.where(total > 0, reach2 / jnp.where(total > 0, total, 1.0), 0.0)
+
+
+def neighbours(kernel: Kernel, z: Particles) -> Float[Array, "n n"]:
+    """w(z_i, z_j)/Σ_j w(z_i, z_j). A weight that is infinite at distance 0 counts there as the row's largest other."""
+    weight = kernel.pair_weights(z, z, same=True)
+    eye = jnp.eye(z.n, dtype=bool)
+    own = jnp.maximum(jnp.diagonal(weight), jnp.max(jnp.where(eye, 0.0, weight), axis=1))
+    weight = jnp.where(eye, jnp.where(own > 0, own, 1.0)[:, None], weight)
+    return weight / weight.sum(1, keepdims=True)
 
 
 @pytree

@@ -7,6 +7,7 @@ at zero, to any order.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +91,22 @@ def nearest_distance(y: Float[Array, "m d"], weight: Float[Array, " m"]) -> Floa
     d2, valid = _valid_pairs(y, weight, "nearest-neighbour distance")
     nearest = jnp.min(jnp.where(valid & (d2 > 0), d2, jnp.inf), axis=1)
     return _median_distance(nearest, jnp.isfinite(nearest))
+
+
+def neighbour_distance(y: Float[Array, "m d"], weight: Float[Array, " m"]) -> Float[Array, ""]:
+    """The median distance of a row of positive weight to its k-th nearest distinct other one; NaN if all are equal.
+
+    k = √m rounded, m the number of rows of positive weight; a row with fewer distinct others counts to the last.
+    Detached, on at most `SUBSET` rows.
+    """
+    d2, valid = _valid_pairs(y, weight, "neighbour distance")
+    valid &= d2 > 0
+    most = max(1, round(math.sqrt(d2.shape[0])))
+    nearest = -jax.lax.top_k(jnp.where(valid, -d2, -jnp.inf), min(most, d2.shape[0]))[0]
+    present = (weight[subset(y.shape[0])] > 0).sum()
+    k = jnp.minimum(jnp.round(jnp.sqrt(present)).astype(int), valid.sum(1))
+    chosen = jnp.take_along_axis(nearest, jnp.maximum(k - 1, 0)[:, None], axis=1)
+    return _median_distance(chosen, jnp.isfinite(chosen))
 
 
 def _valid_pairs(y: Array, weight: Array, what: str) -> tuple[Array, Array]:

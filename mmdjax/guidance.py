@@ -22,18 +22,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from mmdjax.direction import diffused_pair, shift_direction
+from mmdjax.direction import balance_at, diffused_pair, neighbours, shift_direction
 from mmdjax.distances import subset
 from mmdjax.kernels import IMQ, RBF, Kernel, NearestNeighbour, Polynomial, as_kernel, check_fitted
 from mmdjax.memory import Memory
 from mmdjax.mmd import check_estimator, cross_term, self_term
-from mmdjax.particles import Particles, check_points, wide_dtype, widen
+from mmdjax.numerics import product
+from mmdjax.particles import Particles, check_points, flat, wide_dtype, widen
 from mmdjax.schedules import Level, diffuse
 from mmdjax.tree import is_concrete, pytree, replace, static
 
 PLACEMENTS = ("denoised", "sample", "clean", "diffused")
-PRECONDITIONS = ("mass", "length", "none", "raw")
-DENOISED_STEPS = 10  # inner steps a network call
+PRECONDITIONS = ("field", "mass", "length", "none", "raw")
+DENOISED_STEPS = 8  # inner steps a network call
 SAMPLE_RATE, SAMPLE_CAP = 20.0, 0.575  # inner steps per unit of log σ²/α², and the most of it that one step counts
 
 
@@ -42,16 +43,16 @@ class MMDGuidance:
     """How to guide: the kernel, the placement and the size of the move.
 
     Args:
-      kernel: on samples, or a `Product` on samples and conditions. None: `IMQ`, its bandwidth 2 ("denoised", "clean")
-        or 2.5 ("sample") times the median nearest-neighbour distance of the references; "diffused": `RBF` at their
-        median distance.
+      kernel: on samples, or a `Product` on samples and conditions. None: `IMQ`, its bandwidth `Neighbourhood()` of the
+        references ("denoised", "clean") or 2.5 times their median nearest-neighbour distance ("sample"); "diffused":
+        `RBF` at their median distance.
       scale: multiplies the shift. 0 is plain sampling.
       at: "denoised", "sample", "clean" or "diffused"; see the top of this module.
       estimator: "u" leaves the self-pair out, "v" keeps it.
-      inner_steps: shifts a network call. None: 10 ("denoised"); 20 × the decrease in log σ²/α² over the step, that
+      inner_steps: shifts a network call. None: 8 ("denoised"); 20 × the decrease in log σ²/α² over the step, that
         capped at .575, in equal parts ("sample", "diffused"); 1 ("clean").
-      precondition: P_i. "mass"; "length": ℓ², the kernel's length squared, by component in a sum; "none": 1; "raw":
-        u_i, the gradient itself.
+      precondition: P_i. "mass" and "field": see `mmdjax.direction`; "length": ℓ², the kernel's length squared, by
+        component in a sum; "none": 1; "raw": u_i, the gradient itself. None: "field" ("denoised"), "mass" (elsewhere).
       transform: T, an `optax.GradientTransformation` vmapped over samples, the guided point being its `params`. Static:
         make it once. Its numbers may follow the count of updates (a schedule). The shift is *minus* what it returns, so
         give a `scale_by_…` transformation, such as `optax.scale_by_adam()`, not an optimizer, which turns the sign
@@ -59,8 +60,8 @@ class MMDGuidance:
       window: (start, end), fractions of the steps done between which guidance acts; 0 is pure noise, 1 is clean.
       published: keep the memory as the published code does; see `paper`.
     Raises:
-      ValueError: a choice that does not exist, or that the kernel cannot serve ("mass" needs a kernel of the distance,
-        "diffused" an RBF); a window out of order or range; a scale that is not finite; inner_steps below 1.
+      ValueError: a choice that does not exist, or that the kernel cannot serve ("mass" and "field" need a kernel of the
+        distance, "diffused" an RBF); a window out of order or range; a scale that is not finite; inner_steps below 1.
 
     Example:
       >>> MMDGuidance(kernel=RBF(1.0), at="sample").at
@@ -74,7 +75,7 @@ class MMDGuidance:
     at: Literal["denoised", "sample", "clean", "diffused"] = static(default="denoised")
     estimator: Literal["u", "v"] = static(default="u")
     inner_steps: int | None = static(default=None)
-    precondition: Literal["mass", "length", "none", "raw"] = static(default="mass")
+    precondition: Literal["field", "mass", "length", "none", "raw"] | None = static(default=None)
     transform: Any = static(default=None)
     window: tuple[Any, Any] = (0.0, 1.0)
     published: bool = static(default=False)
@@ -83,7 +84,7 @@ class MMDGuidance:
         if self.at not in PLACEMENTS:
             raise ValueError(f"at is {self.at!r}; choose one of {PLACEMENTS}")
         check_estimator(self.estimator)
-        if self.precondition not in PRECONDITIONS:
+        if self.precondition not in (None, *PRECONDITIONS):
             raise ValueError(f"precondition is {self.precondition!r}; choose one of {PRECONDITIONS}")
         if self.inner_steps is not None and (not isinstance(self.inner_steps, int) or self.inner_steps < 1):
             raise ValueError(f"inner_steps is {self.inner_steps}; give an integer of at least 1, or None")
@@ -99,13 +100,18 @@ class MMDGuidance:
                 )
         if self.kernel is not None:
             object.__setattr__(self, "kernel", as_kernel(self.kernel))
-            if self.precondition == "mass" and not self.kernel.has_mass:
+            if self.rule in ("field", "mass") and not self.kernel.has_mass:
                 raise ValueError(
-                    f'precondition="mass" needs a kernel of the distance and {type(self.kernel).__name__} is none; '
-                    'use precondition="length" or "none"'
+                    f'precondition="{self.rule}" needs a kernel of the distance and '
+                    f'{type(self.kernel).__name__} is none; use precondition="length" or "none"'
                 )
             if self.at == "diffused":
                 diffused_pair(self.kernel, None)
+
+    @property
+    def rule(self) -> str:
+        """The precondition, None filled in."""
+        return self.precondition or ("field" if self.at == "denoised" else "mass")
 
     @classmethod
     def paper(cls, alpha: Any = 0.002) -> "MMDGuidance":
@@ -185,10 +191,12 @@ class BoundGuidance:
         start, end = self.guidance.window
         return (fraction >= start) & (fraction < end)
 
-    def denoised(self, x0: Array, state: GuidanceState, fraction: Any) -> tuple[Array, GuidanceState]:
-        """x̂0 [n, ...] moved against clean references; `fraction` of the steps is done."""
+    def denoised(
+        self, x0: Array, state: GuidanceState, fraction: Any, level: Level | None = None
+    ) -> tuple[Array, GuidanceState]:
+        """x̂0 [n, ...] of points at a level, moved against clean references; `fraction` of the steps is done."""
         steps = self.guidance.inner_steps or DENOISED_STEPS
-        return self._guide(x0, state, fraction, self.kernel, self.refs, self.memory, steps, None, self.refs_term)
+        return self._guide(x0, state, fraction, level, self.kernel, self.refs, self.memory, steps, None, self.refs_term)
 
     def after_step(
         self, key: Array, x: Array, state: GuidanceState, fraction: Any, t: Level, s: Level
@@ -197,7 +205,7 @@ class BoundGuidance:
         guidance, refs, memory = self.guidance, self.refs, self.memory
         steps, length = guidance.inner_steps or 1, None
         if guidance.at == "clean":
-            return self._guide(x, state, fraction, self.kernel, refs, memory, steps, None, self.refs_term)
+            return self._guide(x, state, fraction, s, self.kernel, refs, memory, steps, None, self.refs_term)
         if guidance.inner_steps is None:
             decrease = jnp.minimum(jax.lax.stop_gradient(s.log_snr() - t.log_snr()), SAMPLE_CAP)
             steps, length = math.ceil(SAMPLE_RATE * SAMPLE_CAP), SAMPLE_RATE * decrease
@@ -212,11 +220,11 @@ class BoundGuidance:
             refs = replace(refs, x=s.alpha * refs.x)
             if memory is not None:
                 memory = replace(memory, x=s.alpha * memory.x)
-        return self._guide(x, state, fraction, kernel, refs, memory, steps, length, 0.0)
+        return self._guide(x, state, fraction, s, kernel, refs, memory, steps, length, 0.0)
 
-    def _guide(self, x, state, fraction, kernel, refs, memory, steps, length, refs_term):
+    def _guide(self, x, state, fraction, level, kernel, refs, memory, steps, length, refs_term):
         """`steps` shifts of x; with a `length` that many unit shifts in ceil(length) ≤ steps equal parts."""
-        guidance = self.guidance
+        guidance, rule = self.guidance, self.guidance.rule
         for name, number in (("scale", guidance.scale), ("window", guidance.window[0]), ("window", guidance.window[1])):
             if jnp.ndim(number) > 0:  # would broadcast over the samples' axes
                 raise ValueError(f"{name} has shape {jnp.shape(number)}; give one number, and jax.vmap over several")
@@ -224,25 +232,36 @@ class BoundGuidance:
         if guidance.published and memory is not None:
             scale = scale * (memory.weight.sum() > 0)  # the published loop leaves the first sample alone
 
-        def move(z, transform_state):
+        balance = balance_at(self.kernel, level) if rule == "field" else 0.0
+
+        def move(z, transform_state, average):
             direction = shift_direction(
                 kernel,
                 Particles(z, self.cond),
                 refs,
                 memory,
                 estimator=guidance.estimator,
-                precondition=guidance.precondition,
+                precondition=rule,
+                balance=balance,
             )
+            if average is not None:
+                direction = product(average, flat(direction)).reshape(z.shape)
             if guidance.transform is not None:
                 direction, transform_state = jax.vmap(guidance.transform.update)(direction, transform_state, z)
             return z - scale * direction, transform_state
 
-        def inner(carry, index):
-            if length is None:
-                return move(*carry), None
-            return jax.lax.cond(index < jnp.ceil(length), lambda c: move(*c), lambda c: c, carry), None
-
         def guided(z, transform_state):
+            average = None
+            if rule == "field":  # of the points as they come: once a call, not at each inner step
+                among = kernel[0] if isinstance(kernel, tuple) else kernel
+                average = neighbours(among, Particles(z, self.cond))
+
+            def inner(carry, index):
+                if length is None:
+                    return move(carry[0], carry[1], average), None
+                going = index < jnp.ceil(length)
+                return jax.lax.cond(going, lambda c: move(c[0], c[1], average), lambda c: c, carry), None
+
             if steps == 1:
                 (moved, transform_state), _ = inner((z, transform_state), 0)
             else:
@@ -276,7 +295,7 @@ def default_kernel(at: str) -> Kernel:
     """The kernel of `MMDGuidance()` at a placement."""
     if at == "diffused":
         return RBF()
-    return IMQ(NearestNeighbour(2.5 if at == "sample" else 2.0))
+    return IMQ(NearestNeighbour(2.5)) if at == "sample" else IMQ()
 
 
 def fit_kernel(guidance: MMDGuidance, refs: Particles) -> Kernel:

@@ -35,7 +35,7 @@ class GuidedDenoiser:
         _check_shapes(x, self.refs)
         bound = bind(self.guidance, self.kernel, self.refs, cond)
         x0 = self.denoiser(params, x, level, cond)
-        return bound.denoised(x0, bound.init(x0), 1 - level.t + ROUNDING)[0]
+        return bound.denoised(x0, bound.init(x0), 1 - level.t + ROUNDING, level)[0]
 
 
 def guide_denoiser(denoiser: Denoiser, guidance: MMDGuidance, refs: Any) -> GuidedDenoiser:
@@ -95,7 +95,7 @@ class GuidedSampler:
 
             def guided(x, level, states):
                 x0, outer = denoise(x, level, states[0])
-                x0, inner = self.bound.denoised(x0, states[1], fraction)
+                x0, inner = self.bound.denoised(x0, states[1], fraction, level)
                 return x0, (outer, inner)
 
             x, carry, (state, guidance_state) = self.sampler.step(key, x, carry, (state, guidance_state), guided, t, s)

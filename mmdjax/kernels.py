@@ -23,6 +23,7 @@ from mmdjax.radial import (
     Laplacian,
     Median,
     NearestNeighbour,
+    Neighbourhood,
     Radial,
     RationalQuadratic,
     Scaled,
@@ -43,6 +44,7 @@ __all__ = [
     "Mapped",
     "Median",
     "NearestNeighbour",
+    "Neighbourhood",
     "Polynomial",
     "Product",
     "Radial",
@@ -175,6 +177,12 @@ class Sum(Kernel):
         mass = sum(m for _, m in terms) if precondition == "mass" else terms[0][1]
         return jax.tree.map(lambda *g: sum(g), *[g for g, _ in terms]), mass
 
+    def pair_weights(self, a, b, *, same=False):
+        return sum(w * k.pair_weights(a, b, same=same) for w, k in zip(self.weights, self.kernels, strict=True))
+
+    def reach(self):
+        return sum(k.reach() for k in self.kernels) / len(self.kernels)
+
     def fit(self, refs):
         return replace(self, kernels=tuple(k.fit(refs) for k in self.kernels))
 
@@ -237,6 +245,12 @@ class Product(Kernel):
     def gradient(self, a, b, coef, *, same=False, precondition="none"):
         coef = coef * self.cond_gram(a, b)
         return self._factor().gradient(a, b, coef, same=same, precondition=precondition)
+
+    def pair_weights(self, a, b, *, same=False):
+        return self._factor().pair_weights(a, b, same=same) * self.cond_gram(a, b)
+
+    def reach(self):
+        return self.x.reach()
 
     def fit(self, refs):
         if refs.cond is None:

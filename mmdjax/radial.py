@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from mmdjax.distances import nearest_distance, pairwise_median, squared_distance
+from mmdjax.distances import nearest_distance, neighbour_distance, pairwise_median, squared_distance
 from mmdjax.numerics import product, reciprocal, safe_sqrt
 from mmdjax.particles import Particles, as_particles, flat
 from mmdjax.schedules import Level
@@ -65,6 +65,14 @@ class Kernel:
     def at_level(self, level: Level) -> "Kernel":
         """The kernel to compare points at a noise level with, where this one compares clean ones."""
         return self
+
+    def reach(self) -> Any:
+        """The distance at which the kernel fades, a scalar; 0 where it has none."""
+        return 0.0
+
+    def pair_weights(self, a: Particles, b: Particles, *, same: bool = False) -> Float[Array, "n m"]:
+        """w(a_i, b_j), for a kernel with mass."""
+        raise ValueError(f'{type(self).__name__} is no kernel of the distance; use precondition="length" or "none"')
 
     def length2(self, a: Particles) -> Any:
         """ℓ², scalar or [n]: what makes ℓ² ∂MMD²/∂x a length."""
@@ -114,6 +122,9 @@ class Radial(Kernel):
 
     def gram(self, a, b, *, same=False):
         return self.profile(squared_distance(flat(a.x), flat(b.x), same=same, accurate=True))
+
+    def pair_weights(self, a, b, *, same=False):
+        return self.weight(squared_distance(flat(a.x), flat(b.x), same=same, accurate=True))
 
     def gradient(self, a, b, coef, *, same=False, precondition="none"):
         x, unflatten = jax.vjp(flat, a.x)
@@ -190,6 +201,10 @@ class Scaled(Radial):
         hs = self._bandwidths()
         return tuple((1.0 / len(hs), replace(self, bandwidth=h)) for h in hs)
 
+    def reach(self):
+        hs = self._bandwidths()
+        return sum(jnp.asarray(h) for h in hs) / len(hs)
+
     def length2(self, a):
         (h,) = self._bandwidths()
         return jnp.asarray(h) ** 2
@@ -253,7 +268,7 @@ class Laplacian(Scaled):
 class IMQ(Scaled):
     """The inverse multiquadric (1 + d²/h²)^(−1/2) = h (d² + h²)^(−1/2).
 
-    None is `NearestNeighbour()`: twice the median nearest-neighbour distance of the references.
+    None is `Neighbourhood()`: the distance at which a reference has some √m of the m as neighbours.
 
     Example:
       >>> IMQ(3.0)(Particles(jnp.zeros((1, 1))), Particles(jnp.array([[4.0]]))).tolist()
@@ -263,7 +278,7 @@ class IMQ(Scaled):
     bandwidth: Any = None
 
     def default_rule(self):
-        return NearestNeighbour()
+        return Neighbourhood()
 
     def value(self, d2, h):
         return jax.lax.rsqrt(1 + d2 / h**2)
@@ -344,6 +359,9 @@ class Energy(Radial):
     def at_level(self, level):
         return jax.tree.map(lambda leaf: level.alpha * leaf, self)
 
+    def reach(self):
+        return 0.0 if self.length is None else self.length
+
     def length2(self, a):
         if self.length is None:
             raise ValueError(
@@ -377,6 +395,23 @@ class NearestNeighbour:
 
     def __call__(self, refs: Particles) -> Array:
         return self.factor * nearest_distance(flat(refs.x), refs.probabilities())
+
+
+@pytree
+class Neighbourhood:
+    """factor × the median distance of a reference to its √m-th nearest other one of m, duplicates ignored.
+
+    In few dimensions that is a multiple of the nearest one's distance, so that a neighbourhood holds enough references
+    to be no copy of one; in many, where all distances are alike, hardly more than it. It shrinks as m grows. At most
+    `most` times the median distance to the nearest one: modes of fewer than √m references would be blurred together.
+    """
+
+    factor: Any = 0.8
+    most: Any = 3.5
+
+    def __call__(self, refs: Particles) -> Array:
+        y, p = flat(refs.x), refs.probabilities()
+        return jnp.minimum(self.factor * neighbour_distance(y, p), self.most * nearest_distance(y, p))
 
 
 def median_bandwidth(refs: Any) -> Float[Array, ""]:

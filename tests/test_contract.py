@@ -54,7 +54,7 @@ KERNELS = {
     "mapped": Mapped(jnp.tanh, RBF()),
 }
 PLACEMENTS = ("denoised", "sample", "clean", "diffused")
-PRECONDITIONS = ("mass", "length", "none", "raw")
+PRECONDITIONS = ("field", "mass", "length", "none", "raw")
 DIFFUSABLE = {"rbf", "mixture", "product"}
 RADIAL = {"rbf", "mixture", "laplacian", "imq", "rq", "energy", "sum", "product"}
 
@@ -71,7 +71,7 @@ def guidance_of(kernel, at, precondition, estimator):
 @pytest.mark.parametrize(("kernel", "at", "precondition"), list(itertools.product(KERNELS, PLACEMENTS, PRECONDITIONS)))
 def test_what_is_ruled_out_raises(kernel, at, precondition):
     """Mass needs a kernel of the distance, "diffused" an RBF; everything else can be built."""
-    allowed = (precondition != "mass" or kernel in RADIAL) and (at != "diffused" or kernel in DIFFUSABLE)
+    allowed = (precondition not in ("field", "mass") or kernel in RADIAL) and (at != "diffused" or kernel in DIFFUSABLE)
     if allowed:
         assert guidance_of(kernel, at, precondition, "u").at == at
     else:
@@ -83,7 +83,7 @@ def combinations():
     for (i, sampler), (j, kernel), at in itertools.product(enumerate(SAMPLERS), enumerate(KERNELS), PLACEMENTS):
         if at == "diffused" and kernel not in DIFFUSABLE:
             continue
-        choices = PRECONDITIONS if kernel in RADIAL else PRECONDITIONS[1:]
+        choices = PRECONDITIONS if kernel in RADIAL else PRECONDITIONS[2:]
         yield sampler, kernel, at, choices[(i + j) % len(choices)], "uv"[(i // 2 + j) % 2]
 
 

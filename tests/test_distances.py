@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mmdjax import IMQ, RBF, Cosine, Energy, Laplacian, Particles, Polynomial, RationalQuadratic, mmd2
-from mmdjax.distances import SUBSET, nearest_distance, pairwise_median, squared_distance, subset
+from mmdjax.distances import SUBSET, nearest_distance, neighbour_distance, pairwise_median, squared_distance, subset
 
 LARGE = 65_536
 BLOCK = 2**22 // LARGE  # pairs that the recomputation takes at a time
@@ -218,3 +218,16 @@ def test_mmd2_of_close_sets_in_65536_dimensions():
     exact_energy = 2 * np.sqrt(exact(x, y)).mean() - np.sqrt(exact(x, x)).mean() - np.sqrt(exact(y, y)).mean()
     # the terms are of the size of 300 and cancel: float32 keeps 300 · 1e-6
     assert mmd2(Energy(), x, y) == pytest.approx(exact_energy, abs=1e-3)
+
+
+def test_neighbour_distance_is_that_of_the_root_m_th():
+    """By sorting; an empty slot and a copy are no neighbours; a row with fewer neighbours counts to its last."""
+    y = jax.random.normal(jax.random.key(3), (30, 6))
+    d = np.sort(np.linalg.norm(np.asarray(y)[:, None] - np.asarray(y)[None], axis=-1), axis=1)
+    np.testing.assert_allclose(neighbour_distance(y, jnp.ones(30)), np.median(d[:, 5]), rtol=1e-5)  # √30 → 5
+    padded = jnp.concatenate([y, jnp.zeros((9, 6))])
+    weight = jnp.concatenate([jnp.ones(30), jnp.zeros(9)])
+    np.testing.assert_allclose(neighbour_distance(padded, weight), np.median(d[:, 5]), rtol=1e-5)
+    line = jnp.array([[0.0], [0.0], [0.0], [0.0], [1.0]])
+    assert neighbour_distance(line, jnp.ones(5)) == 1.0
+    assert jnp.isnan(neighbour_distance(line[:4], jnp.ones(4)))

@@ -22,10 +22,10 @@ from mmdjax import (
     Sum,
     mmd2,
 )
-from mmdjax.direction import diffused_pair, shift_direction
+from mmdjax.direction import balance_at, diffused_pair, neighbours, shift_direction
 from mmdjax.guidance import bind, fit_kernel
 from mmdjax.guided import ROUNDING
-from mmdjax.kernels import NearestNeighbour
+from mmdjax.kernels import NearestNeighbour, Neighbourhood
 from mmdjax.schedules import Level, VPLinear
 
 Z = jax.random.normal(jax.random.key(0), (7, 5))
@@ -89,6 +89,72 @@ def test_mass_step_is_the_published_prototype_rule():
         expected[i] = pull / max(w_ref.sum() / m, w_gen.sum() / (n - 1))
     step = -shift_direction(IMQ(c), Particles(Z), Particles(Y), None)
     np.testing.assert_allclose(step, expected, rtol=2e-5, atol=2e-6)  # float32 against float64
+
+
+def test_field_step_in_loops():
+    """The push is weakened where particles outweigh references, and the average weighs neighbours by the kernel."""
+    z, y, c, b = np.asarray(Z, np.float64), np.asarray(Y, np.float64), 1.3, 0.6
+    w = lambda a, others: (((a - others) ** 2).sum(1) + c**2) ** -1.5
+    expected, average = np.zeros_like(z), np.zeros((len(z), len(z)))
+    weakened = 0
+    for i in range(len(z)):
+        w_ref, w_gen = w(z[i], y) / len(y), w(z[i], z) / (len(z) - 1)
+        average[i] = w_gen / w_gen.sum()
+        w_gen[i] = 0
+        f = min(1.0, (w_ref.sum() / w_gen.sum()) ** b)
+        weakened += f < 1
+        pull = (w_ref[:, None] * (y - z[i])).sum(0) - f * (w_gen[:, None] * (z - z[i])).sum(0)
+        expected[i] = pull / max(w_ref.sum(), f * w_gen.sum())
+    assert weakened > 0
+    step = -shift_direction(IMQ(c), Particles(Z), Particles(Y), None, precondition="field", balance=b)
+    np.testing.assert_allclose(step, expected, rtol=2e-5, atol=2e-6)  # float32 against float64
+    np.testing.assert_allclose(neighbours(IMQ(c), Particles(Z)), average, rtol=2e-5)
+
+
+def test_balance_is_on_when_noise_is_below_the_kernels_reach():
+    """(2h)²/((2h)² + (σ/α)²): 0 at pure noise, ½ where σ/α is 2h, 1 at the clean level; the units do not matter."""
+    for kernel in (IMQ(1.5), RBF((1.0, 2.0)), Energy(length=1.5), Product(x=IMQ(1.5), cond=Delta())):
+        for level, expected in [(Level(1.0, 0.0, 1.0), 0.0), (Level(0.5, 0.2, 0.6), 0.5), (Level(0.0, 1.0, 0.0), 1.0)]:
+            np.testing.assert_allclose(balance_at(kernel, level), expected, rtol=1e-6)
+    assert balance_at(IMQ(1.5), None) == 0.0
+    assert balance_at(Sum(RBF(3.0), IMQ(3.0)), Level(0.5, 0.1, 0.6)) == pytest.approx(0.5)
+
+
+def test_a_surplus_is_not_pushed_where_there_is_no_data():
+    """Nine particles on a mode that has half of the references, one beside it: "mass" pushes that one away from it."""
+    refs = Particles(jnp.array([[0.0, 0.1]] * 5 + [[40.0, 0.0]] * 5))
+    z = Particles(jnp.array([[0.1 * i, 0.0] for i in range(9)] + [[3.0, 0.0]]))
+    pushed = -shift_direction(IMQ(1.0), z, refs, None)[9, 0]
+    balanced = -shift_direction(IMQ(1.0), z, refs, None, precondition="field", balance=1.0)[9, 0]
+    assert float(pushed) > 0.5
+    assert abs(float(balanced)) < 0.3 * float(pushed)
+
+
+@pytest.mark.parametrize("name", ["rbf", "laplacian", "imq", "energy", "sum", "product"])
+def test_neighbours_average(name):
+    """Rows are weights; equal shifts stay; a sample alone is its own average."""
+    cond = jnp.zeros(7, int)
+    average = neighbours(KERNELS[name], Particles(Z, cond))
+    assert bool((average >= 0).all())
+    np.testing.assert_allclose(average.sum(1), 1, rtol=1e-5)  # float32
+    assert bool((jnp.diagonal(average) >= average.max(1) * (1 - 1e-6)).all())
+    assert neighbours(KERNELS[name], Particles(Z[:1], cond[:1])).tolist() == [[1.0]]
+
+
+def test_few_references_are_not_copied():
+    """10 references, 60 samples, no model: the field leaves them between the references, "mass" puts them on them."""
+    refs = jax.random.normal(jax.random.key(7), (10, 2))
+    nearest = lambda a: float(jnp.linalg.norm(a[:, None] - refs[None], axis=-1).min(1).mean())
+    fresh = nearest(jax.random.normal(jax.random.key(9), (2000, 2)))
+    ratio = {}
+    for precondition in ("mass", "field"):
+        z = jax.random.normal(jax.random.key(8), (60, 2))
+        guidance = MMDGuidance(kernel=IMQ(NearestNeighbour(2.0)), precondition=precondition)
+        bound = bind(guidance, fit_kernel(guidance, Particles(refs)), Particles(refs))
+        for _ in range(10):
+            z = bound.denoised(z, bound.init(z), 0.0)[0]
+        ratio[precondition] = nearest(z) / fresh
+    assert ratio["mass"] < 0.6 < 0.7 < ratio["field"]  # .45 and .78
 
 
 @pytest.mark.parametrize("name", ["rbf", "mixture", "laplacian", "imq", "rq", "energy", "sum", "product"])
@@ -255,10 +321,10 @@ def test_what_lies_in_empty_slots_does_not_matter():
         np.testing.assert_allclose(moved[0], moved[1], rtol=1e-4, atol=1e-5)  # float32 sums of other lengths
 
 
-def test_default_kernel_is_the_nearest_neighbour_rule():
-    for at, factor in [("denoised", 2.0), ("sample", 2.5)]:
+def test_default_kernel_is_the_neighbourhood_rule():
+    for at, rule in [("denoised", Neighbourhood()), ("clean", Neighbourhood()), ("sample", NearestNeighbour(2.5))]:
         kernel = fit_kernel(MMDGuidance(at=at), Particles(Y))
-        expected = NearestNeighbour(factor)(Particles(Y))
+        expected = rule(Particles(Y))
         assert isinstance(kernel, IMQ)
         np.testing.assert_allclose(kernel.bandwidth, expected, rtol=1e-6)  # the same computation
 
@@ -287,8 +353,12 @@ def test_guide_denoiser_is_the_denoised_shift():
     level = VPLinear()(0.3)
     z = level.alpha * Z
     kernel = fit_kernel(guidance, Particles(Y))
+    average = neighbours(kernel, Particles(z))  # of the points as they come
     for _ in range(4):
-        z = z - shift_direction(kernel, Particles(z), Particles(Y), None)
+        balance = balance_at(kernel, level)
+        z = z - average @ shift_direction(
+            kernel, Particles(z), Particles(Y), None, precondition="field", balance=balance
+        )
     np.testing.assert_allclose(guided(None, Z, level, None), z, rtol=1e-5, atol=1e-6)  # float32
 
 

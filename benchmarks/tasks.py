@@ -1,0 +1,279 @@
+"""The alignment tasks: a pretrained model, and a target distribution of which few references are given.
+
+Each task is a record; `draw(seed, num_refs)` gives references, fresh samples of the target and the rest, a large set
+that all methods are compared with. The three are disjoint. `CHOOSING` are the seeds that a default may be chosen on,
+`REPORTING` those that are only reported.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.stats import chi2
+
+from mmdjax import IMQ, Delta, DiffusionModel, Particles, Product, load_digits
+from mmdjax.digits import slant, splits, thicken
+from mmdjax.schedules import VPLinear
+from mmdjax.tree import pytree
+
+NUM_REFS, NUM_SAMPLES, NUM_STEPS = 100, 200, 50
+CHOOSING, REPORTING = range(5), range(100, 105)
+NUM_REST = 2000  # where the target can be drawn from without end
+
+
+class Draw(NamedTuple):
+    """Arrays, or Particles where they have conditions or weights."""
+
+    refs: Any
+    fresh: Any
+    rest: Any
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A prior and a target.
+
+    Args:
+      name: of the table's column.
+      model, params: the prior.
+      draw: (seed, num_refs=100) -> Draw; ValueError where a finite pool has too few references.
+      classify: samples -> the target's class or mode of each, the nearest one; None where the target has none.
+      proportions: of these classes in the target; 0 for a class of the prior that the target leaves out.
+      centres, std: a Gaussian mixture's modes in the target [k, d], and their standard deviation in each coordinate.
+      cond: the conditions to sample, [NUM_SAMPLES], or None.
+      kernel: the default one times one of the conditions, where there are some; None otherwise.
+    """
+
+    name: str
+    model: DiffusionModel
+    params: Any
+    draw: Callable[..., Draw]
+    classify: Callable[[Any], np.ndarray] | None = None
+    proportions: np.ndarray | None = None
+    centres: np.ndarray | None = None
+    std: float | None = None
+    cond: Any = None
+    kernel: Any = None
+
+    def off_centre(self, x: Any) -> np.ndarray:
+        """Distance of each sample to its nearest mode, over the radius that holds 99% of that mode."""
+        distance, _ = _nearest(x, self.centres)
+        return distance / (self.std * np.sqrt(chi2.ppf(0.99, self.centres.shape[1])))
+
+
+# Gaussian mixtures
+
+
+@pytree
+class Mixture:
+    """Σ_k softmax(logits)_k N(means_k, exp(2 log_stds_k) I): the parameters of `mixture_denoiser`."""
+
+    means: Any
+    log_stds: Any
+    logits: Any
+
+
+def mixture(means: np.ndarray, std: float) -> Mixture:
+    """Equal Gaussians."""
+    k = len(means)
+    return Mixture(means.astype(np.float32), np.full(k, np.log(std), np.float32), np.zeros(k, np.float32))
+
+
+def mixture_denoiser(params: Mixture, x: Any, level: Any, cond: Any = None) -> Any:
+    """The exact E[x_0 | x_t = x] of a `Mixture`."""
+    variance = jnp.exp(2 * params.log_stds)
+    noisy = level.alpha**2 * variance + level.sigma**2
+    x_centred, means = x - level.alpha * params.means.mean(0), params.means - params.means.mean(0)
+    d2 = jnp.sum(x_centred**2, 1)[:, None] + level.alpha**2 * jnp.sum(means**2, 1)
+    d2 = d2 - 2 * level.alpha * jnp.matmul(x_centred, means.T, precision="highest")
+    weight = jax.nn.softmax(params.logits - d2 / (2 * noisy) - x.shape[1] / 2 * jnp.log(noisy), axis=1)
+    gain = level.alpha * variance / noisy
+    return (
+        jnp.matmul(weight * (1 - gain * level.alpha), params.means, precision="highest") + (weight @ gain)[:, None] * x
+    )
+
+
+def _mixture_task(name, prior, modes, proportions, std, shift=0.0):
+    # modes: which of the prior's means the target keeps; shift: of each of them, in standard deviations a coordinate
+    model = DiffusionModel(mixture_denoiser, VPLinear(), prior.shape[1:])
+    centres = (prior[modes] + shift * std).astype(np.float32)
+
+    def draw(seed, num_refs=NUM_REFS):
+        rng = np.random.default_rng(seed)
+        mode = rng.choice(len(modes), size=num_refs + NUM_SAMPLES + NUM_REST, p=proportions)
+        points = centres[mode] + np.float32(std) * rng.normal(size=(len(mode), prior.shape[1])).astype(np.float32)
+        return _split(points, num_refs)
+
+    others = np.delete(prior, modes, axis=0)
+    places = np.concatenate([centres, others])
+    return Task(
+        name,
+        model,
+        mixture(prior, std),
+        draw,
+        classify=lambda x: _nearest(x, places)[1],
+        proportions=np.concatenate([proportions, np.zeros(len(others))]),
+        centres=centres,
+        std=std,
+    )
+
+
+def ring() -> Task:
+    """8 Gaussians on a circle of radius 4, std .35, to three of them."""
+    angles = 2 * np.pi * np.arange(8) / 8
+    means = 4 * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    return _mixture_task("ring: 8 Gaussians to 3", means, [0, 2, 5], [0.4, 0.3, 0.3], 0.35)
+
+
+def grid() -> Task:
+    """5 × 5 Gaussians, spacing 2, std .2, to seven of them in unequal proportions."""
+    means = 2.0 * np.stack(np.meshgrid(np.arange(-2, 3), np.arange(-2, 3)), axis=-1).reshape(25, 2)
+    modes, proportions = [0, 3, 7, 11, 14, 18, 22], [0.25, 0.2, 0.15, 0.15, 0.1, 0.1, 0.05]
+    return _mixture_task("grid: 25 Gaussians to 7", means, modes, proportions, 0.2)
+
+
+def mixture_16d() -> Task:
+    """10 Gaussians in 16-D, std .5, to four of them, each shifted by half a standard deviation a coordinate."""
+    means = 2 * np.random.default_rng(0).normal(size=(10, 16))
+    return _mixture_task("16-D: 10 Gaussians to 4, shifted", means, [1, 4, 6, 9], [0.4, 0.3, 0.2, 0.1], 0.5, shift=0.5)
+
+
+def mixture_of_dimension(d: int) -> Task:
+    """12 Gaussians, std .5, to three of them, each shifted by half a standard deviation a coordinate; for sweeps.
+
+    The means are normal, their spread such that two are some 11 apart up to 16 dimensions and .7 √d beyond; drawn
+    again until all are six standard deviations apart.
+    """
+    rng, std = np.random.default_rng(d), 0.5
+    while True:
+        means = 2 * max(1.0, np.sqrt(16 / d)) * rng.normal(size=(12, d))
+        distances = np.linalg.norm(means[:, None] - means[None], axis=-1)
+        if distances[np.triu_indices(12, 1)].min() > 6 * std:
+            break
+    return _mixture_task(f"{d}-D: 12 Gaussians to 3, shifted", means, [0, 5, 8], [0.5, 0.3, 0.2], std, shift=0.5)
+
+
+def moons() -> Task:
+    """A flat patchwork of 8 × 6 Gaussians, to two thin interleaved half circles of radius 2, noise .15."""
+    means = np.stack(np.meshgrid(np.arange(-3.5, 4), np.arange(-2.5, 3)), axis=-1).reshape(48, 2)
+
+    def draw(seed, num_refs=NUM_REFS):
+        rng = np.random.default_rng(seed)
+        size = num_refs + NUM_SAMPLES + NUM_REST
+        angle, upper = np.pi * rng.random(size), rng.random(size) < 0.5
+        arc = np.stack([np.cos(angle) - 0.5, np.sin(angle) - 0.25], axis=1)
+        points = 2 * np.where(upper[:, None], arc, -arc) + 0.15 * rng.normal(size=(size, 2))
+        return _split(points.astype(np.float32), num_refs)
+
+    return Task(
+        "two moons from a patchwork", DiffusionModel(mixture_denoiser, VPLinear(), (2,)), mixture(means, 0.5), draw
+    )
+
+
+# Digits
+
+
+def digits_mixture() -> Task:
+    """Digits of the classes 0, 3 and 6 with weights .5, .3, .2; sampling is unconditional.
+
+    References are held-out images. A class has some 178 images in all, so those that are left, the model's training
+    images among them, make two disjoint sets, weighted to the target's proportions: fresh samples and the rest. Both
+    come from one finite pool without replacement, so a perfect method's energy is a little below 0 here.
+    """
+    model, params = load_digits()
+    proportions = {0: 0.5, 3: 0.3, 6: 0.2}
+
+    def draw(seed, num_refs=NUM_REFS):
+        counts = {c: round(share * num_refs) for c, share in proportions.items()}
+        parts = _by_class(np.random.default_rng(seed), counts)
+        refs, fresh, rest = zip(*parts.values(), strict=True)
+        return Draw(np.concatenate(refs), _weighted(fresh, proportions), _weighted(rest, proportions))
+
+    shares = np.array([proportions.get(c, 0.0) for c in range(10)])
+    return Task("digits: classes 0, 3, 6", model, params, draw, classify=_digit, proportions=shares)
+
+
+def digits_thick() -> Task:
+    """Held-out digits with thickened strokes."""
+    return _digits_style("digits: thickened strokes", thicken)
+
+
+def digits_slanted() -> Task:
+    """Held-out digits leaning to the right."""
+    return _digits_style("digits: slanted strokes", slant)
+
+
+def _digits_style(name, style):
+    model, params = load_digits()
+
+    def draw(seed, num_refs=NUM_REFS):
+        rng = np.random.default_rng(seed)
+        _, (images, _) = splits()
+        images = style(images)[rng.permutation(len(images))]
+        if num_refs + NUM_SAMPLES >= len(images):
+            raise ValueError(f"num_refs is {num_refs}; {len(images)} images are held out, {NUM_SAMPLES} of them fresh")
+        return _split(images, num_refs)
+
+    return Task(name, model, params, draw)
+
+
+def digits_prompted() -> Task:
+    """Class-conditional digits whose style depends on the class: 3s thick, 7s slanted; the label is the condition.
+
+    References are held-out images, as many of each class; fresh and rest as in `digits_mixture`, with their labels.
+    """
+    model, params = load_digits()
+    styles = {3: thicken, 7: slant}
+    cond = np.repeat(np.array(list(styles), np.int32), NUM_SAMPLES // 2)
+
+    def draw(seed, num_refs=NUM_REFS):
+        parts = _by_class(np.random.default_rng(seed), dict.fromkeys(styles, num_refs // 2))
+        styled = {c: [styles[c](images) for images in three] for c, three in parts.items()}
+        refs, fresh, rest = (_weighted(part, dict.fromkeys(styles, 0.5)) for part in zip(*styled.values(), strict=True))
+        return Draw(refs, fresh, rest)
+
+    kernel = Product(x=IMQ(), cond=Delta())
+    return Task("digits: 3s thick, 7s slanted", model, params, draw, cond=cond, kernel=kernel)
+
+
+def _by_class(rng, counts):
+    # class -> (references, held out; half of all that is left; the other half)
+    train, held_out = splits()
+    parts = {}
+    for c, count in counts.items():
+        mine = rng.permutation(held_out[0][held_out[1] == c])
+        if count > len(mine):
+            raise ValueError(f"{count} references of class {c} are wanted; {len(mine)} images of it are held out")
+        left = rng.permutation(np.concatenate([mine[count:], train[0][train[1] == c]]))
+        parts[c] = mine[:count], left[: len(left) // 2], left[len(left) // 2 :]
+    return parts
+
+
+def _weighted(parts, proportions):
+    # class by class, weighted so that the classes have their proportions; cond is the class
+    weight = [np.full(len(part), p / len(part)) for part, p in zip(parts, proportions.values(), strict=True)]
+    labels = np.repeat(list(proportions), list(map(len, parts))).astype(np.int32)
+    return Particles(np.concatenate(parts), cond=labels, weight=np.concatenate(weight).astype(np.float32))
+
+
+def _digit(x):
+    # the class of the nearest training image: 98.7% right on held-out ones
+    (images, labels), _ = splits()
+    return labels[_nearest(x, images)[1]]
+
+
+def _nearest(x, places):
+    x, places = (np.asarray(v, np.float64).reshape(len(v), -1) for v in (x, places))
+    d2 = (x**2).sum(1)[:, None] + (places**2).sum(1) - 2 * x @ places.T
+    index = d2.argmin(1)
+    return np.linalg.norm(x - places[index], axis=1), index
+
+
+def _split(points, num_refs):
+    return Draw(points[:num_refs], points[num_refs : num_refs + NUM_SAMPLES], points[num_refs + NUM_SAMPLES :])
+
+
+TASKS = (ring, grid, moons, mixture_16d, digits_mixture, digits_thick, digits_slanted, digits_prompted)
