@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mmdjax.comparable import check_comparable
 from mmdjax.denoisers import Denoiser
 from mmdjax.guidance import BoundGuidance, MMDGuidance, bind, check_guidance, fit_kernel
 from mmdjax.memory import Memory
-from mmdjax.mmd import check_comparable
 from mmdjax.particles import Particles, as_particles
 from mmdjax.samplers import Sampler, as_sampler
 from mmdjax.tree import as_component, pytree, static

@@ -12,14 +12,12 @@ References:
 
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
-from mmdjax.kernels import as_kernel, check_fitted
+from mmdjax.comparable import with_kernel
 from mmdjax.numerics import product
-from mmdjax.particles import Particles, as_particles, check_points, widen
+from mmdjax.particles import Particles
 
 Estimator = Literal["u", "v"]
 
@@ -28,22 +26,6 @@ def check_estimator(estimator: str) -> None:
     """Raise ValueError unless the estimator is "u" or "v"."""
     if estimator not in ("u", "v"):
         raise ValueError(f'estimator is {estimator!r}; choose "u" (unbiased, without self-pairs) or "v"')
-
-
-def check_comparable(name_p: str, p: Particles, name_q: str, q: Particles, kernel_uses_cond: bool = True) -> None:
-    """Raise ValueError if two point sets' samples, or conditions where both have them, differ in structure or shape."""
-    for part in ("x", "cond"):
-        left, right = getattr(p, part), getattr(q, part)
-        if part == "cond" and (left is None or right is None or not kernel_uses_cond):
-            continue
-        if jax.tree.structure(left) != jax.tree.structure(right) or any(
-            np.shape(a)[1:] != np.shape(b)[1:]
-            for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
-        ):
-            shapes = [jax.tree.map(np.shape, tree) for tree in (left, right)]
-            raise ValueError(
-                f"{name_p}.{part} has shape {shapes[0]} but {name_q}.{part} has {shapes[1]}; samples must match"
-            )
 
 
 def pair_norm(u: Array, estimator: str) -> Array:
@@ -93,7 +75,7 @@ def mmd2(kernel: Any, p: Any, q: Any, *, estimator: Estimator = "v") -> Float[Ar
     Source: Gretton et al. 2012, eq. 3 and 5.
     """
     check_estimator(estimator)
-    kernel, p, q = _fitted(kernel, p=p, q=q)
+    kernel, p, q = with_kernel(kernel, p=p, q=q)
     return self_term(kernel, p, estimator) - 2 * cross_term(kernel, p, q) + self_term(kernel, q, estimator)
 
 
@@ -116,7 +98,7 @@ def witness(kernel: Any, p: Any, q: Any, points: Any) -> Float[Array, " k"]:
       >>> witness(RBF(1.0), p, q, jnp.array([[0.0], [9.0]])).tolist()
       [1.0, -1.0]
     """
-    kernel, p, q, points = _fitted(kernel, p=p, q=q, points=points)
+    kernel, p, points, q = with_kernel(kernel, p=p, points=points, q=q)
     to_p = product(kernel.gram(points, p), p.probabilities())
     return to_p - product(kernel.gram(points, q), q.probabilities())
 
@@ -136,20 +118,6 @@ def attribution(kernel: Any, points: Any, refs: Any) -> Float[Array, "n m"]:
       >>> attribution(IMQ(1.0), jnp.array([[0.0]]), jnp.array([[0.0], [3.0**0.5]])).round(3).tolist()
       [[0.667..., 0.333...]]
     """
-    kernel, points, refs = _fitted(kernel, points=points, refs=refs)
+    kernel, points, refs = with_kernel(kernel, points=points, refs=refs)
     weighted = refs.probabilities() * kernel.gram(points, refs)
     return weighted / weighted.sum(1, keepdims=True)
-
-
-def _fitted(kernel: Any, **sets: Any) -> tuple:
-    """The kernel fitted to `q` or `refs`, and the point sets, checked and widened."""
-    kernel = as_kernel(kernel)
-    particles = {name: as_particles(points) for name, points in sets.items()}
-    base = "q" if "q" in particles else "refs"
-    for name, points in particles.items():
-        check_points(name, points)
-        check_comparable(name, points, base, particles[base], kernel_uses_cond=kernel.uses_cond)
-    wide = {name: widen(points) for name, points in particles.items()}
-    kernel = kernel.fit(wide[base])
-    check_fitted(kernel)
-    return kernel, *wide.values()

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mmdjax.blocks import sum_across, sum_within, triangle
+from mmdjax.comparable import as_sets, with_kernel
 from mmdjax.kernels import Energy, Polynomial
-from mmdjax.metrics.inputs import as_sets, with_kernel
 from mmdjax.mmd import Estimator, check_estimator, pair_norm
 from mmdjax.numerics import product
 from mmdjax.particles import flat

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mmdjax.blocks import BLOCK, num_blocks, rows, sum_within, triangle
+from mmdjax.comparable import with_kernel
 from mmdjax.kernels import Cosine, Linear
-from mmdjax.metrics.inputs import with_kernel
 from mmdjax.mmd import Estimator, check_estimator, pair_norm
 from mmdjax.numerics import product, reciprocal, safe_sqrt
 from mmdjax.particles import flat

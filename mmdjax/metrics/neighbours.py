@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from mmdjax.blocks import all_pairs, fold, own_pairs, upper_pairs
+from mmdjax.comparable import as_sets
 from mmdjax.distances import squared_distance
-from mmdjax.metrics.inputs import as_sets
 from mmdjax.numerics import product, safe_sqrt
 from mmdjax.particles import Particles, flat
 

@@ -1,14 +1,30 @@
-"""What every metric asks of the sets that it is given."""
+"""Point sets that can be compared, and a kernel fitted to them: what `mmd2`, `witness` and every metric begin with."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mmdjax.distances import subset
 from mmdjax.kernels import as_kernel, check_fitted
-from mmdjax.mmd import check_comparable
 from mmdjax.particles import Particles, as_particles, check_points, widen
+
+
+def check_comparable(name_p: str, p: Particles, name_q: str, q: Particles, kernel_uses_cond: bool = True) -> None:
+    """Raise ValueError if two point sets' samples, or conditions where both have them, differ in structure or shape."""
+    for part in ("x", "cond"):
+        left, right = getattr(p, part), getattr(q, part)
+        if part == "cond" and (left is None or right is None or not kernel_uses_cond):
+            continue
+        if jax.tree.structure(left) != jax.tree.structure(right) or any(
+            np.shape(a)[1:] != np.shape(b)[1:]
+            for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
+        ):
+            shapes = [jax.tree.map(np.shape, tree) for tree in (left, right)]
+            raise ValueError(
+                f"{name_p}.{part} has shape {shapes[0]} but {name_q}.{part} has {shapes[1]}; samples must match"
+            )
 
 
 def as_sets(*, weighted: bool = True, at_least: int = 1, uses_cond: bool = False, **sets: Any) -> list[Particles]:
