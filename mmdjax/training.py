@@ -187,7 +187,8 @@ def fit(
       ema: decay of the average, in [0, 1); 0 is no average.
       weighting, times, null_cond, drop_cond: as for `denoising_loss`.
       augment: (key, batch: Particles) -> Particles, inside jit; may change x and cond.
-      chunk: steps a compiled call; the bar moves once a call.
+      chunk: steps a compiled call; the bar moves once a call. Give 1 for convolutions on a CPU: inside a loop XLA computes
+        the gradients of their weights tens of times slower.
       progress: show a bar.
     Returns:
       Fitted(params, ema_params, losses), a named tuple.
@@ -232,7 +233,13 @@ def fit(
 
     @jax.jit
     def steps(carry, indices, key, data, model):
-        return jax.lax.scan(lambda c, i: one_step(c, jax.random.fold_in(key, i), data, model), carry, indices)
+        def step(carry, i):
+            return one_step(carry, jax.random.fold_in(key, i), data, model)
+
+        if len(indices) > 1:
+            return jax.lax.scan(step, carry, indices)
+        carry, loss = step(carry, indices[0])  # no loop, see `chunk`
+        return carry, loss[None]
 
     params = jax.tree.map(jnp.asarray, params)
     carry, losses = (params, params, optimizer.init(params)), []
