@@ -7,7 +7,9 @@ For particles z_i of weight u_i (batch and memory together) and references y_j o
 and a precondition P_i. "mass" is one over twice the larger of the particle's kernel masses, from references and from
 particles: for a kernel of the distance the mean-shift step to the references less the one to the other particles, a
 majorise-minimise step, bounded, with no scale to tune. With p_i and q_i the masses from references and from particles,
-"field" changes two things. The push is weakened by
+"field" changes three things. With a product kernel the push is multiplied by the density of the particle's condition
+among the references over that among the particles: x is compared at each condition, whatever the conditions' shares on
+either side, which guidance cannot change. The push is weakened by
 
     min(1, (p_i/q_i)^b),   b = (2h)²/((2h)² + (σ/α)²),   h the kernel's reach:
 
@@ -32,7 +34,7 @@ from jaxtyping import Array, Float
 
 from mmdjax.kernels import RBF, Kernel, Product, Radial, Sum
 from mmdjax.mmd import pair_norm
-from mmdjax.numerics import reciprocal
+from mmdjax.numerics import product, reciprocal
 from mmdjax.particles import Particles, per_sample, wide_dtype
 from mmdjax.schedules import Level
 from mmdjax.tree import pytree, static
@@ -81,10 +83,13 @@ def shift_direction(
         by_memory, mass_memory = gradient(fixed, memory, coef[z.n :])
         pushed, mass_push = pushed + by_memory, mass_push + mass_memory
     if precondition == "field":
+        if isinstance(fixed, Product):
+            ratio = _condition_ratio(fixed, z, refs, memory, own, coef[z.n :])
+            pushed, mass_push = per_sample(ratio, pushed) * pushed, ratio * mass_push
         surplus = mass_push > mass_pull
         tiny = jnp.finfo(mass_pull.dtype).tiny * 8
-        ratio = jnp.where(surplus, jnp.maximum(mass_pull, tiny) / jnp.where(surplus, mass_push, 1.0), 1.0)
-        weaker = ratio**balance
+        share = jnp.where(surplus, jnp.maximum(mass_pull, tiny) / jnp.where(surplus, mass_push, 1.0), 1.0)
+        weaker = share**balance
         pushed, mass_push = per_sample(weaker, pushed) * pushed, weaker * mass_push
     direction = 2 * (pushed - pulled)
     match precondition:
@@ -100,6 +105,22 @@ def shift_direction(
     return factor.reshape((-1,) + (1,) * (direction.ndim - 1)) * direction
 
 
+def _condition_ratio(
+    kernel: Product,
+    z: Particles,
+    refs: Particles,
+    memory: Particles | None,
+    own: Float[Array, "n n"],
+    of_memory: Float[Array, " k"],
+) -> Float[Array, " n"]:
+    """Density of each particle's condition among the references, over that among the other particles; detached."""
+    among_refs = product(jnp.abs(kernel.cond_gram(z, refs)), refs.probabilities().astype(own.dtype))
+    among_particles = jnp.sum(own * jnp.abs(kernel.cond_gram(z, z)), axis=1)
+    if memory is not None:
+        among_particles += product(jnp.abs(kernel.cond_gram(z, memory)), of_memory)
+    return jax.lax.stop_gradient(among_refs * reciprocal(among_particles))
+
+
 def balance_at(kernel: Kernel, level: Level | None) -> Any:
     """b: how far the push is weakened at a noise level; 0 without one, or for a kernel without a reach."""
     if level is None:
@@ -111,7 +132,7 @@ def balance_at(kernel: Kernel, level: Level | None) -> Any:
 
 def neighbours(kernel: Kernel, z: Particles) -> Float[Array, "n n"]:
     """w(z_i, z_j)/Σ_j w(z_i, z_j). A weight that is infinite at distance 0 counts there as the row's largest other."""
-    weight = kernel.pair_weights(z, z, same=True)
+    weight = jnp.maximum(kernel.pair_weights(z, z, same=True), 0.0)  # a product with Cosine may be negative
     eye = jnp.eye(z.n, dtype=bool)
     own = jnp.maximum(jnp.diagonal(weight), jnp.max(jnp.where(eye, 0.0, weight), axis=1))
     weight = jnp.where(eye, jnp.where(own > 0, own, 1.0)[:, None], weight)

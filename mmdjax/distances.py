@@ -76,9 +76,14 @@ def subset(m: int) -> Array | slice:
     return slice(None) if m <= SUBSET else jnp.linspace(0, m - 1, SUBSET).round().astype(int)
 
 
-def pairwise_median(y: Float[Array, "m d"], weight: Float[Array, " m"]) -> Float[Array, ""]:
-    """The median distance between two rows of positive weight, on at most `SUBSET` rows; detached. NaN if it is 0."""
+def pairwise_median(y: Float[Array, "m d"], weight: Float[Array, " m"], *, distinct: bool = False) -> Float[Array, ""]:
+    """The median distance between two rows of positive weight, on at most `SUBSET` rows; detached. NaN if it is 0.
+
+    Args:
+      distinct: between rows that differ.
+    """
     d2, valid = _valid_pairs(y, weight, "median distance")
+    valid = valid & (d2 > 0) if distinct else valid
     upper = jnp.arange(valid.shape[0])[:, None] < jnp.arange(valid.shape[0])[None, :]
     return _median_distance(d2, valid & upper)
 

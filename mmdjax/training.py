@@ -187,8 +187,8 @@ def fit(
       ema: decay of the average, in [0, 1); 0 is no average.
       weighting, times, null_cond, drop_cond: as for `denoising_loss`.
       augment: (key, batch: Particles) -> Particles, inside jit; may change x and cond.
-      chunk: steps a compiled call; the bar moves once a call. Give 1 for convolutions on a CPU: inside a loop XLA computes
-        the gradients of their weights tens of times slower.
+      chunk: steps a compiled call; the bar moves once a call. Give 1 for convolutions on a CPU: inside a loop XLA
+        computes the gradients of their weights tens of times slower.
       progress: show a bar.
     Returns:
       Fitted(params, ema_params, losses), a named tuple.

@@ -219,6 +219,27 @@ def test_product_with_labels_guides_each_class_on_its_own():
         np.testing.assert_allclose(-joint[np.asarray(mine)], expected, rtol=1e-4, atol=1e-5)  # float32
 
 
+@pytest.mark.parametrize("past", [False, True])
+def test_field_compares_at_each_condition_whatever_the_shares(past):
+    # 5 of 7 samples but 3 of 11 references have label 0, and memory has it once: each label moves as it would alone
+    labels, of_refs = jnp.array([0, 0, 1, 0, 0, 1, 0]), jnp.array([0, 1, 1, 0, 1, 1, 1, 0, 1, 1, 1])
+    kernel, held = Product(x=IMQ(1.5), cond=Delta()), jax.random.normal(jax.random.key(2), (3, 5))
+    of_held = jnp.array([0, 1, 1])
+
+    def step(k, z, refs, memory):
+        return shift_direction(k, z, refs, memory, precondition="field", balance=0.7)
+
+    memory = Particles(held, of_held, jnp.ones(3)) if past else None
+    joint = step(kernel, Particles(Z, labels), Particles(Y, of_refs), memory)
+    for label in (0, 1):
+        alone = Particles(held[of_held == label], None, jnp.ones(int((of_held == label).sum()))) if past else None
+        own = step(kernel.x, Particles(Z[labels == label]), Particles(Y[of_refs == label]), alone)
+        np.testing.assert_allclose(joint[labels == label], own, rtol=1e-4, atol=1e-5)
+    # a label that no reference has is left alone
+    nobody = step(kernel, Particles(Z, labels), Particles(Y, jnp.ones(11, int)), None)
+    np.testing.assert_array_equal(nobody[labels == 0], 0.0)
+
+
 def test_diffused_is_the_mean_of_sample_over_noise():
     """E over fresh noise of the gradient of "sample" is that of "diffused", in closed form."""
     level = VPLinear()(0.4)

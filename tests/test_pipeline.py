@@ -29,7 +29,7 @@ from mmdjax import (
 from mmdjax.schedules import RectifiedFlow
 from mmdjax.sd import load
 from mmdjax.sd.models import export
-from mmdjax.sd.prompts import Network, pooled, prompt_kernel, tokens
+from mmdjax.sd.prompts import Apart, Network, pooled, prompt_kernel, tokens
 from mmdjax.sd.scheduler import Scheduler
 from mmdjax.sd.tiny import write_vocabulary
 
@@ -309,9 +309,13 @@ def test_constant_prompt_is_the_plain_kernel(level):
 
 
 def test_prompt_kernel():
-    assert prompt_kernel() == Product(x=IMQ(None), cond=Mapped(pooled, Cosine()))
-    assert prompt_kernel(RBF(2.0), level="tokens").cond == Mapped(tokens, Cosine())
+    assert prompt_kernel() == Product(x=IMQ(None), cond=Mapped(pooled, RBF(Apart())))
+    assert prompt_kernel(RBF(2.0), level="tokens", cond=Cosine()).cond == Mapped(tokens, Cosine())
     with pytest.raises(ValueError, match=r"level is 'words'; choose one of \('pooled', 'tokens'\)"):
         prompt_kernel(level="words")
+    # a third of the distance √2 between prompts that differ, however many are alike and however long the vectors are
+    cond = {"context": jnp.ones((5, 2, 4)), "pooled": 7 * jnp.eye(4)[jnp.array([0, 0, 0, 0, 1])]}
+    fitted = prompt_kernel().fit(Particles(jnp.arange(15.0).reshape(5, 3), cond))
+    np.testing.assert_allclose(fitted.cond.kernel.bandwidth, 2**0.5 / 3, rtol=1e-6)
     lengths = jnp.linalg.norm(tokens(prompt(0, 3)), axis=-1)
     np.testing.assert_allclose(lengths, np.ones((2, 4)), rtol=1e-6)  # the first of five is left out

@@ -16,8 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from mmdjax.kernels import IMQ, Cosine, Kernel, Mapped, Product, as_kernel
+from mmdjax.distances import pairwise_median
+from mmdjax.kernels import IMQ, RBF, Kernel, Mapped, Product, as_kernel
 from mmdjax.numerics import reciprocal, safe_sqrt
+from mmdjax.particles import Particles, flat
+from mmdjax.tree import pytree
 
 ENCODERS = ("text_encoder", "text_encoder_2")
 LEVELS = ("pooled", "tokens")
@@ -76,17 +79,38 @@ def rows(cond: Any, index: Any) -> Any:
 
 
 def pooled(cond: Mapping[str, Array]) -> Float[Array, "n p"]:
-    """One vector a prompt, for `Mapped`."""
-    return cond["pooled"]
+    """One unit vector a prompt, for `Mapped`."""
+    return _unit(cond["pooled"])
 
 
 def tokens(cond: Mapping[str, Array]) -> Float[Array, "n l d"]:
-    """A unit vector a token, for `Mapped`; `Cosine` of it is the mean cosine of tokens in one place.
+    """A unit vector a token, for `Mapped`; their distance compares the tokens place by place.
 
     The start of a prompt is left out: it is the same in all.
     """
-    context = cond["context"][:, 1:].astype(jnp.float32)
-    return context * reciprocal(safe_sqrt((context**2).sum(-1, keepdims=True)))
+    return _unit(cond["context"][:, 1:])
+
+
+def _unit(x: Array) -> Array:
+    x = x.astype(jnp.float32)
+    return x * reciprocal(safe_sqrt((x**2).sum(-1, keepdims=True)))
+
+
+@pytree
+class Apart:
+    """factor × the median distance between the references' prompts that differ; .1 where all are one prompt.
+
+    Embeddings of prompts lie close together (cosines of .6 to .9 between CLIP's), so that a kernel needs a width of
+    their own; at a third of their distance, prompts at the median hardly pull each other (exp(−9/2) = .01).
+    """
+
+    factor: Any = 1 / 3
+
+    def __call__(self, refs: Particles) -> Array:
+        if refs.n < 2:
+            return jnp.full((), 0.1)
+        median = pairwise_median(flat(refs.x), refs.probabilities(), distinct=True)
+        return jnp.where(median > 0, self.factor * median, 0.1)
 
 
 def prompt_kernel(x: Any = None, *, level: str = "pooled", cond: Any = None) -> Product:
@@ -97,7 +121,7 @@ def prompt_kernel(x: Any = None, *, level: str = "pooled", cond: Any = None) -> 
     Args:
       x: kernel on the latents; None: `IMQ(None)`, the default of `MMDGuidance`.
       level: "pooled" compares one vector a prompt, "tokens" token by token, which asks for the same words in one order.
-      cond: kernel on those; None: `Cosine()`.
+      cond: kernel on those unit vectors; None: `RBF(Apart())`.
     Raises:
       ValueError: another level.
 
@@ -108,5 +132,5 @@ def prompt_kernel(x: Any = None, *, level: str = "pooled", cond: Any = None) -> 
     if level not in LEVELS:
         raise ValueError(f"level is {level!r}; choose one of {LEVELS}")
     features = pooled if level == "pooled" else tokens
-    inner: Kernel = Cosine() if cond is None else as_kernel(cond)
+    inner: Kernel = RBF(Apart()) if cond is None else as_kernel(cond)
     return Product(x=IMQ(None) if x is None else x, cond=Mapped(features, inner))
