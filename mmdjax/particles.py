@@ -66,9 +66,12 @@ def widen(points: Particles) -> Particles:
     if points.weight is not None:
         row = jnp.argmax(jnp.asarray(points.weight) > 0)
         counts = jnp.asarray(points.weight) > 0
-        x, cond = jax.tree.map(
-            lambda v: jnp.where(per_sample(counts, v), v, jnp.asarray(v)[row]), (points.x, points.cond)
-        )
+
+        def fill(v):
+            v = jnp.asarray(v)
+            return jnp.where(per_sample(counts, v), v, v[row])
+
+        x, cond = jax.tree.map(fill, (points.x, points.cond))
         points = replace(points, x=x, cond=cond)
 
     def cast(x):

@@ -1,0 +1,139 @@
+"""How varied one set of samples is, as an effective number of distinct ones.
+
+With K_ij = √(u_i u_j) k(x_i, x_j) over its trace, λ its eigenvalues,
+
+    Vendi_q = exp(H_q(λ)),  H_1 = −Σ λ log λ,  H_q = log Σ λ^q / (1 − q),
+
+from 1 for equal samples to n for n with k = 0 between them. RKE is Vendi_2 = 1/‖K‖_F², which needs no eigenvalues.
+
+References:
+  Friedman & Dieng 2023 (Vendi score), Pasarkar & Dieng 2024 (of order q), Jalali et al. 2023 (RKE).
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mmdjax.blocks import BLOCK, num_blocks, rows, sum_within, triangle
+from mmdjax.kernels import Cosine, Linear
+from mmdjax.metrics.inputs import with_kernel
+from mmdjax.mmd import Estimator, check_estimator, pair_norm
+from mmdjax.numerics import product, reciprocal, safe_sqrt
+from mmdjax.particles import flat
+from mmdjax.tree import is_concrete
+
+LARGEST = 8 * BLOCK  # samples whose Gram is made whole: 1 GB in float32
+
+
+def vendi(kernel: Any, x: Any, *, order: Any = 1.0) -> Float[Array, ""]:
+    """Vendi score: the effective number of distinct samples, exp of the entropy of the kernel matrix's eigenvalues.
+
+    Differentiable; for `Cosine` and `Linear` where n ≤ D or the features have full rank.
+
+    Args:
+      kernel: a similarity, positive definite, k(x, x) = 1 (others are divided by their trace). Give the bandwidth as a
+        number to compare sets: None is taken from x itself. `Cosine()` and `Linear()` take any n, by the features'
+        singular values.
+      x: [n, ...].
+      order: q, a Python number above 0: small weighs rare samples, large common ones; math.inf is 1/λ_max.
+    Raises:
+      ValueError: order is not above 0, the kernel's diagonal is 0 (Energy), or another kernel than the two above meets
+        more than 16,384 samples: `rke` takes any number.
+
+    Example:
+      >>> round(float(vendi(Cosine(), jnp.eye(4))), 4), round(float(vendi(Cosine(), jnp.ones((4, 3)))), 4)
+      (4.0, 1.0)
+
+    Source: Friedman & Dieng 2023, eq. 1; Pasarkar & Dieng 2024.
+    """
+    if not order > 0:
+        raise ValueError(f"order is {order}; give a number above 0")
+    kernel, points = with_kernel(kernel, x=x)
+    if points.n > LARGEST and not isinstance(kernel, Cosine | Linear):
+        raise ValueError(
+            f"x has {points.n} samples and the eigenvalues of a {type(kernel).__name__} Gram are taken of at most "
+            f"{LARGEST}; use rke, Cosine() or a subset"
+        )
+    return _checked(kernel, _vendi(kernel, points, float(order)))
+
+
+def rke(kernel: Any, x: Any, *, estimator: Estimator = "v") -> Float[Array, ""]:
+    """Rényi kernel entropy of order 2, as a number of modes: 1 / Σ_ij u_i u_j k(x_i, x_j)², k(x, x) = 1.
+
+    Differentiable, any n.
+
+    Args:
+      kernel: see `vendi`; usually `RBF(bandwidth)`.
+      x: [n, ...].
+      estimator: "v" as published, at most n; "u" leaves the self-pairs out, so that 1/RKE is unbiased.
+    Raises:
+      ValueError: the kernel's diagonal is 0 (Energy).
+
+    Example:
+      >>> from mmdjax import RBF
+      >>> modes = jnp.repeat(10.0 * jnp.arange(3)[:, None], 4, axis=0)
+      >>> round(float(rke(RBF(1.0), modes)), 4)
+      3.0
+
+    Source: Jalali et al. 2023, eq. 5.
+    """
+    check_estimator(estimator)
+    kernel, points = with_kernel(kernel, x=x)
+    return _checked(kernel, _rke(kernel, points, estimator))
+
+
+def _checked(kernel, score):
+    if is_concrete(score) and not 0 < score < math.inf:
+        raise ValueError(f"{type(kernel).__name__} is 0 between a sample and itself; use a similarity such as RBF(1.0)")
+    return score
+
+
+@functools.partial(jax.jit, static_argnames="order")
+def _vendi(kernel, p, order):
+    u = p.probabilities()
+    if isinstance(kernel, Cosine | Linear):
+        x = flat(p.x)
+
+        def features(start, size):
+            part, weight = (jax.lax.dynamic_slice_in_dim(v, start, size) for v in (x, u))
+            length = safe_sqrt((part**2).sum(1)) if isinstance(kernel, Cosine) else jnp.ones(size, x.dtype)
+            return part * (jnp.sqrt(weight) * reciprocal(length))[:, None]
+
+        spectrum = jnp.linalg.svd(triangle(features, *x.shape), compute_uv=False) ** 2
+        trace = spectrum.sum()
+    else:
+        gram = kernel.gram(p, p, same=True) * jnp.sqrt(u[:, None] * u)
+        spectrum, trace = jnp.linalg.eigvalsh(gram), jnp.trace(gram)
+    share = spectrum / trace
+    present = share > jnp.finfo(share.dtype).eps * share.max()  # below are rounding errors
+    safe = jnp.where(present, share, 1.0)
+    if order == math.inf:
+        score = 1 / share.max()
+    elif order == 1:
+        score = jnp.exp(-jnp.sum(safe * jnp.log(safe)))
+    else:
+        score = jnp.sum(jnp.where(present, safe**order, 0.0)) ** (1 / (1 - order))
+    return jnp.where(trace > 0, score, jnp.nan)
+
+
+@functools.partial(jax.jit, static_argnames="estimator")
+def _rke(kernel, p, estimator):
+    u = p.probabilities()
+
+    def squared(a, b, *, same=False):
+        return kernel.gram(a, b, same=same) ** 2
+
+    def form(k, left, right):
+        return product(product(left, k), right)
+
+    def trace(i):
+        block = rows(p.n, i)
+        part = block.of(p)
+        return product(block.weights(u), jnp.diagonal(kernel.gram(part, part, same=True)))
+
+    total = jax.lax.map(trace, jnp.arange(num_blocks(p.n))).sum()
+    return total**2 * pair_norm(u, estimator) / sum_within(squared, form, p, u, self_pairs=estimator == "v")

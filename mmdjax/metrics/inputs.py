@@ -1,0 +1,51 @@
+"""What every metric asks of the sets that it is given."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mmdjax.distances import subset
+from mmdjax.kernels import as_kernel, check_fitted
+from mmdjax.mmd import check_comparable
+from mmdjax.particles import Particles, as_particles, check_points, widen
+
+
+def as_sets(*, weighted: bool = True, at_least: int = 1, uses_cond: bool = False, **sets: Any) -> list[Particles]:
+    """The named sets as Particles in at least float32, empty slots filled.
+
+    Raises:
+      ValueError: a set is empty, too small or not finite, its samples have another shape than the last set's, or it has
+        weights where they mean nothing.
+    """
+    particles = {name: as_particles(points) for name, points in sets.items()}
+    last = list(particles)[-1]
+    for name, points in particles.items():
+        check_points(name, points)
+        check_comparable(name, points, last, particles[last], kernel_uses_cond=uses_cond)
+        if points.n < at_least:
+            raise ValueError(f"{name} has {points.n} samples; at least {at_least} are needed")
+        if not weighted and points.weight is not None:
+            raise ValueError(f"{name} has weights, which mean nothing here; draw rows in proportion to them instead")
+    return [widen(points) for points in particles.values()]
+
+
+def with_kernel(kernel: Any, *, fit_to_all: bool = False, **settings: Any) -> tuple[Any, ...]:
+    """`as_sets`, and before them the kernel, with what it takes from references taken from the last set, or from all.
+
+    Raises:
+      TypeError: the kernel is not callable.
+      ValueError: as `as_sets`, or a bandwidth comes out as 0.
+    """
+    kernel = as_kernel(kernel)
+    sets = as_sets(uses_cond=kernel.uses_cond, **settings)
+    kernel = kernel.fit(_pooled(sets, kernel.uses_cond) if fit_to_all else sets[-1])
+    check_fitted(kernel)
+    return kernel, *sets
+
+
+def _pooled(sets: list[Particles], with_cond: bool) -> Particles:
+    # as many rows of each as bandwidths are taken from; the whole sets would be copied
+    parts = [(r.x, r.cond if with_cond else None) for r in sets]
+    some = [jax.tree.map(lambda v, n=r.n: v[subset(n)], part) for r, part in zip(sets, parts, strict=True)]
+    return Particles(*jax.tree.map(lambda *v: jnp.concatenate(v), *some))

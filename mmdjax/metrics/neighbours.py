@@ -1,0 +1,221 @@
+"""Metrics of nearest neighbours: fidelity, coverage, a classifier test, memorisation.
+
+References:
+  Kynkäänniemi et al. 2019 (improved precision and recall), Naeem et al. 2020 (density and coverage), Lopez-Paz & Oquab
+  2017 (classifier two-sample tests).
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from mmdjax.blocks import all_pairs, fold, own_pairs, upper_pairs
+from mmdjax.distances import squared_distance
+from mmdjax.metrics.inputs import as_sets
+from mmdjax.numerics import product, safe_sqrt
+from mmdjax.particles import Particles, flat
+
+
+class PrecisionRecall(NamedTuple):
+    """The share of generated samples that are like the target's, and of the target's that are like generated ones."""
+
+    precision: Float[Array, ""]
+    recall: Float[Array, ""]
+
+
+class DensityCoverage(NamedTuple):
+    """How densely the target's samples surround the generated ones, and the share of them with a generated one near."""
+
+    density: Float[Array, ""]
+    coverage: Float[Array, ""]
+
+
+def precision_recall(x: Any, y: Any, *, k: int = 3) -> PrecisionRecall:
+    """Improved precision and recall.
+
+    A ball around each sample reaches to its k-th nearest other sample of the same set. Precision is the share of x in
+    some ball of y, recall that of y in some ball of x. Both depend on k, n and m: compare at equal ones.
+
+    Args:
+      x: generated samples [n, ...].
+      y: samples of the target [m, ...].
+      k: which neighbour bounds the ball.
+    Raises:
+      ValueError: the samples' shapes differ, k is not below n and m, or weights.
+
+    Example:
+      >>> y = jnp.arange(10.0)[:, None]
+      >>> precision_recall(y[:5] - 0.1, y, k=1)  # all of x lies in y, the half of y in x
+      PrecisionRecall(precision=Array(1., dtype=float32), recall=Array(0.5, dtype=float32))
+
+    Source: Kynkäänniemi et al. 2019, eq. 1 and 2; the ball is open, as in the package prdc.
+    """
+    x, y = as_sets(weighted=False, x=x, y=y)
+    _check_k(k, x=x, y=y)
+    return _precision_recall(x, y, k)
+
+
+def density_coverage(x: Any, y: Any, *, k: int = 5) -> DensityCoverage:
+    """Density and coverage: precision and recall that outliers do not fool.
+
+    Density is the number of the target's balls that a generated sample is in, over k, in the mean: 1 for the target
+    itself, and it may be above 1. Coverage is the share of the target's balls with a generated sample inside.
+
+    Args:
+      x: generated samples [n, ...].
+      y: samples of the target [m, ...].
+      k: which neighbour bounds the ball around a sample of y.
+    Raises:
+      ValueError: the samples' shapes differ, k is not below m, or weights.
+
+    Example:
+      >>> y = jnp.arange(10.0)[:, None]
+      >>> density_coverage(y[:5] + 0.1, y, k=1)
+      DensityCoverage(density=Array(2., dtype=float32), coverage=Array(0.6, dtype=float32))
+
+    Source: Naeem et al. 2020, eq. 3 and 5.
+    """
+    x, y = as_sets(weighted=False, x=x, y=y)
+    _check_k(k, y=y)
+    return _density_coverage(x, y, k)
+
+
+def nearest_neighbour_accuracy(x: Any, y: Any) -> Float[Array, ""]:
+    """How often a sample's nearest other one, among both sets, is of its own set: .5 for one distribution, 1 if apart.
+
+    The mean of both sets' rates; with n = m the leave-one-out accuracy of the 1-nearest-neighbour classifier. Below .5,
+    samples lie nearer to the other set than to their own: copies. Of two at equal distance each counts half.
+
+    Args:
+      x, y: [n, ...] and [m, ...].
+    Raises:
+      ValueError: the samples' shapes differ, fewer than 2 samples, or weights.
+
+    Example:
+      >>> x = jnp.arange(4.0)[:, None]
+      >>> float(nearest_neighbour_accuracy(x, x + 10)), float(nearest_neighbour_accuracy(x, x + 0.1))
+      (1.0, 0.0)
+
+    Source: Lopez-Paz & Oquab 2017; Xu et al. 2018, section 2.
+    """
+    return _accuracy(*as_sets(weighted=False, at_least=2, x=x, y=y))
+
+
+def nearest_ratio(x: Any, refs: Any, fresh: Any) -> Float[Array, ""]:
+    """The memorisation ratio: mean distance of x to its nearest reference, over that of fresh samples of the target.
+
+    Below 1, x is nearer to the references than the target is: copies. Differentiable.
+
+    Args:
+      x: generated samples [n, ...].
+      refs: the references that guided them [m, ...].
+      fresh: samples of the target that are not among the references [k, ...].
+    Raises:
+      ValueError: the samples' shapes differ.
+
+    Example:
+      >>> refs, fresh = jnp.array([[0.0]]), jnp.array([[2.0], [-2.0]])
+      >>> float(nearest_ratio(jnp.array([[1.0]]), refs, fresh))
+      0.5
+    """
+    x, fresh, refs = as_sets(x=x, fresh=fresh, refs=refs)
+    return _nearest_ratio(x, refs, fresh)
+
+
+def _check_k(k: int, **sets: Particles) -> None:
+    for name, points in sets.items():
+        if not 1 <= k < points.n:
+            raise ValueError(f"k is {k} but {name} has {points.n} samples; k goes from 1 to {points.n - 1}")
+
+
+class _Across(NamedTuple):
+    """Of x against y; `in_balls` [n] is how many balls around y each x is in, for y those around x."""
+
+    nearest_x: Array
+    nearest_y: Array
+    in_balls_x: Array
+    in_balls_y: Array
+
+
+def _own_nearest(x, k):
+    """d² of each x to its k-th nearest other x."""
+
+    def step(best, rows, columns):
+        d2 = squared_distance(rows.of(x), columns.of(x), accurate=True)
+        counts = rows.fresh[:, None] & columns.fresh & (rows.index[:, None] < columns.index)  # each pair once
+        d2 = jnp.where(counts, d2, jnp.inf)
+        for block, more in ((rows, d2), (columns, d2.T)):
+            best = block.put(best, _smallest(jnp.concatenate([block.of(best), more], axis=1), k))
+        return best
+
+    n = len(x)
+    pairs = np.concatenate([own_pairs(n), upper_pairs(n)])
+    return fold(step, jnp.full((n, k), jnp.inf, x.dtype), n, n, pairs)[:, -1]
+
+
+def _radius2(x, k):
+    # less what rounding does to d²: the k-th neighbour lies on the open ball, so a copy of it is outside
+    return _own_nearest(x, k) * (1 - 16 * jnp.finfo(x.dtype).eps)
+
+
+def _smallest(values, k):
+    return values.min(1, keepdims=True) if k == 1 else -jax.lax.top_k(-values, k)[0]
+
+
+def _across(x, y, radius2_x=None, radius2_y=None):
+    n, m = len(x), len(y)
+    radius2_x = jnp.zeros(n, x.dtype) if radius2_x is None else radius2_x
+    radius2_y = jnp.zeros(m, x.dtype) if radius2_y is None else radius2_y
+
+    def step(found, rows, columns):
+        d2 = squared_distance(rows.of(x), columns.of(y), accurate=True)
+        fresh = rows.fresh[:, None] & columns.fresh
+        in_y = (fresh & (d2 < columns.of(radius2_y))).sum(1)
+        in_x = (fresh & (d2 < rows.of(radius2_x)[:, None])).sum(0)
+        return _Across(
+            rows.put(found.nearest_x, jnp.minimum(rows.of(found.nearest_x), d2.min(1))),
+            columns.put(found.nearest_y, jnp.minimum(columns.of(found.nearest_y), d2.min(0))),
+            rows.put(found.in_balls_x, rows.of(found.in_balls_x) + in_y),
+            columns.put(found.in_balls_y, columns.of(found.in_balls_y) + in_x),
+        )
+
+    none = _Across(*(jnp.full(k, jnp.inf, x.dtype) for k in (n, m)), *(jnp.zeros(k, int) for k in (n, m)))
+    return fold(step, none, n, m, all_pairs(n, m))
+
+
+@functools.partial(jax.jit, static_argnames="k")
+def _precision_recall(p, q, k):
+    x, y = flat(p.x), flat(q.x)
+    found = _across(x, y, _radius2(x, k), _radius2(y, k))
+    return PrecisionRecall(*((count > 0).mean(dtype=x.dtype) for count in (found.in_balls_x, found.in_balls_y)))
+
+
+@functools.partial(jax.jit, static_argnames="k")
+def _density_coverage(p, q, k):
+    x, y = flat(p.x), flat(q.x)
+    radius2 = _radius2(y, k)
+    found = _across(x, y, radius2_y=radius2)
+    return DensityCoverage(found.in_balls_x.mean(dtype=x.dtype) / k, (found.nearest_y < radius2).mean(dtype=x.dtype))
+
+
+@jax.jit
+def _accuracy(p, q):
+    x, y = flat(p.x), flat(q.x)
+    found = _across(x, y)
+
+    def rate(own, other):
+        return (0.5 * (own < other) + 0.5 * (own <= other)).mean(dtype=x.dtype)
+
+    rates = [rate(_own_nearest(points, 1), other) for points, other in ((x, found.nearest_x), (y, found.nearest_y))]
+    return 0.5 * (rates[0] + rates[1])
+
+
+@jax.jit
+def _nearest_ratio(p, refs, fresh):
+    y = flat(refs.x)
+    near_p, near_fresh = (product(r.probabilities(), safe_sqrt(_across(flat(r.x), y).nearest_x)) for r in (p, fresh))
+    return near_p / near_fresh
