@@ -84,16 +84,16 @@ def mixture(means: np.ndarray, std: float) -> Mixture:
 
 def mixture_denoiser(params: Mixture, x: Any, level: Any, cond: Any = None) -> Any:
     """The exact E[x_0 | x_t = x] of a `Mixture`."""
+    alpha, sigma = (jnp.reshape(v, (-1, 1)) for v in (level.alpha, level.sigma))  # scalars, or [n] in training
     variance = jnp.exp(2 * params.log_stds)
-    noisy = level.alpha**2 * variance + level.sigma**2
-    x_centred, means = x - level.alpha * params.means.mean(0), params.means - params.means.mean(0)
-    d2 = jnp.sum(x_centred**2, 1)[:, None] + level.alpha**2 * jnp.sum(means**2, 1)
-    d2 = d2 - 2 * level.alpha * jnp.matmul(x_centred, means.T, precision="highest")
+    noisy = alpha**2 * variance + sigma**2
+    x_centred, means = x - alpha * params.means.mean(0), params.means - params.means.mean(0)
+    d2 = jnp.sum(x_centred**2, 1)[:, None] + alpha**2 * jnp.sum(means**2, 1)
+    d2 = d2 - 2 * alpha * jnp.matmul(x_centred, means.T, precision="highest")
     weight = jax.nn.softmax(params.logits - d2 / (2 * noisy) - x.shape[1] / 2 * jnp.log(noisy), axis=1)
-    gain = level.alpha * variance / noisy
-    return (
-        jnp.matmul(weight * (1 - gain * level.alpha), params.means, precision="highest") + (weight @ gain)[:, None] * x
-    )
+    gain = alpha * variance / noisy
+    of_x = jnp.sum(weight * gain, axis=1, keepdims=True)
+    return jnp.matmul(weight * (1 - gain * alpha), params.means, precision="highest") + of_x * x
 
 
 def _mixture_task(name, prior, modes, proportions, std, shift=0.0):

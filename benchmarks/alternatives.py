@@ -1,0 +1,132 @@
+"""What a user without guidance would do with references: fine-tune, train a classifier, SDEdit, add noise.
+
+Compute is counted in calls of the denoiser on one sample. Guided sampling makes `EVALUATIONS` of them; training gets as
+many again on top of its own sampling, an example counting 3 (forward and backward). The classifier has a tenth of the
+digits network's parameters, so its examples count a tenth; the unguided samples that it learns from are not counted.
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from scipy.special import logsumexp
+from tasks import NUM_SAMPLES, NUM_STEPS, Task
+
+from mmdjax import DiffusionModel, Particles
+from mmdjax.digits_network import fourier
+from mmdjax.particles import as_particles, flat, per_sample
+from mmdjax.schedules import diffuse
+from mmdjax.training import UniformTimes, denoising_loss
+from mmdjax.tree import pytree
+
+EVALUATIONS = NUM_SAMPLES * NUM_STEPS
+EXAMPLES = EVALUATIONS // 3
+CLASSIFIER_EXAMPLES = 10 * EXAMPLES
+CLASSIFIER_BATCH = 32  # references, and as many generated
+
+
+def _descend(loss, params, key, rate, num_steps):
+    # Adam, its rate falling to 0
+    optimizer = optax.adam(1.0)
+
+    def step(i, carry):
+        params, state = carry
+        updates, state = optimizer.update(jax.grad(loss)(params, jax.random.fold_in(key, i)), state)
+        shrink = rate * (1 - i / num_steps)
+        return optax.apply_updates(params, jax.tree.map(lambda u: shrink * u, updates)), state
+
+    return jax.lax.fori_loop(0, num_steps, step, (params, optimizer.init(params)))[0]
+
+
+@functools.partial(jax.jit, static_argnames="batch_size")
+def fine_tune(params: Any, key: Any, refs: Particles, rate: Any, *, model: DiffusionModel, batch_size: int) -> Any:
+    """The parameters after `EXAMPLES` references, drawn with replacement, under the denoising loss."""
+
+    def loss(params, key):
+        key_rows, key_loss = jax.random.split(key)
+        rows = jax.random.randint(key_rows, (batch_size,), 0, refs.n)
+        x, cond = jax.tree.map(lambda leaf: leaf[rows], (refs.x, refs.cond))
+        return denoising_loss(params, key_loss, x, cond, model=model)
+
+    return _descend(loss, jax.tree.map(jnp.asarray, params), key, rate, EXAMPLES // batch_size)
+
+
+class Classifier(nn.Module):
+    """log p(reference | x_t) / p(generated | x_t), by time and class."""
+
+    width: int = 128
+
+    @nn.compact
+    def __call__(self, x, t, cond):
+        n = x.shape[0]
+        h = [x.reshape(n, -1), fourier(jnp.broadcast_to(t, (n,)), 32)]
+        h = jnp.concatenate(h if cond is None else [*h, jax.nn.one_hot(cond, 10)], axis=1)
+        for _ in range(3):
+            h = nn.silu(nn.Dense(self.width)(h))
+        return nn.Dense(1, kernel_init=nn.initializers.zeros)(h)[:, 0]
+
+
+def _logit(weights, x, level, cond):
+    size = jnp.sqrt((level.alpha * weights["spread"]) ** 2 + level.sigma**2)
+    return Classifier().apply(weights["network"], x / per_sample(size, x), level.t, cond)
+
+
+@jax.jit
+def train_classifier(key: Any, refs: Particles, generated: Particles, rate: Any, *, model: DiffusionModel) -> Any:
+    """The weights after `CLASSIFIER_EXAMPLES`, half of them references, noised as in training a denoiser."""
+    spread = jnp.sqrt(jnp.mean(jnp.concatenate([flat(refs.x), flat(generated.x)]) ** 2))
+    key_init, key_steps = jax.random.split(key)
+    network = Classifier().init(key_init, refs.x[:1], jnp.zeros(1), jax.tree.map(lambda c: c[:1], refs.cond))
+
+    def loss(network, key):
+        key_rows, key_times, key_noise = jax.random.split(key, 3)
+        level = jax.vmap(model.schedule)(UniformTimes()(key_times, CLASSIFIER_BATCH))
+        losses = []
+        for sign, points in ((1, refs), (-1, generated)):
+            rows = jax.random.randint(jax.random.fold_in(key_rows, sign + 1), (CLASSIFIER_BATCH,), 0, points.n)
+            x = diffuse(jax.random.fold_in(key_noise, sign + 1), points.x[rows], level)
+            cond = jax.tree.map(lambda leaf, rows=rows: leaf[rows], points.cond)
+            weights = {"network": network, "spread": spread}
+            losses.append(jax.nn.softplus(-sign * _logit(weights, x, level, cond)).mean())
+        return sum(losses)
+
+    num_steps = CLASSIFIER_EXAMPLES // (2 * CLASSIFIER_BATCH)
+    return {"network": _descend(loss, network, key_steps, rate, num_steps), "spread": spread}
+
+
+@pytree
+class ClassifierGuided:
+    """x̂0 + scale σ²/α ∇_x log p(reference | x_t)/p(generated | x_t).  Dhariwal & Nichol 2021, with a ratio."""
+
+    denoiser: Any
+
+    def __call__(self, params, x, level, cond):
+        prior, weights, scale = params
+        slope = jax.grad(lambda x: _logit(weights, x, level, cond).sum())(x)
+        return self.denoiser(prior, x, level, cond) + per_sample(scale * level.sigma**2 / level.alpha, x) * slope
+
+
+def some_reference(task: Task, refs: Any, rng: Any, num_samples: int = NUM_SAMPLES) -> np.ndarray:
+    """A reference for each sample, of the sample's condition; all as often as can be."""
+    refs = as_particles(refs)
+    if task.cond is None:
+        return np.asarray(refs.x)[rng.permutation(np.resize(np.arange(refs.n), num_samples))]
+    rows = np.empty(num_samples, int)
+    for c in np.unique(task.cond):
+        mine = np.flatnonzero(task.cond == c)
+        rows[mine] = rng.permutation(np.resize(np.flatnonzero(refs.cond == c), len(mine)))
+    return np.asarray(refs.x)[rows]
+
+
+def likeliest_width(refs: Any) -> float:
+    """The width of a Gaussian kernel density estimate under which each reference is likeliest given the others."""
+    x = np.asarray(flat(as_particles(refs).x), np.float64)
+    m, d = x.shape
+    d2 = ((x[:, None] - x[None]) ** 2).sum(-1)
+    np.fill_diagonal(d2, np.inf)
+    widths = np.geomspace(0.1 * np.sqrt(np.median(d2.min(1)) / d), x.std(), 100)
+    return float(max(widths, key=lambda h: logsumexp(-d2 / (2 * h**2), axis=1).sum() - m * d * np.log(h)))
