@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from provenance import provenance
+from mmdjax.provenance import provenance
 
 
 def seconds(statement: str) -> float:

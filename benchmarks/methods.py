@@ -19,7 +19,7 @@ from alternatives import (
     train_classifier,
 )
 from scores import judge
-from tasks import NUM_SAMPLES, NUM_STEPS, Mixture, Task
+from tasks import NUM_SAMPLES, NUM_STEPS, Task
 
 from mmdjax import (
     IMQ,
@@ -35,6 +35,7 @@ from mmdjax import (
 )
 from mmdjax.guidance import default_kernel
 from mmdjax.kernels import Median, NearestNeighbour
+from mmdjax.mixtures import Mixture
 from mmdjax.particles import as_particles
 from mmdjax.schedules import diffuse
 from mmdjax.tree import replace

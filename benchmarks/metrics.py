@@ -20,7 +20,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from provenance import provenance
 
 from mmdjax import RBF, Cosine, Energy
 from mmdjax.metrics import (
@@ -35,6 +34,7 @@ from mmdjax.metrics import (
     rke,
     vendi,
 )
+from mmdjax.provenance import provenance
 
 DIMENSIONS, LIMIT = 2048, 2e9
 

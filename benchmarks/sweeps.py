@@ -24,9 +24,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from alignment import RESULTS
 from methods import batches, default, guided, unguided
-from provenance import provenance
 from scores import fresh_energy, judge
 from tasks import NUM_REFS, REPORTING, Task, digits_thick, mixture_16d, mixture_of_dimension, ring
+
+from mmdjax.provenance import provenance
 
 PLACEMENTS = ("denoised", "sample")
 TOTAL = 1024  # samples of the batch sweep

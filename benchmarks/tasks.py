@@ -9,15 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from scipy.stats import chi2
 
 from mmdjax import IMQ, Delta, DiffusionModel, Particles, Product, load_digits
 from mmdjax.digits import slant, splits, thicken
-from mmdjax.schedules import VPLinear
-from mmdjax.tree import pytree
+from mmdjax.mixtures import mixture, mixture_model
 
 NUM_REFS, NUM_SAMPLES, NUM_STEPS = 100, 200, 50
 CHOOSING, REPORTING = range(5), range(100, 105)
@@ -67,38 +64,9 @@ class Task:
 # Gaussian mixtures
 
 
-@pytree
-class Mixture:
-    """Σ_k softmax(logits)_k N(means_k, exp(2 log_stds_k) I): the parameters of `mixture_denoiser`."""
-
-    means: Any
-    log_stds: Any
-    logits: Any
-
-
-def mixture(means: np.ndarray, std: float) -> Mixture:
-    """Equal Gaussians."""
-    k = len(means)
-    return Mixture(means.astype(np.float32), np.full(k, np.log(std), np.float32), np.zeros(k, np.float32))
-
-
-def mixture_denoiser(params: Mixture, x: Any, level: Any, cond: Any = None) -> Any:
-    """The exact E[x_0 | x_t = x] of a `Mixture`."""
-    alpha, sigma = (jnp.reshape(v, (-1, 1)) for v in (level.alpha, level.sigma))  # scalars, or [n] in training
-    variance = jnp.exp(2 * params.log_stds)
-    noisy = alpha**2 * variance + sigma**2
-    x_centred, means = x - alpha * params.means.mean(0), params.means - params.means.mean(0)
-    d2 = jnp.sum(x_centred**2, 1)[:, None] + alpha**2 * jnp.sum(means**2, 1)
-    d2 = d2 - 2 * alpha * jnp.matmul(x_centred, means.T, precision="highest")
-    weight = jax.nn.softmax(params.logits - d2 / (2 * noisy) - x.shape[1] / 2 * jnp.log(noisy), axis=1)
-    gain = alpha * variance / noisy
-    of_x = jnp.sum(weight * gain, axis=1, keepdims=True)
-    return jnp.matmul(weight * (1 - gain * alpha), params.means, precision="highest") + of_x * x
-
-
 def _mixture_task(name, prior, modes, proportions, std, shift=0.0):
     # modes: which of the prior's means the target keeps; shift: of each of them, in standard deviations a coordinate
-    model = DiffusionModel(mixture_denoiser, VPLinear(), prior.shape[1:])
+    model = mixture_model(prior.shape[1])
     centres = (prior[modes] + shift * std).astype(np.float32)
 
     def draw(seed, num_refs=NUM_REFS):
@@ -168,9 +136,7 @@ def moons() -> Task:
         points = 2 * np.where(upper[:, None], arc, -arc) + 0.15 * rng.normal(size=(size, 2))
         return _split(points.astype(np.float32), num_refs)
 
-    return Task(
-        "two moons from a patchwork", DiffusionModel(mixture_denoiser, VPLinear(), (2,)), mixture(means, 0.5), draw
-    )
+    return Task("two moons from a patchwork", mixture_model(2), mixture(means, 0.5), draw)
 
 
 # Digits

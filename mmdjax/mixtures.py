@@ -70,11 +70,13 @@ def mixture(means: Any, std: float) -> Mixture:
 
 def mixture_denoiser(params: Mixture, x: Float[Array, "n d"], level: Level, cond: Any = None) -> Float[Array, "n d"]:
     """E[x_0 | x_t = x] of a `Mixture`: a Denoiser whose parameters are the mixture."""
+    alpha, sigma = (jnp.reshape(number, (-1, 1)) for number in (level.alpha, level.sigma))  # one, or [n] in training
     variance = jnp.exp(2 * jnp.asarray(params.log_stds))
-    noisy = level.alpha**2 * variance + level.sigma**2
-    share = jax.nn.softmax(params._log_joint(x, level.alpha, noisy), axis=1)
-    gain = level.alpha * variance / noisy
-    return product(share * (1 - gain * level.alpha), jnp.asarray(params.means)) + product(share, gain)[:, None] * x
+    noisy = alpha**2 * variance + sigma**2
+    share = jax.nn.softmax(params._log_joint(x, alpha, noisy), axis=1)
+    gain = alpha * variance / noisy
+    of_x = jnp.sum(share * gain, axis=1, keepdims=True)
+    return product(share * (1 - gain * alpha), jnp.asarray(params.means)) + of_x * x
 
 
 def mixture_model(d: int, schedule: Any = None) -> DiffusionModel:
