@@ -209,8 +209,7 @@ def train(folder: Path, seed: int, vae_steps: int, num_steps: int):
 
     configs = {
         "vae": VAE | {"scaling_factor": factor},
-        "text_encoder": TEXT
-        | {"vocab_size": vocab_size, "bos_token_id": vocab_size - 2, "eos_token_id": vocab_size - 1},
+        "text_encoder": TEXT | {"vocab_size": size, "bos_token_id": size - 2, "eos_token_id": size - 1},
         "unet": UNET,
     }
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), {"vae": vae, **both})
