@@ -29,6 +29,7 @@ from mmdjax.particles import Particles
 from mmdjax.samplers import DDIM, DDPM, DPMSolverPP2M, EulerMaruyama, Heun
 from mmdjax.sampling import Samples, guided_sample
 from mmdjax.schedules import Level
+from mmdjax.suggestion import suggest_guidance
 
 __all__ = [
     "DDIM",
@@ -63,5 +64,6 @@ __all__ = [
     "load_digits",
     "median_bandwidth",
     "mmd2",
+    "suggest_guidance",
     "witness",
 ]

@@ -1,0 +1,403 @@
+"""`suggest_guidance`: what is left to choose in the guidance, chosen by references held out.
+
+The references y_j are split into folds. Each candidate guides by all folds but one, with the same noise as every other
+candidate, and its samples x are compared with the fold held out, by MMD² of one fixed kernel k:
+
+    score = Σ_j p_j h_j + E k(y, y'),    h_j = E k(x, x') − 2 E k(x, y_j),    x guided without the fold of y_j
+
+without self-pairs, so unbiased for samples guided by that many references. Two candidates are compared by the paired
+differences of their h_j, with the standard error of that mean over the references.
+
+The split is the one of a few hundred random ones whose folds differ from the rest as much as two samples of one
+distribution do on average: MMD²_u nearest to 0. With 20 references the scores of plain random folds vary 1.7 times as
+much as their standard error says; folds as alike as possible favour guidance where none is needed.
+
+MMD² does not see copies: a batch that sits on its references in the right proportions scores well. So distances to the
+nearest reference are compared too, those of samples with those of references held out.
+
+References:
+  Breiman et al. 1984, section 3.4.3 (the one-standard-error rule). Gretton et al. 2012, eq. 3.
+"""
+
+import re
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmdjax.denoisers import DiffusionModel
+from mmdjax.distances import squared_distance, subset
+from mmdjax.guidance import MMDGuidance, check_guidance, default_kernel, fit_kernel
+from mmdjax.kernels import IMQ, Product, Scaled
+from mmdjax.mmd import pair_norm, self_term
+from mmdjax.numerics import product
+from mmdjax.particles import Particles, as_particles, flat, widen
+from mmdjax.samplers import DDIM, Sampler
+from mmdjax.sampling import check_call, guided_sample
+from mmdjax.tree import is_concrete, pytree, replace, static
+
+# multiples of the bandwidth, placements, multiples of the scale: from 2 on a mass-preconditioned shift overshoots
+VARIED = {"smoothness": (1.0, 1.5, 2.25, 0.75), "at": ("denoised", "sample"), "strength": (1.0, 0.5)}
+COPIES, TYPICAL_COPIES, STRAYS = 0.8, 0.6, 1.5  # of the nearest ratio, its median, the ratio again
+FEWEST = 10  # references that a choice can be made from
+DRAWS = 200  # splits that one is taken of
+UNGUIDED = "unguided"
+
+
+@pytree
+class Score:
+    """A candidate's figures.
+
+    Args:
+      guidance: the candidate.
+      mmd2: held-out MMD², unbiased; it may be negative.
+      excess: mmd2 less the best one's among those that the choice was from; 0 for the best.
+      error: standard error of `excess` over the references.
+      ratio: mean distance of the samples to the nearest reference that guided them, over that of the references held
+        out: `mmdjax.metrics.nearest_ratio`.
+      typical_ratio: the same of the medians, which a few samples far off do not move.
+      label: the candidate in words.
+    """
+
+    guidance: MMDGuidance
+    mmd2: Any
+    excess: Any
+    error: Any
+    ratio: Any
+    typical_ratio: Any
+    label: str = static()
+
+
+@pytree
+class Suggestion:
+    """What `suggest_guidance` returns; printed, a table and the reason.
+
+    Args:
+      guidance: the chosen one. With scale 0 where guidance is not needed.
+      scores: one a candidate, unguided first, in the order in which they were tried; none where nothing was.
+      reason: why, in a sentence.
+    """
+
+    guidance: MMDGuidance
+    scores: tuple[Score, ...]
+    reason: str = static()
+
+    def __str__(self):
+        if not self.scores:
+            return self.reason
+        width = max(len(score.label) for score in self.scores)
+        lines = [f"{'':{width}}  held-out MMD²   above the best ± s.e.   nearest ratio   median"]
+        for s in self.scores:
+            excess = f"{s.excess:.2g} ± {s.error:.1g}"
+            ratios = f"{s.ratio:13.2f}   {s.typical_ratio:6.2f}"
+            lines.append(f"{s.label:{width}}  {s.mmd2:13.2g}   {excess:>21}   {ratios}")
+        return "\n".join([*lines, self.reason])
+
+
+def suggest_guidance(
+    params: Any,
+    key: Any,
+    refs: Any,
+    *,
+    model: DiffusionModel,
+    num_samples: int,
+    cond: Any = None,
+    guidance: MMDGuidance = MMDGuidance(),
+    candidates: Sequence[MMDGuidance] | None = None,
+    criterion: Any = None,
+    sampler: Sampler = DDIM(eta=1.0),
+    num_steps: int = 20,
+    folds: int = 3,
+) -> Suggestion:
+    """Choose the smoothness, placement and strength of the guidance from the references alone.
+
+    A candidate's samples are compared with references that did not guide them; see the top of this module. Candidates
+    come in an order of preference: no guidance, then the default, then the others. Those are out whose samples copy the
+    references (a ratio of nearest distances below .8, or of their medians below .6) or stray from them (above 1.5); of
+    the others the first is chosen whose score is within a standard error of the best. So the default stays unless the
+    references speak against it. Where all guided ones are out, the one that is least so stands for them.
+
+    Without `candidates` three things are varied in turn, each from the best so far: the bandwidth (× 1.5, 2.25, .75),
+    the placement ("denoised", "sample") and the scale (× .5). That is 7 candidates, a run of `num_steps` a fold each,
+    and two compilations. Fewer than 10 references cannot decide: the default is returned, and nothing is run.
+
+    Args:
+      params, key, refs, model, cond, sampler: as in `guided_sample`.
+      num_samples: n, best that of the runs to come: how much a batch copies depends on it.
+      guidance: the default, to vary.
+      candidates: the guidances to choose from instead, in order of preference.
+      criterion: the kernel of the score; None: `IMQ()`, or where a candidate has a `Product` kernel that times its
+        factor of the conditions. A bandwidth of None is taken from the references.
+      num_steps: of each run. Few will do: the guidance means the same for any number.
+      folds: the references are split into.
+    Returns:
+      Suggestion.
+    Raises:
+      TypeError, ValueError: as `guided_sample`; an empty list of candidates; folds out of 2 to half of the references;
+        a call inside `jit`, `vmap` or `grad`, where there are no values to choose by.
+      FloatingPointError: the model's unguided samples are not finite.
+
+    Example:
+      >>> from mmdjax import IMQ, from_model
+      >>> from mmdjax.schedules import VPLinear
+      >>> shrink = from_model(lambda params, x, t, cond: params * x, "x0")
+      >>> model = DiffusionModel(shrink, VPLinear(), (2,))
+      >>> refs = 5.0 + jax.random.normal(jax.random.key(1), (12, 2))
+      >>> one = MMDGuidance(kernel=IMQ(1.0), at="denoised")
+      >>> suggestion = suggest_guidance(
+      ...     0.5, jax.random.key(0), refs, model=model, num_samples=8, num_steps=5, candidates=[one])
+      >>> print(suggestion.reason)
+      Chosen: denoised, IMQ(1.0), scale 1; held-out MMD² ...
+
+    Source: the one-standard-error rule, Breiman et al. 1984.
+    """
+    refs = as_particles(refs)
+    if candidates is not None and not (isinstance(candidates, Sequence) and candidates):
+        raise ValueError(f"candidates is {candidates!r}; give a list of MMDGuidance, the preferred one first, or None")
+    listed = [guidance] if candidates is None else candidates
+    for candidate in listed:
+        check_call(key, refs, model, num_samples, cond, candidate, sampler, None)
+    if not is_concrete((params, key, refs, model, cond, listed)):
+        raise ValueError("suggest_guidance chooses by values, which a call inside jit, vmap or grad has none of")
+    fit_kernel(listed[0], refs)
+
+    p = np.asarray(refs.probabilities())
+    present = np.flatnonzero(p)
+    if len(present) < FEWEST:
+        reason = f"{len(present)} references cannot decide, it takes {FEWEST}; {_label(listed[0])} is kept untried."
+        return Suggestion(listed[0], (), reason)
+    if not isinstance(folds, (int, np.integer)) or not 2 <= folds <= len(present) // 2:
+        raise ValueError(f"folds is {folds}; {len(present)} references make from 2 to {len(present) // 2}")
+    if criterion is None:
+        conditions = [c.kernel.cond for c in listed if isinstance(c.kernel, Product)]
+        criterion = Product(x=IMQ(), cond=conditions[0]) if conditions else IMQ()
+    measure = MMDGuidance(kernel=criterion, precondition="none")
+    check_guidance(measure, refs, cond)
+    kernel = fit_kernel(measure, refs)
+
+    wide = widen(jax.tree.map(jnp.asarray, refs))
+    key_split, key_runs = jax.random.split(key)
+    held = np.asarray(_split(key_split, kernel, wide, present, folds))
+    kept = np.where(held, 0, p)  # weight 0, not fewer rows: the folds share one compilation
+    distances = np.sum([fold * _nearest(wide, wide, keep) for fold, keep in zip(held, kept, strict=True)], axis=0)
+    fresh = p @ distances, _median(distances, p)
+
+    def attempt(candidate, label):
+        pull, distances, weights = np.zeros(refs.n), [], []
+        for index, (fold, keep) in enumerate(zip(held, kept, strict=True)):
+            x = guided_sample(
+                params,
+                jax.random.fold_in(key_runs, index),
+                replace(refs, weight=keep),
+                model=model,
+                num_samples=num_samples,
+                cond=cond,
+                guidance=replace(candidate, kernel=_kernel(candidate)),  # None would be a compilation of its own
+                sampler=sampler,
+                num_steps=num_steps,
+            ).x
+            x = widen(Particles(x, cond))
+            pull[fold] = np.asarray(_pull(kernel, x, wide))[fold]
+            distances.append(_nearest(x, wide, keep))
+            weights.append(np.full(num_samples, p[fold].sum() / num_samples))
+        near, weight = np.concatenate(distances), np.concatenate(weights)
+        ratios = (
+            a / b if b > 0 else np.inf for a, b in zip((weight @ near, _median(near, weight)), fresh, strict=True)
+        )
+        return _Trial(candidate, label, pull, *map(float, ratios))
+
+    trials = [attempt(replace(listed[0], scale=0.0), UNGUIDED)]
+    if not np.isfinite(trials[0].pull).all():
+        raise FloatingPointError("the model's samples are not finite; guided_sample(..., checks=True) names the step")
+    if candidates is None:
+        trials = _search(trials, guidance, attempt, p)
+    else:
+        trials += [attempt(candidate, _label(candidate)) for candidate in candidates]
+    chosen, best = _choose(trials, p)
+    own = float(_own(kernel, wide))
+    scores = tuple(
+        Score(t.guidance, float(p @ t.pull) + own, *_excess(t, best, p), t.ratio, t.typical_ratio, t.label)
+        for t in trials
+    )
+    return Suggestion(scores[chosen].guidance, scores, _reason(scores, chosen))
+
+
+class _Trial(NamedTuple):
+    guidance: MMDGuidance
+    label: str
+    pull: np.ndarray  # h, [m]
+    ratio: float
+    typical_ratio: float
+
+
+def _search(trials, guidance, attempt, p):
+    """The trials with those added that vary one thing after the other, each from the best so far."""
+    settings, tried = {"smoothness": 1.0, "at": guidance.at, "strength": 1.0}, {}
+    for name, values in VARIED.items():
+        for value in values:
+            varied = {**settings, name: value}
+            candidate = _vary(guidance, **varied)
+            label = _label(candidate)
+            if label not in tried:
+                tried[label] = varied
+                trials = [*trials, attempt(candidate, label)]
+        chosen, _ = _choose(trials, p)
+        if chosen == 0:
+            break
+        settings = tried[trials[chosen].label]
+    return trials
+
+
+def _choose(trials, p):
+    """Which of the trials is chosen, and the best one that it was compared with; the first is unguided."""
+    finite = [i for i, t in enumerate(trials) if np.isfinite(t.pull).all()]
+    eligible = [i for i in finite if _fault(trials[i]) <= 1]
+    if not any(eligible):  # none that is guided
+        eligible += sorted(finite[1:], key=lambda i: _fault(trials[i]))[:1]
+    best = trials[min(eligible or [0], key=lambda i: p @ trials[i].pull)]
+    return next((i for i in eligible if np.less_equal(*_excess(trials[i], best, p))), 0), best
+
+
+def _copying(trial):
+    # unguided samples have nothing to copy from
+    if trial.label == UNGUIDED:
+        return 0.0
+    return max(COPIES / max(trial.ratio, 1e-9), TYPICAL_COPIES / max(trial.typical_ratio, 1e-9))
+
+
+def _fault(trial):
+    """At most 1 for samples that neither copy nor stray."""
+    return max(_copying(trial), trial.ratio / STRAYS)
+
+
+def _excess(trial, best, p):
+    """How much higher a score is than the best, and the standard error of that."""
+    difference = trial.pull - best.pull
+    mean = p @ difference
+    return float(mean), float(np.sqrt(p**2 @ (difference - mean) ** 2 / (1 - p @ p)))
+
+
+def _median(values, weights):
+    order = np.argsort(values)
+    return np.asarray(values)[order][np.searchsorted(np.cumsum(weights[order]), weights.sum() / 2)]
+
+
+def _vary(guidance, smoothness, at, strength):
+    """The guidance with its bandwidths and its scale multiplied, at a placement."""
+    moved = replace(guidance, at=at, scale=guidance.scale * strength)
+    return moved if smoothness == 1 else replace(moved, kernel=_widened(_kernel(moved), smoothness))
+
+
+def _kernel(guidance):
+    return default_kernel(guidance.at) if guidance.kernel is None else guidance.kernel
+
+
+def _widened(kernel, factor):
+    """The kernel with every bandwidth multiplied, those between conditions excepted."""
+
+    def is_length(h):
+        return h is None or callable(h)
+
+    def wider(part, h):
+        h = part.default_rule() if h is None else h
+        if callable(h):
+            return replace(h, factor=factor * h.factor) if hasattr(h, "factor") else h
+        return factor * h
+
+    def widened(path, part):
+        if not isinstance(part, Scaled) or any(getattr(entry, "name", None) == "cond" for entry in path):
+            return part
+        return replace(part, bandwidth=jax.tree.map(partial(wider, part), part.bandwidth, is_leaf=is_length))
+
+    return jax.tree_util.tree_map_with_path(widened, kernel, is_leaf=lambda part: isinstance(part, Scaled))
+
+
+def _label(guidance):
+    kernel = re.sub(r"[a-z_]+=", "", repr(_kernel(guidance)))
+    return f"{guidance.at}, {kernel}, scale {float(guidance.scale):g}"
+
+
+def _reason(scores, chosen):
+    """Why scores[chosen] was chosen."""
+    unguided, first, it = scores[0], scores[1], scores[chosen]
+
+    def above(score):
+        return f"above the best by {score.excess:.2g} ± {score.error:.1g}"
+
+    if chosen == 0 and not np.isfinite([score.mmd2 for score in scores[1:]]).any():
+        return "Unguided, because no guided candidate's samples are finite."
+    if chosen == 0:
+        return (
+            f"Guidance is not needed: unguided samples' held-out MMD² is {unguided.mmd2:.2g}, {above(unguided)}, and "
+            f"their nearest ratio {unguided.ratio:.2f}."
+        )
+    ratios = f"nearest ratio {it.ratio:.2f}, median {it.typical_ratio:.2f}"
+    what = f"Chosen: {it.label}; held-out MMD² {it.mmd2:.2g}, unguided {unguided.mmd2:.2g}; {ratios}."
+    if _fault(it) > 1:
+        why = "All candidates copy or stray, this one least; for copies, take more references or a smaller batch."
+    elif chosen == 1:
+        why = "It is the preferred one, " + (f"{above(it)}, within a standard error." if it.excess else "and the best.")
+    elif not np.isfinite(first.mmd2):
+        why = f"The preferred one, {first.label}, is not finite."
+    elif _fault(first) > 1:
+        fault = "copies" if _copying(first) > 1 else "strays"
+        ratios = f"nearest ratio {first.ratio:.2f}, median {first.typical_ratio:.2f}"
+        why = f"The preferred one, {first.label}, {fault}: {ratios}."
+    else:
+        why = f"The preferred one, {first.label}, is {above(first)}."
+    return f"{what} {why}"
+
+
+@partial(jax.jit, static_argnames="folds")
+def _split(key, kernel, refs, present, folds):
+    """[folds, m] masks of the references held out."""
+    n, rows, some = refs.n, subset(refs.n), _some(refs)
+    p = refs.probabilities()[rows]
+    gram = kernel.gram(some, some, same=True)
+    gram = jnp.where(jnp.eye(some.n, dtype=bool), 0.0, gram)
+
+    def deal(key):
+        fold = jax.random.permutation(key, present.shape[0]) % folds
+        return jnp.full(n, -1).at[present].set(fold) == jnp.arange(folds)[:, None]
+
+    def mmd2(fold):
+        u, v = (jnp.where(mask[rows], p, 0.0) for mask in (fold, ~fold))
+        u, v = u / u.sum(), v / v.sum()
+        within = sum(product(product(w, gram), w) / pair_norm(w, "u") for w in (u, v))
+        return within - 2 * product(product(u, gram), v)
+
+    keys = jax.random.split(key, DRAWS)
+    differences = jax.lax.map(lambda key: jnp.abs(jax.vmap(mmd2)(deal(key))).sum(), keys)
+    return deal(keys[differences.argmin()])
+
+
+@jax.jit
+def _own(kernel, refs):
+    """E k(y, y'), on at most 2,000 references."""
+    return self_term(kernel, _some(refs), "u")
+
+
+def _some(refs):
+    rows = subset(refs.n)
+    return jax.tree.map(lambda leaf: leaf[rows], refs)
+
+
+@jax.jit
+def _pull(kernel, x, refs):
+    """h of each reference, [m]."""
+    return self_term(kernel, x, "u") - 2 * product(x.probabilities(), kernel.gram(x, refs))
+
+
+@jax.jit
+def _nearest(points, refs, weight):
+    """The distance of each point to the nearest reference of positive weight."""
+    among = flat(refs.x)
+
+    def nearest(row):
+        d2 = squared_distance(row[None], among, accurate=True)[0]
+        return jnp.sqrt(jnp.where(weight > 0, d2, jnp.inf).min())
+
+    return jax.lax.map(nearest, flat(points.x))
