@@ -129,7 +129,7 @@ def triangle(rows_of: Callable, n: int, d: int) -> Float[Array, "k d"]:
     """
     if n <= d:
         return rows_of(jnp.arange(n))
-    count = max(1, n // max(BLOCK, d))
+    count = max(1, n // max(BLOCK, 4 * d))  # tall blocks: each is factorised together with the triangle before it
     size = -(-n // count)
 
     def add(r, i):
