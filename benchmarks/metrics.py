@@ -11,6 +11,7 @@ Linux only: the peak is read from /proc.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -71,6 +72,7 @@ def measure(name: str, n: int, repeat: bool) -> dict[str, Any]:
     jax.numpy.zeros(1).block_until_ready()
     before = memory("VmRSS")
     x, y = features(0, n), features(1, n)
+    time.sleep(2)  # the arrays that they were copied from are given back a little later
     held = memory("VmRSS") - before
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     seconds = {}
@@ -84,7 +86,7 @@ def measure(name: str, n: int, repeat: bool) -> dict[str, Any]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="50,000 rows instead of 10,000, each metric once")
+    parser.add_argument("--full", action="store_true", help="50,000 rows instead of 10,000, each metric run once")
     parser.add_argument("--only", nargs="*", choices=METRICS, metavar="METRIC", help="some of the metrics")
     parser.add_argument("--out", type=Path, help="default: results/metrics.json, with --full results/metrics_full.json")
     parser.add_argument("--one", choices=METRICS, help=argparse.SUPPRESS)
@@ -107,7 +109,8 @@ def main():
         )
     out = args.out or Path(__file__).parent / "results" / ("metrics_full.json" if args.full else "metrics.json")
     out.parent.mkdir(parents=True, exist_ok=True)
-    report = {**provenance(), "rows": n, "dimensions": DIMENSIONS, "metrics": results}
+    load = os.getloadavg()[2]  # above the number of cores, others shared them and the times are too long
+    report = {**provenance(), "load": load, "rows": n, "dimensions": DIMENSIONS, "metrics": results}
     out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     print(f"\n{out}")
 

@@ -125,17 +125,17 @@ def triangle(rows_of: Callable, n: int, d: int) -> Float[Array, "k d"]:
     columns but not full rank, R is right and its derivative is not defined.
 
     Args:
-      rows_of: (start, size) -> `size` rows of A from `start` on.
+      rows_of: index [size] -> those rows of A. By x[index]: of a slice, XLA would first copy all of x, transposed.
     """
     if n <= d:
-        return rows_of(0, n)
-    count = max(1, n // max(BLOCK, d))
+        return rows_of(jnp.arange(n))
+    count = max(1, n // max(BLOCK, 4 * d))  # tall blocks: each is factorised together with the triangle before it
     size = -(-n // count)
 
     def add(r, i):
-        start = jnp.minimum(i * size, n - size)
-        more = jnp.where((start + jnp.arange(size) >= i * size)[:, None], rows_of(start, size), 0)
+        index = jnp.minimum(i * size, n - size) + jnp.arange(size)
+        more = jnp.where((index >= i * size)[:, None], rows_of(index), 0)
         return jnp.linalg.qr(jnp.concatenate([r, more]), mode="r"), None
 
-    first = jnp.linalg.qr(rows_of(0, size), mode="r")
+    first = jnp.linalg.qr(rows_of(jnp.arange(size)), mode="r")
     return first if count == 1 else jax.lax.scan(add, first, jnp.arange(1, count))[0]

@@ -46,7 +46,7 @@ def test_triangle_keeps_small_singular_values(n):
     rng = np.random.default_rng(0)
     a = np.linalg.qr(rng.normal(size=(n, min(n, 6))))[0] * np.logspace(0, -5, min(n, 6))
     a = (a @ np.linalg.qr(rng.normal(size=(6, 6)))[0][: min(n, 6)]).astype(np.float32)
-    r = triangle(lambda start, size: jax.lax.dynamic_slice_in_dim(jnp.asarray(a), start, size), n, 6)
+    r = triangle(lambda i: jnp.asarray(a)[i], n, 6)
     assert r.shape == (min(n, 6), 6)
     exact = np.linalg.svd(np.float64(a), compute_uv=False)
     np.testing.assert_allclose(np.linalg.svd(np.float64(r), compute_uv=False), exact, rtol=0, atol=3e-7)

@@ -17,7 +17,7 @@ from mmdjax.comparable import as_sets, with_kernel
 from mmdjax.kernels import Energy, Polynomial
 from mmdjax.mmd import Estimator, check_estimator, pair_norm
 from mmdjax.numerics import product
-from mmdjax.particles import flat
+from mmdjax.particles import flat, wide_dtype
 from mmdjax.sampling import check_key
 
 
@@ -179,7 +179,7 @@ def _mmd2(kernel, p, q, estimator):
 def _jackknife(kernel, p, q, num_blocks):
     def by_block(r):  # [n, B]: the weights of each block's rows
         count = min(num_blocks, r.n)
-        return r.probabilities()[:, None] * jax.nn.one_hot(jnp.arange(r.n) * count // r.n, count)
+        return r.probabilities()[:, None] * jax.nn.one_hot(jnp.arange(r.n) * count // r.n, count, dtype=wide_dtype(r.x))
 
     u, v = by_block(p), by_block(q)
     own = [sum_within(kernel.gram, _form, r, w, self_pairs=False) for r, w in ((p, u), (q, v))]
@@ -205,13 +205,8 @@ def _frechet(p, q):
     def moments(r):  # the mean, and R with RᵀR = Σ
         x, u = flat(r.x), r.probabilities()
         mean = product(u, x)
-        scale = jnp.sqrt(u / pair_norm(u, "u"))[:, None]
-
-        def deviations(start, size):
-            part, s = (jax.lax.dynamic_slice_in_dim(v, start, size) for v in (x, scale))
-            return s * (part - mean)
-
-        return mean, triangle(deviations, *x.shape)
+        scale = jnp.sqrt(u / pair_norm(u, "u"))
+        return mean, triangle(lambda i: scale[i, None] * (x[i] - mean), *x.shape)
 
     (mean_x, r_x), (mean_y, r_y) = moments(p), moments(q)
     coupling = jnp.linalg.svd(product(r_x, r_y.T), compute_uv=False).sum()
@@ -245,7 +240,7 @@ def _permute(kernel, p, q, key, num_permutations):
     xx, x_all = jax.tree.map(lambda *part: sum(part), *parts)  # aᵀKa and aᵀK1 of each column
     total = xx[-1]
     xy, yy = x_all - xx, total - 2 * x_all + xx
-    statistic = (xx / (n * (n - 1)) - 2 * xy / (n * m) + yy / (m * (m - 1)))[:-1]
-    rounding = 16 * jnp.finfo(total.dtype).eps * jnp.abs(total) / (n + m) ** 2  # equal splits count as equal
+    statistic = (xx / n / (n - 1) - 2 * xy / n / m + yy / m / (m - 1))[:-1]
+    rounding = 16 * jnp.finfo(total.dtype).eps * jnp.abs(total) / float(n + m) ** 2  # equal splits count as equal
     exceeding = jnp.sum(statistic[1:] >= statistic[0] - rounding)
     return TwoSampleTest(statistic[0], (1 + exceeding) / (1 + num_permutations))

@@ -48,7 +48,7 @@ def vendi(kernel: Any, x: Any, *, order: Any = 1.0) -> Float[Array, ""]:
       >>> round(float(vendi(Cosine(), jnp.eye(4))), 4), round(float(vendi(Cosine(), jnp.ones((4, 3)))), 4)
       (4.0, 1.0)
 
-    Source: Friedman & Dieng 2023, eq. 1; Pasarkar & Dieng 2024.
+    Source: Friedman & Dieng 2023; Pasarkar & Dieng 2024.
     """
     if not order > 0:
         raise ValueError(f"order is {order}; give a number above 0")
@@ -69,7 +69,8 @@ def rke(kernel: Any, x: Any, *, estimator: Estimator = "v") -> Float[Array, ""]:
     Args:
       kernel: see `vendi`; usually `RBF(bandwidth)`.
       x: [n, ...].
-      estimator: "v" as published, at most n; "u" leaves the self-pairs out, so that 1/RKE is unbiased.
+      estimator: "v" as published, at most n; "u" leaves the self-pairs out, so that 1/RKE is unbiased (∞ where no two
+        samples are alike).
     Raises:
       ValueError: the kernel's diagonal is 0 (Energy).
 
@@ -79,7 +80,7 @@ def rke(kernel: Any, x: Any, *, estimator: Estimator = "v") -> Float[Array, ""]:
       >>> round(float(rke(RBF(1.0), modes)), 4)
       3.0
 
-    Source: Jalali et al. 2023, eq. 5.
+    Source: Jalali et al. 2023.
     """
     check_estimator(estimator)
     kernel, points = with_kernel(kernel, x=x)
@@ -87,7 +88,7 @@ def rke(kernel: Any, x: Any, *, estimator: Estimator = "v") -> Float[Array, ""]:
 
 
 def _checked(kernel, score):
-    if is_concrete(score) and not 0 < score < math.inf:
+    if is_concrete(score) and jnp.isnan(score):
         raise ValueError(f"{type(kernel).__name__} is 0 between a sample and itself; use a similarity such as RBF(1.0)")
     return score
 
@@ -98,10 +99,9 @@ def _vendi(kernel, p, order):
     if isinstance(kernel, Cosine | Linear):
         x = flat(p.x)
 
-        def features(start, size):
-            part, weight = (jax.lax.dynamic_slice_in_dim(v, start, size) for v in (x, u))
-            length = safe_sqrt((part**2).sum(1)) if isinstance(kernel, Cosine) else jnp.ones(size, x.dtype)
-            return part * (jnp.sqrt(weight) * reciprocal(length))[:, None]
+        def features(i):
+            length = safe_sqrt((x[i] ** 2).sum(1)) if isinstance(kernel, Cosine) else jnp.ones(i.shape, x.dtype)
+            return x[i] * (jnp.sqrt(u[i]) * reciprocal(length))[:, None]
 
         spectrum = jnp.linalg.svd(triangle(features, *x.shape), compute_uv=False) ** 2
         trace = spectrum.sum()
@@ -136,4 +136,5 @@ def _rke(kernel, p, estimator):
         return product(block.weights(u), jnp.diagonal(kernel.gram(part, part, same=True)))
 
     total = jax.lax.map(trace, jnp.arange(num_blocks(p.n))).sum()
-    return total**2 * pair_norm(u, estimator) / sum_within(squared, form, p, u, self_pairs=estimator == "v")
+    score = total**2 * pair_norm(u, estimator) / sum_within(squared, form, p, u, self_pairs=estimator == "v")
+    return jnp.where(total > 0, score, jnp.nan)

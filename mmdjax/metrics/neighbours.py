@@ -52,7 +52,7 @@ def precision_recall(x: Any, y: Any, *, k: int = 3) -> PrecisionRecall:
       >>> precision_recall(y[:5] - 0.1, y, k=1)  # all of x lies in y, the half of y in x
       PrecisionRecall(precision=Array(1., dtype=float32), recall=Array(0.5, dtype=float32))
 
-    Source: Kynkäänniemi et al. 2019, eq. 1 and 2; the ball is open, as in the package prdc.
+    Source: Kynkäänniemi et al. 2019; the ball is open, as in the package prdc.
     """
     x, y = as_sets(weighted=False, x=x, y=y)
     _check_k(k, x=x, y=y)
@@ -77,7 +77,7 @@ def density_coverage(x: Any, y: Any, *, k: int = 5) -> DensityCoverage:
       >>> density_coverage(y[:5] + 0.1, y, k=1)
       DensityCoverage(density=Array(2., dtype=float32), coverage=Array(0.6, dtype=float32))
 
-    Source: Naeem et al. 2020, eq. 3 and 5.
+    Source: Naeem et al. 2020, as in the package prdc.
     """
     x, y = as_sets(weighted=False, x=x, y=y)
     _check_k(k, y=y)
@@ -100,7 +100,7 @@ def nearest_neighbour_accuracy(x: Any, y: Any) -> Float[Array, ""]:
       >>> float(nearest_neighbour_accuracy(x, x + 10)), float(nearest_neighbour_accuracy(x, x + 0.1))
       (1.0, 0.0)
 
-    Source: Lopez-Paz & Oquab 2017; Xu et al. 2018, section 2.
+    Source: Lopez-Paz & Oquab 2017; Xu et al. 2018.
     """
     return _accuracy(*as_sets(weighted=False, at_least=2, x=x, y=y))
 
