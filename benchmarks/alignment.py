@@ -52,7 +52,6 @@ from tasks import CHOOSING, NUM_REFS, NUM_SAMPLES, NUM_STEPS, REPORTING, TASKS, 
 
 from mmdjax.provenance import provenance
 
-ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 QUICK_TASKS = ("ring", "digits_prompted")
 QUICK_METHODS = ("fresh sample", "references", "unguided", RULE, DEFAULT, PLAIN, TUNED, "references with noise")
