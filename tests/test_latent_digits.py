@@ -17,7 +17,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.append(str(EXAMPLES))
 from prompt_aware_digits import MODEL, styled_digits  # noqa: E402
 
-EACH = 16
+EACH = 4  # samples of each prompt
 
 
 @pytest.fixture(scope="module")
@@ -27,19 +27,19 @@ def loaded():
 
 @pytest.fixture(scope="module")
 def digits():
-    return styled_digits(20, seed=0)
+    return styled_digits(10, seed=0)
 
 
 @pytest.fixture(scope="module")
 def made(loaded, digits):
-    """Latents [2 × EACH, ...] of "a three" and "a seven" by method, from one noise."""
+    """Latents [10 × EACH, ...] of "a zero", "a one", … by method, from one noise."""
     pipeline, params = loaded
     pictures = np.concatenate([refs for refs, _ in digits.values()])
-    refs = encode_references(pipeline, params, pictures, np.repeat(list(digits), 20).tolist()).particles()
+    refs = encode_references(pipeline, params, pictures, np.repeat(list(digits), 10).tolist()).particles()
     cond = pipeline.encode_prompts(params, np.repeat(list(digits), EACH).tolist())
     null = pipeline.encode_prompts(params, "", negative=True)
     model = pipeline.model(guidance_scale=2.0, null_cond=null)
-    how = {"model": model, "num_samples": 2 * EACH, "cond": cond, "times": pipeline.times(15)}
+    how = {"model": model, "num_samples": 10 * EACH, "cond": cond, "times": pipeline.times(10)}
     methods = {
         "unguided": (None, MMDGuidance()),
         "plain": (refs, MMDGuidance()),
@@ -55,7 +55,7 @@ def test_samples_are_the_digits_that_were_asked_for(loaded, made):
     (images, labels), _ = splits()
     samples = np.asarray(pipeline.decode(params, made["unguided"])).mean(-1, keepdims=True)
     nearest = ((samples[:, None] - images[None]) ** 2).sum((2, 3, 4)).argmin(1)
-    assert (labels[nearest] == np.repeat([3, 7], EACH)).mean() >= 0.9
+    assert (labels[nearest] == np.repeat(np.arange(10), EACH)).mean() >= 0.9
 
 
 def test_pictures_come_back(loaded):
@@ -74,8 +74,8 @@ def test_guidance_keeps_styles_with_their_prompts(loaded, digits, made):
         energy, distance = 0.0, 0.0
         for k, (_, fresh) in enumerate(digits.values()):
             mine, others = slice(k * EACH, (k + 1) * EACH), pipeline.encode_images(params, fresh)
-            energy += float(energy_distance(images[mine], fresh)) / 2
-            distance += float(mmd2(IMQ(2.0), latents[mine], others, estimator="u")) / 2
+            energy += float(energy_distance(images[mine], fresh)) / 10
+            distance += float(mmd2(IMQ(2.0), latents[mine], others, estimator="u")) / 10
         found[name] = energy, distance
     for which in (0, 1):  # in pixels, in latents
         assert found["product"][which] < 0.2 * found["unguided"][which]
