@@ -113,12 +113,22 @@ def _condition_ratio(
     own: Float[Array, "n n"],
     of_memory: Float[Array, " k"],
 ) -> Float[Array, " n"]:
-    """Density of each particle's condition among the references, over that among the other particles; detached."""
+    """Density of each particle's condition among the references, over that among the other particles; detached.
+
+    At most twice the ratio with the particle itself among the particles, which is what it is where two share a
+    condition: a particle alone with its condition would be pushed by those of others as if they had its own.
+    """
     among_refs = product(jnp.abs(kernel.cond_gram(z, refs)), refs.probabilities().astype(own.dtype))
-    among_particles = jnp.sum(own * jnp.abs(kernel.cond_gram(z, z)), axis=1)
+    alike = jnp.abs(kernel.cond_gram(z, z))
+    others, everybody = jnp.sum(own * alike, axis=1), alike.sum(1)
+    count = jnp.asarray(z.n, own.dtype)
     if memory is not None:
-        among_particles += product(jnp.abs(kernel.cond_gram(z, memory)), of_memory)
-    return jax.lax.stop_gradient(among_refs * reciprocal(among_particles))
+        of_past = jnp.abs(kernel.cond_gram(z, memory))
+        others += product(of_past, of_memory)
+        everybody += product(of_past, memory.weight.astype(own.dtype))
+        count += memory.weight.sum()
+    ratio = jnp.minimum(among_refs * reciprocal(others), 2 * among_refs * count * reciprocal(everybody))
+    return jax.lax.stop_gradient(ratio)
 
 
 def balance_at(kernel: Kernel, level: Level | None) -> Any:

@@ -76,14 +76,14 @@ def subset(m: int) -> Array | slice:
     return slice(None) if m <= SUBSET else jnp.linspace(0, m - 1, SUBSET).round().astype(int)
 
 
-def pairwise_median(y: Float[Array, "m d"], weight: Float[Array, " m"], *, distinct: bool = False) -> Float[Array, ""]:
+def pairwise_median(y: Float[Array, "m d"], weight: Float[Array, " m"], *, above: float = -1.0) -> Float[Array, ""]:
     """The median distance between two rows of positive weight, on at most `SUBSET` rows; detached. NaN if it is 0.
 
     Args:
-      distinct: between rows that differ.
+      above: count distances above this one only; below 0: all.
     """
     d2, valid = _valid_pairs(y, weight, "median distance")
-    valid = valid & (d2 > 0) if distinct else valid
+    valid = valid & (d2 > above**2) if above >= 0 else valid
     upper = jnp.arange(valid.shape[0])[:, None] < jnp.arange(valid.shape[0])[None, :]
     return _median_distance(d2, valid & upper)
 

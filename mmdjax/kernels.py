@@ -202,7 +202,7 @@ class Product(Kernel):
 
     Args:
       x: kernel on the samples.
-      cond: kernel on the conditions (`Delta` for labels, `Cosine` for embeddings).
+      cond: kernel on the conditions (`Delta` for labels; for prompts see `mmdjax.sd.prompt_kernel`).
 
     Example:
       >>> p = Particles(jnp.zeros((2, 3)), cond=jnp.array([0, 1]))

@@ -219,6 +219,16 @@ def test_product_with_labels_guides_each_class_on_its_own():
         np.testing.assert_allclose(-joint[np.asarray(mine)], expected, rtol=1e-4, atol=1e-5)  # float32
 
 
+def test_a_sample_alone_with_its_prompt_is_hardly_pushed_by_others():
+    # seven prompts that are e^-8 alike, a sample and two references of each: the shares agree, so no push is multiplied
+    prompts, kernel = 4 * jnp.arange(7.0)[:, None], Product(x=IMQ(1.5), cond=RBF(1.0))
+    of_refs = jnp.repeat(prompts, 2, axis=0)
+    z, refs = Particles(Z, prompts), Particles(jnp.tile(Y[:1], (14, 1)), of_refs)
+    step = shift_direction(kernel, z, refs, None, precondition="field", balance=0.0)
+    to_own = np.asarray(Z - Y[:1])  # the mean-shift step to the references alone
+    np.testing.assert_allclose(step, to_own, atol=0.02)
+
+
 @pytest.mark.parametrize("past", [False, True])
 def test_field_compares_at_each_condition_whatever_the_shares(past):
     # 5 of 7 samples but 3 of 11 references have label 0, and memory has it once: each label moves as it would alone

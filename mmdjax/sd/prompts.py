@@ -24,6 +24,7 @@ from mmdjax.tree import pytree
 
 ENCODERS = ("text_encoder", "text_encoder_2")
 LEVELS = ("pooled", "tokens")
+SAME = 0.02  # distance of two unit vectors: one prompt, rounded differently
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +110,7 @@ class Apart:
     def __call__(self, refs: Particles) -> Array:
         if refs.n < 2:
             return jnp.full((), 0.1)
-        median = pairwise_median(flat(refs.x), refs.probabilities(), distinct=True)
+        median = pairwise_median(flat(refs.x), refs.probabilities(), above=SAME)
         return jnp.where(median > 0, self.factor * median, 0.1)
 
 
