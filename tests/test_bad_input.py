@@ -83,7 +83,7 @@ CASES = {
         lambda: run(guidance=MMDGuidance(kernel=lambda a, b: jnp.ones(3), precondition="none"))),
     "one sample without batch axis": (ValueError, "refs have shape", lambda: run(jnp.ones((3, 2)))),
     "empty": (ValueError, r"refs is empty \(shape \(0, 3, 2\)\)", lambda: run(jnp.ones((0, 3, 2)))),
-    "one only": (ValueError, "one reference has no nearest-neighbour distance; give the kernel's bandwidth",
+    "one only": (ValueError, "one reference has no neighbour distance; give the kernel's bandwidth",
                  lambda: run(REFS[:1])),
     "NaN": (ValueError, r"refs is NaN or infinite in rows \[2\]; remove or repair", lambda: run(NAN)),
     "infinite": (ValueError, r"rows \[1, 4\]", lambda: run(INFINITE)),
