@@ -325,7 +325,7 @@ def _reason(scores, chosen):
     unguided, first, it = scores[0], scores[1], scores[chosen]
 
     def above(score):
-        return f"above the best by {score.excess:.2g} ± {score.error:.1g}"
+        return f"above the best by {score.excess:.2g} ± {score.error:.1g}" if score.excess else "the best"
 
     if chosen == 0 and not np.isfinite([score.mmd2 for score in scores[1:]]).any():
         return "Unguided, because no guided candidate's samples are finite."
@@ -339,7 +339,7 @@ def _reason(scores, chosen):
     if _fault(it) > 1:
         why = "All candidates copy or stray, this one least; for copies, take more references or a smaller batch."
     elif chosen == 1:
-        why = "It is the preferred one, " + (f"{above(it)}, within a standard error." if it.excess else "and the best.")
+        why = f"It is the preferred one, {above(it)}{', within a standard error' if it.excess else ''}."
     elif not np.isfinite(first.mmd2):
         why = f"The preferred one, {first.label}, is not finite."
     elif _fault(first) > 1:

@@ -30,7 +30,7 @@ from mmdjax import (
 from mmdjax.kernels import Median, NearestNeighbour
 from mmdjax.metrics import nearest_ratio
 from mmdjax.schedules import VPLinear
-from mmdjax.suggestion import _excess, _split, _Trial, _vary
+from mmdjax.suggestion import _choose, _excess, _split, _Trial, _vary
 
 WORLD = ring()
 MODEL = DiffusionModel(WORLD, VPLinear(), (2,))
@@ -152,6 +152,34 @@ def test_guidance_is_not_needed_where_the_references_are_the_model_s(seed):
     assert suggestion.guidance.scale == 0
     assert suggestion.reason.startswith("Guidance is not needed")
     np.testing.assert_array_less(chosen(suggestion).excess, chosen(suggestion).error + 1e-12)
+
+
+FIGURES = {  # score, nearest ratio, its median -> which is chosen; the first line is unguided, the second preferred
+    "the preferred one, not being distinguishable": ([(9, 9, 9), (1.01, 1, 1), (1, 1, 1)], 1),
+    "the better one": ([(9, 9, 9), (2, 1, 1), (1, 1, 1)], 2),
+    "not a copy by the mean": ([(9, 9, 9), (0, 0.79, 1), (1, 0.81, 1)], 2),
+    "not a copy by the median": ([(9, 9, 9), (0, 1, 0.59), (1, 1, 0.61)], 2),
+    "none that strays": ([(0, 1.51, 2), (0, 1.51, 2), (1, 1.49, 2)], 2),
+    "unguided, which copies nothing": ([(1, 0.5, 0.5), (1, 1, 1), (1, 1, 1)], 0),
+    "not unguided, being worse": ([(2, 1, 1), (1, 1, 1)], 1),
+    "the least copy of copies": ([(9, 9, 9), (0, 0.4, 0.4), (1, 0.7, 0.5), (2, 0.5, 0.5)], 2),
+    "unguided, if it is no worse than the least copy": ([(1, 1, 1), (0, 0.4, 0.4), (1, 0.7, 0.5)], 0),
+    "none that is not finite": ([(9, 9, 9), (np.nan, 1, 1), (1, 1, 1)], 2),
+    "unguided, for want of others": ([(9, 9, 9), (np.nan, 1, 1)], 0),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_the_rule(name):
+    """By made-up figures; the noise of each trial's score is .1, independent, so a difference's is about .14/√50."""
+    figures, expected = FIGURES[name]
+    noise = 0.1 * np.random.default_rng(0).normal(size=(len(figures), 50))
+    noise -= noise.mean(1, keepdims=True)
+    trials = [
+        _Trial(MMDGuidance(), f"{i}" if i else "unguided", score + h, *ratios)
+        for i, ((score, *ratios), h) in enumerate(zip(figures, noise, strict=True))
+    ]
+    assert _choose(trials, np.full(50, 1 / 50))[0] == expected
 
 
 def test_the_first_of_equals_is_chosen():
