@@ -10,6 +10,7 @@ Linux only: the peak is read from /proc.
 """
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -72,7 +73,8 @@ def measure(name: str, n: int, repeat: bool) -> dict[str, Any]:
     jax.numpy.zeros(1).block_until_ready()
     before = memory("VmRSS")
     x, y = features(0, n), features(1, n)
-    time.sleep(2)  # the arrays that they were copied from are given back a little later
+    gc.collect()  # the arrays that they were copied from
+    time.sleep(2)
     held = memory("VmRSS") - before
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     seconds = {}
