@@ -399,19 +399,18 @@ class NearestNeighbour:
 
 @pytree
 class Neighbourhood:
-    """factor × the median distance of a reference to its √m-th nearest other one of m, duplicates ignored.
+    """factor × .8 × the median distance of a reference to its √m-th nearest other one of m, duplicates ignored.
 
     In few dimensions that is a multiple of the nearest one's distance, so that a neighbourhood holds enough references
     to be no copy of one; in many, where all distances are alike, hardly more than it. It shrinks as m grows. At most
-    `most` times the median distance to the nearest one: modes of fewer than √m references would be blurred together.
+    factor × 3.5 × the median distance to the nearest one: modes of fewer than √m references would be blurred together.
     """
 
-    factor: Any = 0.8
-    most: Any = 3.5
+    factor: Any = 1.0
 
     def __call__(self, refs: Particles) -> Array:
         y, p = flat(refs.x), refs.probabilities()
-        return jnp.minimum(self.factor * neighbour_distance(y, p), self.most * nearest_distance(y, p))
+        return self.factor * jnp.minimum(0.8 * neighbour_distance(y, p), 3.5 * nearest_distance(y, p))
 
 
 def median_bandwidth(refs: Any) -> Float[Array, ""]:

@@ -90,7 +90,12 @@ def test_text_encoder(name):
         assert relative(out.pooled, a["pooled"]) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", sorted(path.stem.removeprefix("sd_") for path in FIXTURES.glob("sd_*.json")))
+NETWORKS = sorted(
+    path.stem.removeprefix("sd_") for path in FIXTURES.glob("sd_*.json") if '"shapes"' in path.read_text()
+)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
 def test_tree_is_torchs(name):
     fixture, _ = recorded(name)
     tree = convert.abstract(module_from_config(fixture["config"]))

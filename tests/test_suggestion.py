@@ -27,7 +27,7 @@ from mmdjax import (
     guided_sample,
     suggest_guidance,
 )
-from mmdjax.kernels import Median, NearestNeighbour
+from mmdjax.kernels import Median, NearestNeighbour, Neighbourhood
 from mmdjax.metrics import nearest_ratio
 from mmdjax.schedules import VPLinear
 from mmdjax.suggestion import _choose, _excess, _split, _Trial, _vary
@@ -233,7 +233,7 @@ def test_the_default_search():
         (RBF(2.0), RBF(3.0)),
         (RBF((1.0, 2.0)), RBF((1.5, 3.0))),
         (RBF(), RBF(Median(1.5))),
-        (IMQ(), IMQ(NearestNeighbour(3.0))),
+        (IMQ(), IMQ(Neighbourhood(1.5))),
         (RationalQuadratic(2.0, shape=4.0), RationalQuadratic(3.0, shape=4.0)),
         (Sum(RBF(2.0), Energy(), weights=(1.0, 0.5)), Sum(RBF(3.0), Energy(), weights=(1.0, 0.5))),
         (Product(x=IMQ(2.0), cond=RBF(1.0)), Product(x=IMQ(3.0), cond=RBF(1.0))),
@@ -291,7 +291,7 @@ def test_the_key_decides_and_nothing_recompiles():
     assert [s.mmd2 for s in first.scores] == [s.mmd2 for s in again.scores]
     assert (first.guidance, first.reason) == (again.guidance, again.reason)
     assert first.scores[0].mmd2 != other.scores[0].mmd2
-    call(one, MMDGuidance(kernel=IMQ(NearestNeighbour(3.0))), MMDGuidance(scale=0.5))
+    call(one, MMDGuidance(kernel=IMQ(Neighbourhood(1.5))), MMDGuidance(scale=0.5))
     call(one, params=0.9), call(one, refs=KEPT + 0.5)
     assert len(traces) == count
 
