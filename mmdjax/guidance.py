@@ -24,7 +24,7 @@ from jaxtyping import Array
 
 from mmdjax.direction import balance_at, diffused_pair, neighbours, shift_direction
 from mmdjax.distances import subset
-from mmdjax.kernels import IMQ, RBF, Kernel, NearestNeighbour, Polynomial, as_kernel, check_fitted
+from mmdjax.kernels import IMQ, RBF, Kernel, NearestNeighbour, Neighbourhood, Polynomial, as_kernel, check_fitted
 from mmdjax.memory import Memory
 from mmdjax.mmd import check_estimator, cross_term, self_term
 from mmdjax.numerics import product
@@ -295,7 +295,7 @@ def default_kernel(at: str) -> Kernel:
     """The kernel of `MMDGuidance()` at a placement."""
     if at == "diffused":
         return RBF()
-    return IMQ(NearestNeighbour(2.5)) if at == "sample" else IMQ()
+    return IMQ(NearestNeighbour(2.5) if at == "sample" else Neighbourhood())
 
 
 def fit_kernel(guidance: MMDGuidance, refs: Particles) -> Kernel:
