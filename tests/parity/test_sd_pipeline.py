@@ -141,7 +141,7 @@ def test_unconditional(built):
 
 def test_shipped_digits_in_diffusers():
     folder = Path(__file__).parents[2] / "examples" / "latent_digits"
-    theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder).to(torch.float32)
     theirs.set_progress_bar_config(disable=True)
     prompts, latents = ["a three", "a thick seven"], np.random.default_rng(0).standard_normal((2, 4, 4, 4))
     latents = latents.astype(np.float32)
