@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from mmdjax.bandwidths import Median, NearestNeighbour, Neighbourhood, median_bandwidth
 from mmdjax.numerics import all_finite, product, reciprocal, safe_sqrt
 from mmdjax.particles import Particles, flat, wide_dtype
 from mmdjax.radial import (
@@ -21,13 +22,9 @@ from mmdjax.radial import (
     Energy,
     Kernel,
     Laplacian,
-    Median,
-    NearestNeighbour,
-    Neighbourhood,
     Radial,
     RationalQuadratic,
     Scaled,
-    median_bandwidth,
 )
 from mmdjax.tree import as_component, is_concrete, pytree, replace, static
 

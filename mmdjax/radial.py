@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from mmdjax.distances import nearest_distance, neighbour_distance, pairwise_median, squared_distance
+from mmdjax.bandwidths import Median, Neighbourhood
+from mmdjax.distances import squared_distance
 from mmdjax.numerics import product, reciprocal, safe_sqrt
 from mmdjax.particles import Particles, as_particles, flat
 from mmdjax.schedules import Level
@@ -372,59 +373,3 @@ class Energy(Radial):
     def _from_origin(self, points):
         origin = Particles(jax.tree.map(lambda o: jnp.asarray(o)[None], self.origin))
         return -super().gram(points, origin)[:, 0]
-
-
-# Where a bandwidth of None comes from. Detached, on at most 2,000 references.
-
-
-@pytree
-class Median:
-    """factor × the median distance between two references."""
-
-    factor: Any = 1.0
-
-    def __call__(self, refs: Particles) -> Array:
-        return self.factor * pairwise_median(flat(refs.x), refs.probabilities())
-
-
-@pytree
-class NearestNeighbour:
-    """factor × the median distance of a reference to its nearest other one, duplicates ignored."""
-
-    factor: Any = 2.0
-
-    def __call__(self, refs: Particles) -> Array:
-        return self.factor * nearest_distance(flat(refs.x), refs.probabilities())
-
-
-@pytree
-class Neighbourhood:
-    """factor × .8 × the median distance of a reference to its √m-th nearest other one of m, duplicates ignored.
-
-    In few dimensions that is a multiple of the nearest one's distance, so that a neighbourhood holds enough references
-    to be no copy of one; in many, where all distances are alike, hardly more than it. It shrinks as m grows. At most
-    factor × 3.5 × the median distance to the nearest one: modes of fewer than √m references would be blurred together.
-    """
-
-    factor: Any = 1.0
-
-    def __call__(self, refs: Particles) -> Array:
-        y, p = flat(refs.x), refs.probabilities()
-        return self.factor * jnp.minimum(0.8 * neighbour_distance(y, p), 3.5 * nearest_distance(y, p))
-
-
-def median_bandwidth(refs: Any) -> Float[Array, ""]:
-    """The median distance between two references: the usual width of an RBF.  Gretton et al. 2012, section 8.
-
-    Detached; on at most 2,000 references spread evenly over the rows. Zero-weight rows are left out.
-
-    Args:
-      refs: Particles, or an array [m, ...] of at least two samples.
-    Raises:
-      ValueError: fewer than two references.
-
-    Example:
-      >>> float(median_bandwidth(jnp.array([[0.0], [1.0], [3.0]])))
-      2.0
-    """
-    return Median()(as_particles(refs))
