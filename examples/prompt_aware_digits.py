@@ -14,16 +14,15 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from train_latent_digits import FOLDER, NAMES, STYLES
 
 import mmdjax.sd
 from mmdjax import IMQ, MMDGuidance, Particles, guided_sample, mmd2
-from mmdjax.digits import slant, splits, thicken
+from mmdjax.digits import splits
 from mmdjax.metrics import energy_distance
 from mmdjax.plots import save_labelled_grids
 
-MODEL = Path(__file__).parent / "latent_digits"
-NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-STYLES = (thicken, lambda images: np.clip(thicken(images, -0.4), -1, 1), slant)  # thick, thin, slanted
+ORDER = ("thick", "thin", "slanted")  # the styles of zero, one, two; of three, four, five; and so on
 
 
 def styled_digits(num_refs: int, seed: int):
@@ -31,7 +30,7 @@ def styled_digits(num_refs: int, seed: int):
     _, (images, labels) = splits()
     rng, found = np.random.default_rng(seed), {}
     for digit, name in enumerate(NAMES):
-        pictures = STYLES[digit % 3](rng.permutation(images[labels == digit])).repeat(3, axis=-1)
+        pictures = STYLES[ORDER[digit % 3]](rng.permutation(images[labels == digit])).repeat(3, axis=-1)
         found[f"a {name}"] = pictures[:num_refs], pictures[num_refs:]
     return found
 
@@ -46,7 +45,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the picture (default out)")
     args = parser.parse_args()
 
-    pipeline, params = mmdjax.sd.load(MODEL, param_dtype=jnp.float32)
+    pipeline, params = mmdjax.sd.load(FOLDER, param_dtype=jnp.float32)
     digits = styled_digits(args.refs, args.seed)
     pictures, captions = np.concatenate([refs for refs, _ in digits.values()]), np.repeat(list(digits), args.refs)
     refs = mmdjax.sd.encode_references(pipeline, params, pictures, captions.tolist()).particles()

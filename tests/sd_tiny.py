@@ -8,6 +8,7 @@ from flax.traverse_util import unflatten_dict
 
 from mmdjax.sd import convert
 from mmdjax.sd.models import Component, export, module_from_config
+from mmdjax.sd.tiny import VAE
 
 UNET = {
     "_class_name": "UNet2DConditionModel",
@@ -17,12 +18,6 @@ UNET = {
     "layers_per_block": 1,
     "cross_attention_dim": 16,
     "attention_head_dim": 8,
-}
-VAE = {
-    "_class_name": "AutoencoderKL",
-    "block_out_channels": [32, 32],
-    "down_block_types": ["DownEncoderBlock2D"] * 2,
-    "up_block_types": ["UpDecoderBlock2D"] * 2,
 }
 VQ = VAE | {"_class_name": "VQModel", "num_vq_embeddings": 16}
 TEXT = {

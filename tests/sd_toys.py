@@ -5,17 +5,10 @@ from pathlib import Path
 
 import sd_tiny
 
+from mmdjax.sd import tiny
 from mmdjax.sd.models import export
-from mmdjax.sd.tiny import write_vocabulary
 
-UNCONDITIONAL = {
-    "_class_name": "UNet2DModel",
-    "sample_size": 4,
-    "block_out_channels": [32, 32],
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
-    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
-    "layers_per_block": 1,
-}
+UNCONDITIONAL = tiny.UNCONDITIONAL | {"sample_size": 4, "block_out_channels": [32, 32]}
 
 
 def write_pipeline(folder, *, prefix="", unconditional=False):
@@ -28,7 +21,7 @@ def write_pipeline(folder, *, prefix="", unconditional=False):
         text = sd_tiny.TEXT | {"vocab_size": 518, "eos_token_id": 517}
         unet = sd_tiny.UNET | {"cross_attention_dim": 32, "sample_size": 4}
         raw = {"unet": unet, "vae": sd_tiny.VAE, "text_encoder": text}
-        write_vocabulary(folder / "tokenizer", length=8)
+        tiny.write_vocabulary(folder / "tokenizer", length=8)
     export(folder, {name: sd_tiny.component(config, prefix=prefix) for name, config in raw.items()})
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))

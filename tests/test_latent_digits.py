@@ -15,14 +15,14 @@ from mmdjax.sd import encode_references, load
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.append(str(EXAMPLES))
-from prompt_aware_digits import MODEL, styled_digits  # noqa: E402
+from prompt_aware_digits import FOLDER, styled_digits  # noqa: E402
 
 EACH = 4  # samples of each prompt
 
 
 @pytest.fixture(scope="module")
 def loaded():
-    return load(MODEL, param_dtype=jnp.float32)
+    return load(FOLDER, param_dtype=jnp.float32)
 
 
 @pytest.fixture(scope="module")

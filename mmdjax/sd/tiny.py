@@ -13,6 +13,7 @@ from flax.traverse_util import unflatten_dict
 from mmdjax.sd import convert
 from mmdjax.sd.models import Component, module_from_config
 from mmdjax.sd.pipeline import Pipeline
+from mmdjax.sd.pretrained import SD_SCHEDULER
 from mmdjax.sd.scheduler import Scheduler
 from mmdjax.sd.tokenizer import END, START, load_tokenizer
 
@@ -54,15 +55,6 @@ TEXT = {
     "num_attention_heads": 2,
     "max_position_embeddings": 77,
 }
-SCHEDULER = {
-    "_class_name": "DDIMScheduler",
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-}
 
 
 def write_tiny(folder: str | Path, *, unconditional: bool = False, seed: int = 0) -> Path:
@@ -88,7 +80,7 @@ def write_tiny(folder: str | Path, *, unconditional: bool = False, seed: int = 0
         configs = {"unet": UNET, "vae": VAE, "text_encoder": text}
     parts = {name: _random(raw, seed) for name, raw in configs.items()}
     modules = {name: part.module for name, part in parts.items()}
-    pipeline = Pipeline(modules, configs, Scheduler(SCHEDULER), tokenizers, {})
+    pipeline = Pipeline(modules, configs, Scheduler(SD_SCHEDULER), tokenizers, {})
     pipeline.export(folder, {name: part.params for name, part in parts.items()})
     return folder
 
