@@ -20,6 +20,8 @@ surplus out to where there is no data. And the steps are averaged over neighbour
 
 so that the batch moves as a smooth field: what sets single references apart is noise of a small sample, and it moves
 particles apart from their neighbours; what the target is, moves them together. Details below h stay the model's.
+A particle farther from every reference than nine in ten of these are from their nearest other one is none of the
+target's yet, and moves by its own step: an average would leave it with the neighbours that it came with.
 
 References:
   Gretton et al. 2012, eq. 3 and 5. Cheng 1995 (mean shift as majorise-minimise). Liu & Wang 2016 (a
@@ -32,10 +34,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from mmdjax.distances import squared_distance
 from mmdjax.kernels import RBF, Kernel, Product, Radial, Sum
 from mmdjax.mmd import pair_norm
 from mmdjax.numerics import product, reciprocal
-from mmdjax.particles import Particles, per_sample, wide_dtype
+from mmdjax.particles import Particles, flat, per_sample, wide_dtype
 from mmdjax.schedules import Level
 from mmdjax.tree import pytree, static
 
@@ -140,13 +143,20 @@ def balance_at(kernel: Kernel, level: Level | None) -> Any:
     return jnp.where(total > 0, reach2 / jnp.where(total > 0, total, 1.0), 0.0)
 
 
-def neighbours(kernel: Kernel, z: Particles) -> Float[Array, "n n"]:
-    """w(z_i, z_j)/Σ_j w(z_i, z_j). A weight that is infinite at distance 0 counts there as the row's largest other."""
+def neighbours(kernel: Kernel, z: Particles, refs: Particles, spread2: Any = jnp.inf) -> Float[Array, "n n"]:
+    """The average over neighbours: w(z_i, z_j)/Σ_j w(z_i, z_j), for a particle among the references.
+
+    Row i of the identity for one farther from all references than √spread2, with a smooth step between. A weight that
+    is infinite at distance 0 counts there as the row's largest other.
+    """
     weight = jnp.maximum(kernel.pair_weights(z, z, same=True), 0.0)  # a product with Cosine may be negative
     eye = jnp.eye(z.n, dtype=bool)
     own = jnp.maximum(jnp.diagonal(weight), jnp.max(jnp.where(eye, 0.0, weight), axis=1))
     weight = jnp.where(eye, jnp.where(own > 0, own, 1.0)[:, None], weight)
-    return weight / weight.sum(1, keepdims=True)
+    d2 = squared_distance(flat(z.x), flat(refs.x))
+    nearest2 = jnp.min(jnp.where(refs.probabilities() > 0, d2, jnp.inf), axis=1)
+    among = 1 / (1 + jnp.minimum(nearest2 / spread2, 16.0) ** 8)
+    return jnp.where(eye, (1 - among)[:, None], 0.0) + (among / weight.sum(1))[:, None] * weight
 
 
 @pytree

@@ -114,6 +114,19 @@ def neighbour_distance(y: Float[Array, "m d"], weight: Float[Array, " m"]) -> Fl
     return _median_distance(chosen, jnp.isfinite(chosen))
 
 
+def spread2(y: Float[Array, "m d"], weight: Float[Array, " m"], share: float = 0.9) -> Float[Array, ""]:
+    """The squared distance within which a share of the rows has its nearest distinct other one; ∞ if all are equal.
+
+    Of rows of positive weight; detached, on at most `SUBSET` rows.
+    """
+    if y.shape[0] < 2:
+        return jnp.full((), jnp.inf, y.dtype)
+    d2, valid = _valid_pairs(y, weight, "spread")
+    ordered = jnp.sort(jnp.min(jnp.where(valid & (d2 > 0), d2, jnp.inf), axis=1))
+    count = jnp.isfinite(ordered).sum()
+    return ordered[jnp.maximum(jnp.ceil(share * count).astype(int) - 1, 0)]
+
+
 def _valid_pairs(y: Array, weight: Array, what: str) -> tuple[Array, Array]:
     if y.shape[0] < 2:
         raise ValueError(

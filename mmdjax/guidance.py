@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Array
 
 from mmdjax.direction import balance_at, diffused_pair, neighbours, shift_direction
-from mmdjax.distances import subset
+from mmdjax.distances import spread2, subset
 from mmdjax.kernels import IMQ, RBF, Kernel, NearestNeighbour, Neighbourhood, Polynomial, as_kernel, check_fitted
 from mmdjax.memory import Memory
 from mmdjax.mmd import check_estimator, cross_term, self_term
@@ -175,6 +175,7 @@ class BoundGuidance:
     kernel: Kernel
     refs: Particles
     refs_term: Any
+    spread2: Any
     cond: Any
     memory: Particles | None
 
@@ -254,7 +255,7 @@ class BoundGuidance:
             average = None
             if rule == "field":  # of the points as they come: once a call, not at each inner step
                 among = kernel[0] if isinstance(kernel, tuple) else kernel
-                average = neighbours(among, Particles(z, self.cond))
+                average = neighbours(among, Particles(z, self.cond), refs, self.spread2)
 
             def inner(carry, index):
                 if length is None:
@@ -351,12 +352,14 @@ def bind(
     refs = widen(refs)
     rows = subset(refs.n)
     some = jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf[rows]), refs)
-    refs_term = 0.0
+    refs_term, spread = 0.0, jnp.inf
     if guidance.at in ("denoised", "clean"):
         refs_term = jax.lax.stop_gradient(self_term(kernel, some, guidance.estimator))
+        if guidance.rule == "field":
+            spread = spread2(flat(some.x), some.probabilities())
     held = None
     if memory is not None:
         memory = memory.reset_when_full() if guidance.published else memory
         held = widen(memory.particles)
         held = held if kernel.sees_cond else replace(held, cond=None)
-    return BoundGuidance(guidance, kernel, refs, refs_term, cond, held)
+    return BoundGuidance(guidance, kernel, refs, refs_term, spread, cond, held)

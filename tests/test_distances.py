@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from mmdjax import IMQ, RBF, Cosine, Energy, Laplacian, Particles, Polynomial, RationalQuadratic, mmd2
-from mmdjax.distances import SUBSET, nearest_distance, neighbour_distance, pairwise_median, squared_distance, subset
+from mmdjax.distances import (
+    SUBSET,
+    nearest_distance,
+    neighbour_distance,
+    pairwise_median,
+    spread2,
+    squared_distance,
+    subset,
+)
 
 LARGE = 65_536
 BLOCK = 2**22 // LARGE  # pairs that the recomputation takes at a time
@@ -201,6 +209,9 @@ def test_rules_leave_out_duplicates_and_empty_slots():
     assert pairwise_median(y, weight) == 1.5  # of 0, 1, 1, 2, 3, 3
     assert jnp.isnan(pairwise_median(y[:2], weight[:2]))
     assert jnp.isnan(nearest_distance(y, weight.at[1:].set(0.0)))
+    assert spread2(y, weight) == 4.0  # of 1, 1, 1, 4
+    assert spread2(y, weight, 0.75) == 1.0
+    assert spread2(y[:2], weight[:2]) == spread2(y[:1], weight[:1]) == jnp.inf
 
 
 def test_a_bandwidth_of_references_near_one_point():

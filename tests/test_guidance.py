@@ -23,6 +23,7 @@ from mmdjax import (
     mmd2,
 )
 from mmdjax.direction import balance_at, diffused_pair, neighbours, shift_direction
+from mmdjax.distances import spread2
 from mmdjax.guidance import bind, fit_kernel
 from mmdjax.guided import ROUNDING
 from mmdjax.kernels import NearestNeighbour, Neighbourhood
@@ -108,7 +109,7 @@ def test_field_step_in_loops():
     assert weakened > 0
     step = -shift_direction(IMQ(c), Particles(Z), Particles(Y), None, precondition="field", balance=b)
     np.testing.assert_allclose(step, expected, rtol=2e-5, atol=2e-6)  # float32 against float64
-    np.testing.assert_allclose(neighbours(IMQ(c), Particles(Z)), average, rtol=2e-5)
+    np.testing.assert_allclose(neighbours(IMQ(c), Particles(Z), Particles(Y)), average, rtol=2e-5)
 
 
 def test_balance_is_on_when_noise_is_below_the_kernels_reach():
@@ -134,11 +135,24 @@ def test_a_surplus_is_not_pushed_where_there_is_no_data():
 def test_neighbours_average(name):
     """Rows are weights; equal shifts stay; a sample alone is its own average."""
     cond = jnp.zeros(7, int)
-    average = neighbours(KERNELS[name], Particles(Z, cond))
+    average = neighbours(KERNELS[name], Particles(Z, cond), Particles(Y))
     assert bool((average >= 0).all())
     np.testing.assert_allclose(average.sum(1), 1, rtol=1e-5)  # float32
     assert bool((jnp.diagonal(average) >= average.max(1) * (1 - 1e-6)).all())
-    assert neighbours(KERNELS[name], Particles(Z[:1], cond[:1])).tolist() == [[1.0]]
+    assert neighbours(KERNELS[name], Particles(Z[:1], cond[:1]), Particles(Y)).tolist() == [[1.0]]
+
+
+def test_what_is_far_from_all_references_moves_on_its_own():
+    """Nine references a distance 1 apart, one empty slot: particles at .5, 1 and 1.5 from them, in the average."""
+    refs = Particles(jnp.arange(10.0)[:, None], weight=jnp.ones(10).at[9].set(0.0))
+    spread = spread2(refs.x, refs.weight)
+    assert spread == 1.0
+    z = Particles(jnp.array([[3.5], [9.0], [9.5], [1e9]]))  # 9 is the empty slot's
+    average, plain = (neighbours(IMQ(1.0), z, refs, s) for s in (spread, jnp.inf))
+    np.testing.assert_allclose(average.sum(1), 1, rtol=1e-5)  # float32
+    share = (average - jnp.eye(4))[:, 0] / (plain - jnp.eye(4))[:, 0]
+    np.testing.assert_allclose(share, [1 / (1 + 0.25**8), 0.5, 1 / (1 + 2.25**8), 0.0], rtol=1e-4, atol=1e-6)
+    assert bool(jnp.isfinite(jax.grad(lambda x: neighbours(IMQ(1.0), Particles(x), refs, spread).sum())(z.x)).all())
 
 
 def test_few_references_are_not_copied():
@@ -384,7 +398,7 @@ def test_guide_denoiser_is_the_denoised_shift():
     level = VPLinear()(0.3)
     z = level.alpha * Z
     kernel = fit_kernel(guidance, Particles(Y))
-    average = neighbours(kernel, Particles(z))  # of the points as they come
+    average = neighbours(kernel, Particles(z), Particles(Y), spread2(Y, jnp.ones(len(Y))))  # of the points as they come
     for _ in range(4):
         balance = balance_at(kernel, level)
         z = z - average @ shift_direction(
