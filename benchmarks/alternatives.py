@@ -26,33 +26,35 @@ from mmdjax.tree import pytree
 EVALUATIONS = NUM_SAMPLES * NUM_STEPS
 EXAMPLES = EVALUATIONS // 3
 CLASSIFIER_EXAMPLES = 10 * EXAMPLES
+ADAM = optax.adam(1.0)
 CLASSIFIER_BATCH = 32  # references, and as many generated
 
 
-def _descend(loss, params, key, rate, num_steps):
-    # Adam, its rate falling to 0
-    optimizer = optax.adam(1.0)
+def _descend(loss, params, state, key, i, num_steps, rate):
+    # step i of Adam, its rate falling to 0
+    updates, state = ADAM.update(jax.grad(loss)(params, jax.random.fold_in(key, i)), state)
+    shrink = rate * (1 - i / num_steps)
+    return optax.apply_updates(params, jax.tree.map(lambda u: shrink * u, updates)), state
 
-    def step(i, carry):
-        params, state = carry
-        updates, state = optimizer.update(jax.grad(loss)(params, jax.random.fold_in(key, i)), state)
-        shrink = rate * (1 - i / num_steps)
-        return optax.apply_updates(params, jax.tree.map(lambda u: shrink * u, updates)), state
 
-    return jax.lax.fori_loop(0, num_steps, step, (params, optimizer.init(params)))[0]
+def fine_tune(params: Any, key: Any, refs: Particles, rate: Any, *, model: DiffusionModel, batch_size: int) -> Any:
+    """The parameters after `EXAMPLES` references, drawn with replacement, under the denoising loss."""
+    params = jax.tree.map(jnp.asarray, params)
+    state, num_steps = ADAM.init(params), EXAMPLES // batch_size
+    for i in range(num_steps):  # in a compiled loop, gradients of convolutions are slow on CPU
+        params, state = _tune(params, state, key, i, num_steps, refs, rate, model=model, batch_size=batch_size)
+    return params
 
 
 @functools.partial(jax.jit, static_argnames="batch_size")
-def fine_tune(params: Any, key: Any, refs: Particles, rate: Any, *, model: DiffusionModel, batch_size: int) -> Any:
-    """The parameters after `EXAMPLES` references, drawn with replacement, under the denoising loss."""
-
+def _tune(params, state, key, i, num_steps, refs, rate, *, model, batch_size):
     def loss(params, key):
         key_rows, key_loss = jax.random.split(key)
         rows = jax.random.randint(key_rows, (batch_size,), 0, refs.n)
         x, cond = jax.tree.map(lambda leaf: leaf[rows], (refs.x, refs.cond))
         return denoising_loss(params, key_loss, x, cond, model=model)
 
-    return _descend(loss, jax.tree.map(jnp.asarray, params), key, rate, EXAMPLES // batch_size)
+    return _descend(loss, params, state, key, i, num_steps, rate)
 
 
 class Classifier(nn.Module):
@@ -95,7 +97,9 @@ def train_classifier(key: Any, refs: Particles, generated: Particles, rate: Any,
         return sum(losses)
 
     num_steps = CLASSIFIER_EXAMPLES // (2 * CLASSIFIER_BATCH)
-    return {"network": _descend(loss, network, key_steps, rate, num_steps), "spread": spread}
+    step = lambda i, carry: _descend(loss, *carry, key_steps, i, num_steps, rate)
+    network, _ = jax.lax.fori_loop(0, num_steps, step, (network, ADAM.init(network)))
+    return {"network": network, "spread": spread}
 
 
 @pytree

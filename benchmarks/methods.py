@@ -4,6 +4,7 @@ A method makes samples from (task, seed, setting). Where it has several settings
 the seeds for choosing: the smallest mean energy among those whose memorisation ratio is at least .8 there.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -64,6 +65,10 @@ class Method:
     run: Callable[[Task, int, Any], Any]
     settings: dict[str, Any] = field(default_factory=lambda: {"": None})
     for_task: Callable[[Task], bool] = lambda task: True
+
+    def thinned(self, keep: int) -> "Method":
+        """With one in `keep` of its settings."""
+        return dataclasses.replace(self, settings=dict([*self.settings.items()][::keep]))
 
 
 def guided(
@@ -142,13 +147,13 @@ def _guidance(make: Callable[[Task, Any, Any], MMDGuidance], *settings: Any, **m
     return Method(run, *settings, **more)
 
 
-def _kernel(make: Callable[[Any], Any]) -> Method:
+def _kernel(make: Callable[[Any], Any], widths: dict[str, Any]) -> Method:
     # make: width -> kernel; the width is a number, so that all widths share one compiled sampler
     def guidance(task, refs, rule):
         kernel = make(rule(Particles(as_particles(refs).x)))
         return with_conditions(task, MMDGuidance(kernel=kernel), kernel)
 
-    return _guidance(guidance, WIDTHS)
+    return _guidance(guidance, widths)
 
 
 def _rule(task, refs, alpha):
@@ -197,7 +202,12 @@ def _fine_tuning_rates(rates):
 
 def methods(task: Task) -> dict[str, Method]:
     """All methods of a task, by the names that the tables have."""
-    rates = (0.03, 0.1, 0.2, 0.4) if isinstance(task.params, Mixture) else (2e-4, 5e-4, 1e-3, 2e-3)
+    rates = (2e-4, 5e-4, 1e-3, 2e-3)
+    if isinstance(task.params, Mixture):
+        rates = (0.03, 0.1, 0.2, 0.4)
+    elif task.costly:
+        rates = (2e-5, 5e-5, 1e-4, 2e-4)
+    widths = {"default": WIDTHS["default"]} if task.costly else WIDTHS
     found = {
         "fresh sample": _yardstick("fresh"),
         "references": _yardstick("refs"),
@@ -209,11 +219,11 @@ def methods(task: Task) -> dict[str, Method]:
     for at in ("sample", "clean", "diffused"):
         found[f'at="{at}"'] = _guidance(lambda task, refs, _, at=at: default(task, at))
     found |= {
-        "IMQ": _kernel(IMQ),
-        "RBF": _kernel(RBF),
-        "Laplacian": _kernel(Laplacian),
-        "RationalQuadratic": _kernel(RationalQuadratic),
-        "RBF of three widths": _kernel(lambda h: RBF((0.5 * h, h, 2 * h))),
+        "IMQ": _kernel(IMQ, widths),
+        "RBF": _kernel(RBF, widths),
+        "Laplacian": _kernel(Laplacian, widths),
+        "RationalQuadratic": _kernel(RationalQuadratic, widths),
+        "RBF of three widths": _kernel(lambda h: RBF((0.5 * h, h, 2 * h)), widths),
         "Energy": _guidance(lambda task, refs, _: with_conditions(task, MMDGuidance(kernel=Energy()), Energy())),
         TUNED: Method(_fine_tuned, _fine_tuning_rates(rates)),
         "SDEdit from references": Method(
@@ -231,4 +241,6 @@ def methods(task: Task) -> dict[str, Method]:
             },
         ),
     }
+    if task.costly:
+        found = {name: method if name == RULE else method.thinned(2) for name, method in found.items()}
     return {name: method for name, method in found.items() if method.for_task(task)}

@@ -19,11 +19,12 @@ def picture(path: Path, task: Task, record: dict[str, Any], seed: int) -> None:
     """Write one for samples in the plane or images; for others there is none."""
     if len(task.model.shape) != 3 and task.model.shape != (2,):
         return
+    shown = task.show or (lambda x: x)
     ways = methods(task)
     panels = {}
     for name, title in SHOWN.items():
         setting = ways[name].settings[record["methods"][name].get("setting", "")]
-        panels[title] = np.asarray(as_particles(ways[name].run(task, seed, setting)).x)
+        panels[title] = np.asarray(shown(as_particles(ways[name].run(task, seed, setting)).x))
     if task.model.shape == (2,):
         _scatter(path, panels, np.asarray(as_particles(judge(task, seed).draw.rest).x))
     else:

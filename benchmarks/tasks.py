@@ -7,17 +7,23 @@ that all methods are compared with. The three are disjoint. `CHOOSING` are the s
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from scipy.stats import chi2
 
+import mmdjax.sd
 from mmdjax import IMQ, Delta, DiffusionModel, Particles, Product, load_digits
 from mmdjax.digits import slant, splits, thicken
 from mmdjax.mixtures import mixture, mixture_model
+from mmdjax.tree import pytree
 
 NUM_REFS, NUM_SAMPLES, NUM_STEPS = 100, 200, 50
 CHOOSING, REPORTING = range(5), range(100, 105)
+LATENT_DIGITS = Path(__file__).parents[1] / "examples" / "latent_digits"
 NUM_REST = 2000  # where the target can be drawn from without end
 
 
@@ -42,6 +48,8 @@ class Task:
       centres, std: a Gaussian mixture's modes in the target [k, d], and their standard deviation in each coordinate.
       cond: the conditions to sample, [NUM_SAMPLES], or None.
       kernel: the default one times one of the conditions, where there are some; None otherwise.
+      show: samples -> images, where they are none.
+      costly: fewer settings of the other methods are tried.
     """
 
     name: str
@@ -54,6 +62,8 @@ class Task:
     std: float | None = None
     cond: Any = None
     kernel: Any = None
+    show: Callable[[Any], np.ndarray] | None = None
+    costly: bool = False
 
     def off_centre(self, x: Any) -> np.ndarray:
         """Distance of each sample to its nearest mode, over the radius that holds 99% of that mode."""
@@ -176,33 +186,64 @@ def _digits_style(name, style):
     model, params = load_digits()
 
     def draw(seed, num_refs=NUM_REFS):
-        rng = np.random.default_rng(seed)
         _, (images, _) = splits()
-        images = style(images)[rng.permutation(len(images))]
-        if num_refs + NUM_SAMPLES >= len(images):
-            raise ValueError(f"num_refs is {num_refs}; {len(images)} images are held out, {NUM_SAMPLES} of them fresh")
-        return _split(images, num_refs)
+        return _split_pool(style(images), np.random.default_rng(seed), num_refs)
 
     return Task(name, model, params, draw)
 
 
 def digits_prompted() -> Task:
-    """Class-conditional digits whose style depends on the class: 3s thick, 7s slanted; the label is the condition.
+    """Class-conditional digits whose style depends on the class: 3s and 9s thick, 5s and 8s slanted.
 
-    References are held-out images, as many of each class; fresh and rest as in `digits_mixture`, with their labels.
+    The label is the condition. These four look alike; of 3 and 7, say, the pictures alone tell the style, and any
+    kernel will do. References are held-out images, as many of each class; fresh and rest as in `digits_mixture`, with
+    their labels.
     """
     model, params = load_digits()
-    styles = {3: thicken, 7: slant}
-    cond = np.repeat(np.array(list(styles), np.int32), NUM_SAMPLES // 2)
+    styles = {3: thicken, 5: slant, 8: slant, 9: thicken}
+    cond = np.repeat(np.array(list(styles), np.int32), NUM_SAMPLES // len(styles))
 
     def draw(seed, num_refs=NUM_REFS):
-        parts = _by_class(np.random.default_rng(seed), dict.fromkeys(styles, num_refs // 2))
+        parts = _by_class(np.random.default_rng(seed), dict.fromkeys(styles, num_refs // len(styles)))
         styled = {c: [styles[c](images) for images in three] for c, three in parts.items()}
-        refs, fresh, rest = (_weighted(part, dict.fromkeys(styles, 0.5)) for part in zip(*styled.values(), strict=True))
+        shares = dict.fromkeys(styles, 1 / len(styles))
+        refs, fresh, rest = (_weighted(part, shares) for part in zip(*styled.values(), strict=True))
         return Draw(refs, fresh, rest)
 
     kernel = Product(x=IMQ(), cond=Delta())
-    return Task("digits: 3s thick, 7s slanted", model, params, draw, cond=cond, kernel=kernel)
+    return Task("digits: 3, 9 thick, 5, 8 slanted", model, params, draw, cond=cond, kernel=kernel)
+
+
+@pytree
+class EmptyPrompt:
+    """A text-to-image denoiser under the empty prompt; params: (the pipeline's, the prompt's encoding)."""
+
+    denoiser: Any
+
+    def __call__(self, params, x, level, cond):
+        network, prompt = params
+        prompt = jax.tree.map(lambda v: jnp.broadcast_to(v, (x.shape[0], *v.shape[1:])), jax.lax.stop_gradient(prompt))
+        return self.denoiser(network, x, level, prompt)
+
+
+def latent_digits() -> Task:
+    """The latent diffusion model in examples/latent_digits, without a prompt, to held-out digits with thick strokes."""
+    pipeline, params = mmdjax.sd.load(LATENT_DIGITS, param_dtype=jnp.float32)
+    denoiser, schedule, shape = EmptyPrompt(pipeline.denoiser), pipeline.schedule, pipeline.latent_shape()
+    _, (images, _) = splits()
+    latents = np.asarray(pipeline.encode_images(params, thicken(images).repeat(3, axis=-1)))
+
+    def draw(seed, num_refs=NUM_REFS):
+        return _split_pool(latents, np.random.default_rng(seed), num_refs)
+
+    return Task(
+        "latent digits: thickened strokes",
+        DiffusionModel(denoiser, schedule, shape),
+        ({"unet": params["unet"]}, pipeline.encode_prompts(params, [""])),
+        draw,
+        show=lambda x: np.asarray(pipeline.decode(params, x)),
+        costly=True,
+    )
 
 
 def _by_class(rng, counts):
@@ -238,8 +279,14 @@ def _nearest(x, places):
     return np.linalg.norm(x - places[index], axis=1), index
 
 
+def _split_pool(images, rng, num_refs):
+    if num_refs + NUM_SAMPLES >= len(images):
+        raise ValueError(f"num_refs is {num_refs}; {len(images)} images are held out, {NUM_SAMPLES} of them fresh")
+    return _split(images[rng.permutation(len(images))], num_refs)
+
+
 def _split(points, num_refs):
     return Draw(points[:num_refs], points[num_refs : num_refs + NUM_SAMPLES], points[num_refs + NUM_SAMPLES :])
 
 
-TASKS = (ring, grid, moons, mixture_16d, digits_mixture, digits_thick, digits_slanted, digits_prompted)
+TASKS = (ring, grid, moons, mixture_16d, digits_mixture, digits_thick, digits_slanted, digits_prompted, latent_digits)
