@@ -33,6 +33,7 @@ from mmdjax import (
     Particles,
     RationalQuadratic,
     guided_sample,
+    suggest_guidance,
 )
 from mmdjax.guidance import default_kernel
 from mmdjax.kernels import Median, NearestNeighbour
@@ -156,6 +157,15 @@ def _kernel(make: Callable[[Any], Any], widths: dict[str, Any]) -> Method:
     return _guidance(guidance, widths)
 
 
+def _suggested(task, seed, _):
+    refs = judge(task, seed).draw.refs
+    made = suggest_guidance(
+        task.params, jax.random.key(seed + 10_000), as_particles(refs), model=task.model, num_samples=NUM_SAMPLES,
+        cond=task.cond, guidance=default(task),
+    )  # fmt: skip
+    return guided(task, seed, refs, made.guidance)
+
+
 def _rule(task, refs, alpha):
     rule = MMDGuidance.paper(alpha)
     return with_conditions(task, rule, rule.kernel)
@@ -216,6 +226,7 @@ def methods(task: Task) -> dict[str, Method]:
         DEFAULT: _guidance(lambda task, refs, _: default(task)),
         PLAIN: _guidance(lambda task, refs, _: MMDGuidance(), for_task=lambda task: task.kernel is not None),
     }
+    found["as suggest_guidance chooses"] = Method(_suggested)
     for at in ("sample", "clean", "diffused"):
         found[f'at="{at}"'] = _guidance(lambda task, refs, _, at=at: default(task, at))
     found |= {
