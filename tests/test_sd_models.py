@@ -2,7 +2,10 @@
 parts.
 """
 
+import functools
 import json
+import math
+import re
 from pathlib import Path
 
 import flax.linen as nn
@@ -15,7 +18,7 @@ from safetensors.numpy import load_file
 
 from mmdjax import from_model
 from mmdjax.schedules import DiscreteTime, ScaledLinear
-from mmdjax.sd import convert, layers
+from mmdjax.sd import convert, layers, primitives
 from mmdjax.sd.clip import end_of_text
 from mmdjax.sd.models import module_from_config
 
@@ -145,9 +148,9 @@ def test_large_attention_logits_in_half_precision(dtype):
     """Porting 9: q·k of 10⁵ is beyond float16; the logits are float32 whatever q is."""
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.standard_normal((1, 6, 2, 64)) * s, dtype) for s in (200, 200, 1))
-    exact = layers.attend(*(a.astype(jnp.float32) for a in (q, k, v)))
+    exact = primitives.attend(*(a.astype(jnp.float32) for a in (q, k, v)))
     for upcast in (False, True):
-        y = layers.attend(q, k, v, upcast=upcast).astype(jnp.float32)
+        y = primitives.attend(q, k, v, upcast=upcast).astype(jnp.float32)
         assert np.isfinite(y).all()
         assert relative(y, exact) < 0.02  # one value of eight bits
 
@@ -167,25 +170,59 @@ def test_upcast_attention(monkeypatch, upcast):
     assert seen == {("float32",) * 3 + (None,) if upcast else ("bfloat16",) * 3 + ("cudnn",)}
 
 
+FORMS = {"cpu": primitives._by_head, "elsewhere": primitives._all_heads}
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("length", [7, 12, 64])
 @pytest.mark.parametrize("limit", [1, 100, 500, 3000])
-def test_attention_in_blocks(length, limit):
-    """Blocks of queries change neither the value nor the gradient, whether or not they divide the length."""
+def test_attention_in_blocks(form, length, limit):
+    """Neither the form nor blocks of queries change the value or the gradient, dividing the length or not."""
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.standard_normal((2, n, 3, 8)), jnp.float32) for n in (length, 5, 5))
-    whole = jax.value_and_grad(lambda q, k, v: (layers.attend(q, k, v) ** 2).sum(), (0, 1, 2))(q, k, v)
-    blocks = jax.value_and_grad(lambda q, k, v: (layers.attend(q, k, v, limit=limit) ** 2).sum(), (0, 1, 2))(q, k, v)
+
+    def square(attend):
+        return jax.value_and_grad(lambda q, k, v: (attend(q, k, v) ** 2).sum(), (0, 1, 2))(q, k, v)
+
+    whole, blocks = square(jax.nn.dot_product_attention), square(functools.partial(FORMS[form], limit=limit))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), whole, blocks)
 
 
-def test_attention_in_blocks_bounds_memory():
-    q = jax.ShapeDtypeStruct((1, 4096, 1, 64), jnp.float32)
+@pytest.mark.parametrize("form", FORMS)
+def test_attention_in_blocks_bounds_memory(form):
+    """No array of the computation, forwards or back, is larger than the limit: it is 64 times that in one block."""
+    q = jax.ShapeDtypeStruct((1, 4096, 2, 16), jnp.float32)
 
-    def peak(limit):
-        run = jax.jit(lambda q: layers.attend(q, q, q, limit=limit)).lower(q).compile()
-        return run.memory_analysis().temp_size_in_bytes
+    def largest(limit):
+        run = jax.grad(lambda q: FORMS[form](q, q, q, limit).sum())
+        shapes = re.findall(r"f32\[([\d,]+)\]", str(jax.make_jaxpr(run)(q)))
+        return max(math.prod(map(int, shape.split(","))) for shape in shapes)
 
-    assert peak(2**18) < peak(2**28) / 8
+    assert largest(2**19) == 2**19
+    assert largest(2**30) >= 2**24
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "padding"), [(3, 1, (1, 1)), (3, 2, (0, 1)), (3, 2, (1, 1)), (1, 1, (0, 0))]
+)
+def test_convolution_in_its_forms(size, stride, padding):
+    """Of few positions and of many, with its gradients, against XLA's."""
+    rng = np.random.default_rng(0)
+    kernel = jnp.asarray(rng.standard_normal((size, size, 5, 4)), jnp.float32)
+    how = {"dimension_numbers": jax.lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))}
+
+    for height in (7, 70):
+        x = jnp.asarray(rng.standard_normal((2, height, 8, 5)), jnp.float32)
+
+        def both(f, x=x):
+            return jax.value_and_grad(
+                lambda x, kernel: (f(x, kernel, (stride, stride), [padding] * 2, **how) ** 2).sum(), (0, 1)
+            )(x, kernel)
+
+        expected = both(jax.lax.conv_general_dilated)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), both(primitives.convolve), expected
+        )
 
 
 @pytest.mark.parametrize("size", [(4, 6), (5, 6), (9, 11), (7, 10)])

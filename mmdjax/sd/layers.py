@@ -7,18 +7,17 @@ name.
 
 References:
   He et al. 2016 (residual blocks), Wu & He 2018 (group norm), Vaswani et al. 2017 (attention, sinusoidal embeddings),
-  Rabe & Staats 2021 (attention in blocks of queries), Ho et al. 2020 (the U-Net's embedding of time).
+  Ho et al. 2020 (the U-Net's embedding of time).
 """
 
 import math
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-SCORES_IN_MEMORY = 2**28  # attention logits held at once: 1 GiB in float32
+from mmdjax.sd.primitives import attend, convolve
 
 
 class Block(nn.Module, kw_only=True):
@@ -54,6 +53,7 @@ class Block(nn.Module, kw_only=True):
             pad,
             dtype=self.compute_dtype,
             param_dtype=self.param_dtype,
+            conv_general_dilated=convolve,
             name=name,
         )
 
@@ -114,42 +114,6 @@ class SpatialAttention(Block):
     def __call__(self, x):
         h = self.group_norm("group_norm", self.groups, self.eps)(x).reshape(x.shape[0], -1, x.shape[-1])
         return x + self.attention(h, h, self.heads, bias=True).reshape(x.shape)
-
-
-def attend(
-    q: Float[Array, "n l h d"],
-    k: Float[Array, "n m h d"],
-    v: Float[Array, "n m h d"],
-    *,
-    causal: bool = False,
-    upcast: bool = False,
-    flash: bool = False,
-    limit: int | None = None,
-) -> Float[Array, "n l h d"]:
-    """softmax(q kᵀ/√d) v, in blocks of queries where the logits would not fit.
-
-    Args:
-      upcast: compute in float32 throughout, as float16 is unless by `flash`; otherwise logits and softmax alone are.
-      limit: logits held at once, `SCORES_IN_MEMORY` by default. Rabe & Staats 2021. Causal attention is not blocked.
-    """
-    n, length, heads, dim = q.shape
-    if upcast:
-        q, k, v = (a.astype(jnp.float32) for a in (q, k, v))
-    half = q.dtype in (jnp.bfloat16, jnp.float16)
-    if flash and half and dim <= 128 and dim % 8 == 0:
-        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
-    rows = max((limit or SCORES_IN_MEMORY) // (n * heads * k.shape[1]), 1)
-    if q.dtype == jnp.float16:  # JAX's float16 product with float32 sums exists on GPUs only
-        q, k, v = (a.astype(jnp.float32) for a in (q, k, v))
-    if causal or rows >= length:
-        return jax.nn.dot_product_attention(q, k, v, is_causal=causal)
-    blocks = -(-length // rows)
-    rows = -(-length // blocks)  # even blocks: less padding
-    padded = jnp.pad(q, ((0, 0), (0, blocks * rows - length), (0, 0), (0, 0)))
-    by_block = jnp.moveaxis(padded.reshape(n, blocks, rows, heads, dim), 1, 0)
-    # the checkpoint keeps reverse mode from holding every block's softmax
-    y = jax.lax.map(jax.checkpoint(lambda rows_of_q: jax.nn.dot_product_attention(rows_of_q, k, v)), by_block)
-    return jnp.moveaxis(y, 0, 1).reshape(n, blocks * rows, heads, dim)[:, :length]
 
 
 def timestep_embedding(

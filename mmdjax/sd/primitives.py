@@ -1,0 +1,126 @@
+"""Attention and convolution, in the form that each platform runs best.
+
+On a CPU attention works a head and some rows of queries at a time, so that the logits stay in the cache (on 2 cores, at
+4096 positions and 8 heads of 40, some ten times faster than all at once), and a convolution of few positions is one
+product with a matrix of patches: XLA's own leaves most of the machine idle there. Elsewhere both are XLA's.
+
+References:
+  Vaswani et al. 2017 (attention), Rabe & Staats 2021 (in blocks of queries).
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+SCORES_IN_MEMORY = 2**28  # attention logits held at once: 1 GiB in float32
+SCORES_IN_CACHE = 2**19  # of them on a CPU: 2 MiB
+FEW_POSITIONS = 1024  # of a convolution's output, over the batch
+
+
+def attend(
+    q: Float[Array, "n l h d"],
+    k: Float[Array, "n m h d"],
+    v: Float[Array, "n m h d"],
+    *,
+    causal: bool = False,
+    upcast: bool = False,
+    flash: bool = False,
+    limit: int | None = None,
+) -> Float[Array, "n l h d"]:
+    """softmax(q kᵀ/√d) v, in blocks of queries where the logits would not fit.
+
+    Args:
+      upcast: compute in float32 throughout, as float16 is unless by `flash`; otherwise logits and softmax alone are.
+      limit: logits held at once, by default `SCORES_IN_MEMORY` or, on a CPU, `SCORES_IN_CACHE`. Causal attention is
+        not blocked.
+    """
+    dim, dtype = q.shape[-1], q.dtype
+    if upcast:
+        q, k, v = (a.astype(jnp.float32) for a in (q, k, v))
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    if flash and half and dim <= 128 and dim % 8 == 0:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+    if q.dtype == jnp.float16:  # JAX's float16 product with float32 sums exists on GPUs only
+        q, k, v = (a.astype(jnp.float32) for a in (q, k, v))
+    if causal:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    return jax.lax.platform_dependent(
+        q,
+        k,
+        v,
+        cpu=functools.partial(_by_head, limit=limit or SCORES_IN_CACHE),
+        default=functools.partial(_all_heads, limit=limit or SCORES_IN_MEMORY),
+    ).astype(q.dtype if upcast else dtype)
+
+
+def _all_heads(q, k, v, limit):
+    n, _, heads, _ = q.shape
+
+    def block(q):  # [rows, n, h, d]
+        return jnp.moveaxis(jax.nn.dot_product_attention(jnp.moveaxis(q, 0, 1), k, v), 1, 0)
+
+    return jnp.moveaxis(_in_blocks(block, jnp.moveaxis(q, 1, 0), limit // (n * heads * k.shape[1])), 0, 1)
+
+
+def _by_head(q, k, v, limit):
+    n, length, heads, dim = q.shape
+
+    def one(head):
+        q, k, v = head  # [l, d], [m, d]
+
+        def block(q):
+            scores = jnp.dot(q * dim**-0.5, k.T)
+            exponentials = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+            return jnp.dot(exponentials, v) / exponentials.sum(-1, keepdims=True)
+
+        return _in_blocks(block, q, limit // k.shape[0])
+
+    apart = [jnp.moveaxis(a.astype(jnp.float32), 2, 1).reshape(n * heads, -1, dim) for a in (q, k, v)]
+    return jnp.moveaxis(jax.lax.map(one, apart).reshape(n, heads, length, dim), 1, 2)
+
+
+def _in_blocks(f: Callable[[Array], Array], q: Array, rows: int) -> Array:
+    # f over blocks of at most so many rows; the checkpoint keeps reverse mode from holding every block's softmax
+    length = q.shape[0]
+    if rows >= length:
+        return f(q)
+    blocks = -(-length // max(rows, 1))
+    rows = -(-length // blocks)  # even blocks: less padding
+    padded = jnp.pad(q, ((0, blocks * rows - length),) + ((0, 0),) * (q.ndim - 1))
+    y = jax.lax.map(jax.checkpoint(f), padded.reshape(blocks, rows, *q.shape[1:]))
+    return y.reshape(blocks * rows, *y.shape[2:])[:length]
+
+
+def convolve(
+    x: Float[Array, "n h w c"],
+    kernel: Float[Array, "k l c o"],
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    **how: Any,
+) -> Float[Array, "n h2 w2 o"]:
+    """`jax.lax.conv_general_dilated` of NHWC images without dilation or groups, for `nn.Conv`."""
+    size = kernel.shape[:2]
+    if size == (1, 1) and tuple(strides) == (1, 1) and not any(map(any, padding)):
+        return jnp.dot(x, kernel[0, 0])
+
+    def plain(x, kernel):
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **how)
+
+    def patches(x, kernel):
+        x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+        shifted = [
+            x[:, i : i + strides[0] * (height - 1) + 1 : strides[0], j : j + strides[1] * (width - 1) + 1 : strides[1]]
+            for i in range(size[0])
+            for j in range(size[1])
+        ]
+        return jnp.dot(jnp.concatenate(shifted, axis=-1), kernel.reshape(-1, kernel.shape[-1]))
+
+    height, width = ((x.shape[1 + axis] + sum(padding[axis]) - size[axis]) // strides[axis] + 1 for axis in range(2))
+    if math.prod((x.shape[0], height, width)) >= FEW_POSITIONS:
+        return plain(x, kernel)
+    return jax.lax.platform_dependent(x, kernel, cpu=patches, default=plain)
