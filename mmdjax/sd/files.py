@@ -9,8 +9,8 @@ import json
 import re
 from pathlib import Path
 
+from mmdjax.checkpoint import Checkpoint, CheckpointError, open_safetensors
 from mmdjax.sd.archive import open_archive
-from mmdjax.sd.checkpoint import Checkpoint, CheckpointError, open_safetensors
 
 WEIGHTS = re.compile(
     r"(?P<stem>diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>\w+))?"

@@ -17,8 +17,8 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import unflatten_dict
 
+from mmdjax.checkpoint import Checkpoint, CheckpointError, Entry, write_safetensors
 from mmdjax.sd import compvis, convert, single
-from mmdjax.sd.checkpoint import Checkpoint, CheckpointError, Entry, write_safetensors
 from mmdjax.sd.clip import CLIPText, CLIPTextConfig
 from mmdjax.sd.files import download, open_file, open_folder
 from mmdjax.sd.unet import UNet2D, UNet2DCondition, UNet2DConditionConfig, UNet2DConfig

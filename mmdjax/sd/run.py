@@ -19,7 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from mmdjax.checkpoint import Entry, write_safetensors
 from mmdjax.guidance import MMDGuidance, fit_kernel
+from mmdjax.identity import tree_hash
 from mmdjax.metrics import energy_distance
 from mmdjax.mmd import mmd2
 from mmdjax.particles import Particles
@@ -27,8 +29,7 @@ from mmdjax.plots import image_grid, save_labelled_grids
 from mmdjax.provenance import provenance
 from mmdjax.samplers import DDIM, Sampler
 from mmdjax.sampling import guided_sample
-from mmdjax.sd.checkpoint import Entry, write_safetensors
-from mmdjax.sd.pack import ReferencePack, weights_hash
+from mmdjax.sd.pack import ReferencePack
 from mmdjax.sd.pipeline import Pipeline
 from mmdjax.sd.prompts import rows
 from mmdjax.tree import replace
@@ -144,7 +145,7 @@ def sample_to_folder(
         "references": None if refs is None else len(refs.latents),
         "distances": None if particles is None else _distances(guidance, particles, arrays, cond),
         "hashes": {
-            "weights": weights_hash(params),
+            "weights": tree_hash(params),
             "references": None if refs is None else refs.content,
             "samples.safetensors": hashlib.sha256((out / "samples.safetensors").read_bytes()).hexdigest(),
         },

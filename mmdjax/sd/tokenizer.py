@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from mmdjax.sd.checkpoint import CheckpointError
+from mmdjax.checkpoint import CheckpointError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
