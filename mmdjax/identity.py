@@ -115,7 +115,7 @@ def _describe(value: Any, within: tuple[int, ...]) -> Any:
     if isinstance(value, set | frozenset):
         return sorted(map(str, map(inner, value)))
     said: dict[str, Any] = {"is": _describe(type(value), ())}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
+    if hasattr(value, "_fields"):
         return said | {name: inner(item) for name, item in zip(value._fields, value, strict=True)}
     if isinstance(value, list | tuple):
         return [inner(item) for item in value]
