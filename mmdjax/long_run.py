@@ -78,7 +78,8 @@ def sample_many(
       num_samples: N, of the whole run.
       out: a folder of its own, made where there is none. The run's files there are resumed.
       batch_size: samples made at once.
-      cond: all N samples' conditions, a pytree of [N, ...], or None.
+      cond: all N samples' conditions, a pytree of [N, ...], or None; or where these would be too large a function of
+        rows, an array of b integers below N, that returns theirs, [b, ...].
       memory: None, the capacity of a memory of earlier batches, or the memory to begin with. With it many small batches
         align as one large batch does.
       each: called with the first row and x of each batch that is on disk, in order; also of those made earlier.
@@ -107,11 +108,12 @@ def sample_many(
     for name, number in (("num_samples", num_samples), ("batch_size", batch_size)):
         if not isinstance(number, (int, np.integer)) or number < 1:
             raise ValueError(f"{name} is {number}; give an integer of at least 1")
-    for leaf in jax.tree.leaves(cond):
+    for leaf in () if callable(cond) else jax.tree.leaves(cond):
         if np.shape(leaf)[:1] != (num_samples,):
             raise ValueError(f"cond has shape {np.shape(leaf)}; it needs one row for each of the {num_samples} samples")
     num_samples, batch_size = int(num_samples), min(int(batch_size), int(num_samples))
-    check_call(key, refs, model, batch_size, _rows(cond, 0, batch_size), guidance, sampler, None)
+    first = _rows(cond, 0, batch_size, num_samples)
+    check_call(key, refs, model, batch_size, first, guidance, sampler, None)
     definition = {
         "format": FORMAT,
         "num_samples": num_samples,
@@ -133,7 +135,7 @@ def sample_many(
         "model": model, "num_samples": batch_size, "guidance": guidance, "sampler": sampler, "num_steps": num_steps,
         "times": times, "progress": progress, "sharding": sharding, "checks": checks,
     }  # fmt: skip
-    memory = as_memory(memory, model, _rows(cond, 0, batch_size))
+    memory = as_memory(memory, model, first)
     process = jax.process_index()
     with locked(out, LOCK if process == 0 else f"{LOCK}-{process}") as lock:
         run = _open_run(Path(out), definition, 1 if sharding is None else sharding.num_devices)
@@ -143,7 +145,7 @@ def sample_many(
                 arrays = run.find(index)
                 if arrays is None:
                     lock.check()
-                    rows = _rows(cond, start, batch_size)
+                    rows = _rows(cond, start, batch_size, num_samples)
                     key_of_batch = jax.random.fold_in(key, index)
                     samples = guided_sample(params, key_of_batch, refs, cond=rows, memory=memory, **settings)
                     memory, arrays = samples.memory, _arrays(samples, guidance, refs, start, stop)
@@ -151,7 +153,7 @@ def sample_many(
                         run.write(index, arrays)
                     lock.check()
                 else:
-                    memory = _remember(memory, arrays, _rows(cond, start, stop - start), guidance, refs)
+                    memory = _remember(memory, arrays, _rows(cond, start, stop - start, num_samples), guidance, refs)
                     if progress:
                         bar.initial += stop - start  # read, not made: no part of the rate
                 if each is not None and mine:
@@ -335,9 +337,9 @@ def _read_manifest(out: Path) -> dict[str, Any] | None:
         return None
 
 
-def _rows(cond: Any, start: int, count: int) -> Any:
-    # beyond the last row the first ones again
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf)[np.arange(start, start + count) % len(leaf)], cond)
+def _rows(cond: Any, start: int, count: int, num_samples: int) -> Any:
+    rows = np.arange(start, start + count) % num_samples  # beyond the last one the first ones again
+    return cond(rows) if callable(cond) else jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], cond)
 
 
 def _arrays(samples: Any, guidance: MMDGuidance, refs: Any, start: int, stop: int) -> dict[str, np.ndarray]:
