@@ -138,8 +138,10 @@ def load_references(path: str | Path, pipeline: Pipeline | None = None, params: 
         )
     try:
         prompts = json.loads(file.metadata.get("prompts", "null"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name}: its prompts are not JSON") from error
+    if prompts is not None and not isinstance(prompts, list):
+        raise CheckpointError(f"{path.name}: its prompts are no list")
     pack = ReferencePack(
         file["latents"],
         file.metadata.get("model", ""),
