@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -391,6 +392,162 @@ def lines(process: subprocess.Popen, patience: float):
         if not line:
             return
         yield line
+
+
+# --- random arguments ---
+
+
+def api(count: int) -> dict[str, Any]:
+    """Call public functions with random arguments; how many gave a documented result, ValueError or TypeError."""
+    from hypothesis import HealthCheck, Phase, given, settings
+
+    outcomes, functions, failures = Counter(), Counter(), []
+
+    @settings(
+        max_examples=count, deadline=None, database=None, derandomize=True, phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(calls())
+    def every(call):
+        functions[call[0]] += 1
+        try:
+            outcomes[outcome(*call)] += 1
+        except Exception as error:
+            said = {"function": call[0], "arguments": str(call[1]), "error": f"{type(error).__name__}: {error}"}
+            failures.append({key: text[:500] for key, text in said.items()})
+            outcomes["failure"] += 1
+            print(failures[-1], flush=True)
+
+    every()
+    tried = sum(outcomes.values())
+    found = {"outcomes": dict(outcomes), "functions": dict(functions), "failures": failures[:20]}
+    return {"tried": tried, "held": tried - outcomes["failure"], **found}
+
+
+def calls():
+    """(name of a function, its arguments), as a hypothesis strategy; two thirds of them are nearly right."""
+    import hypothesis.strategies as st
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    import mmdjax as mj
+    from mmdjax.schedules import VPLinear
+
+    floats = [jnp.float32, jnp.float32, jnp.float32, jnp.bfloat16, np.float64]
+    others = [jnp.float16, np.int32, np.uint8, np.bool_, np.complex64, "U1"]
+    model = mj.DiffusionModel(lambda params, x, level, cond: 0.5 * x, VPLinear(), (2,))
+    kernels = [
+        mj.RBF(1.0), mj.RBF(None), mj.IMQ(None), mj.IMQ(1.0), mj.Laplacian(1.0), mj.RationalQuadratic(1.0), mj.Energy(),
+        mj.Polynomial(), mj.Linear(), mj.Cosine(), mj.RBF((0.5, 2.0)), mj.Sum(mj.RBF(1.0), mj.Energy()),
+        mj.Product(x=mj.RBF(1.0), cond=mj.Delta()), mj.Product(x=mj.IMQ(None), cond=mj.Cosine()),
+    ]  # fmt: skip
+    placements = ["denoised", "sample", "clean", "diffused"]
+    grids = [None, [1.0, 0.5, 0.0], [0.0, 1.0], [], [2.0, 0.0], "grid", np.ones((2, 2))]
+
+    @st.composite
+    def one(draw):
+        right = draw(st.integers(0, 2)) > 0
+        slips = st.integers(0, 15 if right else 2).map(
+            lambda i: i == 0
+        )  # whether an argument is drawn from all there are
+
+        def pick(usual, *rest):
+            return draw(st.sampled_from([*usual, *rest] if draw(slips) else usual))
+
+        def array(rows, row):
+            rows, row = pick([rows], 0, 1, 2, 5), pick([row], (), (1,), (3,), (0,), (2, 2))
+            values = np.random.default_rng(draw(st.integers(0, 9))).normal(size=pick([(rows, *row)], ()))
+            fill, dtype = pick([None], 0.0, 1.0, np.nan, np.inf, 1e30, 1e-30), pick(floats, *others)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what does not fit its type is meant not to
+                made = (values if fill is None else values * 0 + fill).astype(dtype)
+            return jnp.asarray(made) if made.dtype.kind != "U" and draw(st.booleans()) else made
+
+        def tree(rows, row=(2,)):
+            kind = pick(["array"], "dict", "tuple", "list", None, 1.5, "text", {})
+            if kind not in ("array", "dict", "tuple", "list"):
+                return kind
+            part = array(rows, row)
+            return {"array": part, "dict": {"a": part, "b": array(rows, row)}, "tuple": (part,) * 2, "list": [part]}[
+                kind
+            ]
+
+        def points(rows, cond=False):
+            x = tree(rows)
+            if not cond and draw(st.booleans()):
+                return x
+            weight = abs(array(rows, ())) if draw(st.integers(0, 3)) == 0 else None
+            return mj.Particles(x, tree(rows) if cond or draw(slips) else None, weight)
+
+        kernel = pick(kernels, None, "rbf", 1.0)
+        cond, n = getattr(kernel, "uses_cond", False), pick([3], 0, 1, -1, 2.5, None, "3", np.int32(2), True)
+        rows = n if type(n) is int and n > 0 else 3
+        match draw(
+            st.sampled_from(["mmd2", "witness", "memory", "median_bandwidth", "guided_sample", "energy_distance"])
+        ):
+            case "mmd2":
+                sets = {"p": points(4, cond), "q": points(3, cond)}
+                return "mmd2", {"kernel": kernel, **sets, "estimator": pick(["u", "v"], "w", None)}
+            case "witness":
+                return "witness", {"kernel": kernel, "x": points(2, cond), "p": points(4, cond), "q": points(3, cond)}
+            case "memory":
+                return "memory", {"capacity": n, "cond": tree(3) if cond else None, "new": points(rows, cond)}
+            case "median_bandwidth":
+                return "median_bandwidth", {"refs": points(4)}
+            case "energy_distance":
+                return "energy_distance", {"x": points(4), "y": points(3)}
+        fitting = [k for k in kernels if type(k) in (mj.RBF, mj.IMQ)]
+        guidance = {
+            "at": pick(placements),
+            "kernel": kernel if draw(slips) else pick([None, *fitting]),
+            "inner_steps": 1,
+        }
+        made = {"refs": points(5), "num_samples": n, "num_steps": pick([2], 0, 1.5), "guidance": guidance}
+        if draw(slips):
+            key = pick([jax.random.key(1)], 0, None, jax.random.PRNGKey(0), jax.random.split(jax.random.key(0)))
+            made |= {"times": pick([[1.0, 0.5, 0.0]], *grids), "key": key}
+        made |= {"memory": pick([4], 0, -1, "all", 2.5)} if draw(st.booleans()) else {}
+        made |= {"x_init": array(rows, (2,))} if draw(slips) else {}
+        return "guided_sample", {"model": model, **made}
+
+    return one()
+
+
+def outcome(name: str, arguments: dict[str, Any]) -> str:
+    """Call a function: "refused" or "result"; AssertionError for a result that is not the documented one."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    import mmdjax as mj
+    from mmdjax.metrics import energy_distance
+
+    a = dict(arguments)
+    try:
+        match name:
+            case "mmd2" | "witness":
+                result = getattr(mj, name)(*(a.pop(key) for key in list(a) if key != "estimator"), **a)
+                wanted = () if name == "mmd2" else None
+            case "memory":
+                memory = mj.Memory.empty(a["capacity"], (2,), a["cond"])
+                result, wanted = memory.push(mj.particles.as_particles(a["new"])).particles.x, (a["capacity"], 2)
+            case "median_bandwidth":
+                result, wanted = mj.median_bandwidth(a["refs"]), ()
+            case "energy_distance":
+                result, wanted = energy_distance(a["x"], a["y"]), ()
+            case _:
+                refs, key = a.pop("refs"), a.pop("key", jax.random.key(0))
+                a["guidance"] = mj.MMDGuidance(**a["guidance"])
+                result, wanted = mj.guided_sample(None, key, refs, **a).x, (a["num_samples"], 2)
+    except (ValueError, TypeError):
+        return "refused"
+    assert jnp.issubdtype(result.dtype, jnp.floating), result.dtype
+    assert wanted is None or tuple(result.shape) == wanted, (result.shape, wanted)
+    given = [np.asarray(x) for x in jax.tree.leaves(arguments) if hasattr(x, "ndim")]
+    if all((abs(x.astype(np.float32)) < 1e6).all() for x in given if x.dtype.kind in "fiubV"):
+        assert np.isfinite(np.asarray(result, np.float32)).all(), result
+    return "result"
 
 
 if __name__ == "__main__":

@@ -97,6 +97,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
     settings = _json(folder / "special_tokens_map.json") | _json(folder / "tokenizer_config.json")
     special = {name: _token(settings.get(name), default) for name, default in _DEFAULTS.items()}
+    wrong = [token for token in special.values() if not _is_token(token)]
+    if wrong:
+        raise CheckpointError(f"{folder.name}: its special tokens are {wrong}, which are no tokens")
     if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
         encoding = _from_vocabulary(folder, special["unk_token"]["content"])
     elif (folder / "tokenizer.json").exists():
@@ -156,6 +159,12 @@ def _token(value: Any, default: str) -> dict[str, Any]:
         return {"content": value or default}
     known = ("content", "lstrip", "rstrip", "normalized", "single_word")
     return {key: value[key] for key in known if key in value}
+
+
+def _is_token(token: Mapping[str, Any]) -> bool:
+    return isinstance(token.get("content"), str) and all(
+        isinstance(flag, bool) for key, flag in token.items() if key != "content"
+    )
 
 
 def _json(path: Path) -> dict[str, Any]:
