@@ -41,6 +41,7 @@ NAMES = {
     "api": ("random trees, shapes and types through the API", "a documented result, ValueError or TypeError"),
 }
 SIZE, BATCH, BATCHES = 64, 32, 12
+NOBODY = 65534
 
 
 def denoise(params, x, level, cond):
@@ -122,20 +123,32 @@ def full(count: int, whole: list[bytes], folder: Path) -> dict[str, Any]:
 
 
 def read_only(count: int, whole: list[bytes], folder: Path) -> dict[str, Any]:
+    """As a user whom permissions bind: the folder loses them during a run; then its file system is read-only."""
+    folder.chmod(0o755)
     held = 0
     for trial in range(count):
         disk = folder / f"read_only{trial}"
-        with mounted(disk, 16000):
+        with mounted(disk, 16000), contextlib.ExitStack() as back:
+            disk.chmod(0o777)
+            out = disk / "out"
 
-            def each(start, x, disk=disk, at=trial * BATCH):
+            def each(start, x, out=out, at=trial * BATCH):
                 if start == at:
-                    remount(disk, "ro")
+                    out.chmod(0o555)
 
-            said = interrupted(disk / "out", OSError, "Read-only file system", each=each)
-            said &= interrupted(disk / "out", OSError, "Read-only file system")
+            os.seteuid(NOBODY)
+            back.callback(os.seteuid, 0)
+            said = interrupted(out, PermissionError, "Permission denied", each=each)
+            out.chmod(0o755)
+            os.seteuid(0)
+            remount(disk, "ro")
+            os.seteuid(NOBODY)
+            said &= interrupted(out, OSError, "Read-only file system")
+            os.seteuid(0)
             remount(disk, "rw")
-            run(disk / "out")
-            held += said and arrays(disk / "out") == whole
+            os.seteuid(NOBODY)
+            run(out)
+            held += said and arrays(out) == whole
     return {"tried": count, "held": held}
 
 

@@ -390,6 +390,7 @@ def lines(process: subprocess.Popen, patience: float):
         line = process.stdout.readline()
         timer.cancel()
         if not line:
+            process.stdout.close()
             return
         yield line
 

@@ -267,27 +267,29 @@ def test_bfloat16_network():
 
 
 @pytest.mark.parametrize("at", PLACEMENTS)
-@pytest.mark.parametrize("size", [1.0, 1e4, 1e12])
-def test_bfloat16_batch_is_moved_as_in_float32(at, size):
+def test_bfloat16_batch_is_moved_as_in_float32(at):
     """A batch, references and memory in bfloat16 are the float32 ones of the same values, rounded once, at the end."""
-    x, refs, old = (
-        (size * jax.random.normal(jax.random.key(i), (6, 300)) + size).astype(jnp.bfloat16) for i in range(3)
-    )
     guidance = MMDGuidance(kernel=None if at != "diffused" else RBF(None), at=at)
 
-    def moved(dtype):
-        memory = Memory.empty(6, (300,)).push(Particles(old.astype(dtype)))
-        bound = guide_sampler(DDIM(), guidance, refs.astype(dtype), memory=memory).bound
-        z, t, s = x.astype(dtype), VPLinear()(0.6), VPLinear()(0.5)
+    @jax.jit
+    def moved(x, refs, memory):
+        bound = guide_sampler(DDIM(), guidance, refs, memory=memory).bound
+        t, s = VPLinear()(0.6), VPLinear()(0.5)
         if at == "denoised":
-            return bound.denoised(z, bound.init(z), 0.5, t)
-        return bound.after_step(jax.random.key(9), z, bound.init(z), 0.5, t, s)
+            return bound.denoised(x, bound.init(x), 0.5, t)
+        return bound.after_step(jax.random.key(9), x, bound.init(x), 0.5, t, s)
 
-    (narrow, state), (wide, _) = moved(jnp.bfloat16), moved(jnp.float32)
-    assert narrow.dtype == jnp.bfloat16
-    assert state.mmd2.dtype == state.shift_norm.dtype == jnp.float32
-    assert bool(jnp.isfinite(narrow).all() & (state.shift_norm > 0))
-    np.testing.assert_array_equal(narrow, wide.astype(jnp.bfloat16))
+    for size in (1.0, 1e4, 1e12):
+        sets = [size * jax.random.normal(jax.random.key(i), (6, 300)) + size for i in range(3)]
+        narrow = [x.astype(jnp.bfloat16) for x in sets]
+        wide = [x.astype(jnp.float32) for x in narrow]
+        (found, state), (expected, _) = (
+            moved(x, refs, Memory.empty(6, (300,)).push(Particles(old))) for x, refs, old in (narrow, wide)
+        )
+        assert found.dtype == jnp.bfloat16
+        assert state.mmd2.dtype == state.shift_norm.dtype == jnp.float32
+        assert bool(jnp.isfinite(found).all() & (state.shift_norm > 0))
+        np.testing.assert_array_equal(found, expected.astype(jnp.bfloat16))
 
 
 def bits():
