@@ -10,6 +10,7 @@ an uninterrupted run's.
 import argparse
 import contextlib
 import json
+import os
 import random
 import shutil
 import subprocess

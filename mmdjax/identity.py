@@ -50,9 +50,18 @@ def tree_bytes(tree: Any) -> Iterable[Any]:
 def array_bytes(arrays: Mapping[str, Any]) -> Iterable[Any]:
     """Name, type and shape of each array, then its bytes; one at a time in host memory."""
     for key in sorted(arrays):
-        array = np.ascontiguousarray(np.asarray(arrays[key]))
+        array = np.ascontiguousarray(on_host(arrays[key]))
         yield f"{key} {array.dtype.name} {np.shape(arrays[key])}".encode()
         yield array.reshape(-1).view(np.uint8).data
+
+
+def on_host(x: Any) -> np.ndarray:
+    """The whole of an array, also where its parts are on other hosts: then all of them must ask for it."""
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        from jax.experimental.multihost_utils import process_allgather
+
+        return np.asarray(x.addressable_data(0) if x.is_fully_replicated else process_allgather(x, tiled=True))
+    return np.asarray(x)
 
 
 def describe(value: Any) -> Any:
@@ -152,15 +161,21 @@ def _filled(cell: Any) -> bool:
 
 def _describe_code(code: types.CodeType) -> list[Any]:
     # neither file nor lines: moving a function changes nothing
-    constants = [_describe_code(c) if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts]
+    constants = [_describe_constant(constant) for constant in code.co_consts]
     return [code.co_code.hex(), constants, code.co_names, code.co_varnames]
+
+
+def _describe_constant(constant: Any) -> Any:
+    if isinstance(constant, types.CodeType):
+        return _describe_code(constant)
+    return sorted(map(repr, constant)) if isinstance(constant, frozenset) else repr(constant)  # its order is of the day
 
 
 def _describe_numbers(value: Any) -> Any:
     if jnp.issubdtype(getattr(value, "dtype", np.float32), jax.dtypes.prng_key):
         return f"{jax.random.key_impl(value)} {np.asarray(jax.random.key_data(value)).tolist()}"
-    if np.ndim(value) == 0:  # 1, 1.0 and float32(1) are one number, as they are to `guided_sample`
-        number = np.asarray(value).item()
+    host = on_host(value)
+    if host.ndim == 0:  # 1, 1.0 and float32(1) are one number, as they are to `guided_sample`
+        number = host.item()
         return float(number) if isinstance(number, float) else number
-    host = np.asarray(value)
     return f"{host.dtype.name}{list(host.shape)} sha256 {arrays_hash({'': host})}"

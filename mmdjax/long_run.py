@@ -11,7 +11,6 @@ hash of all of it, so that a file vouches for itself; files appear under their n
 """
 
 import contextlib
-import hashlib
 import json
 import platform
 import re
@@ -23,12 +22,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from mmdjax.checkpoint import Checkpoint, CheckpointError, Entry, open_safetensors, write_safetensors
 from mmdjax.denoisers import DiffusionModel
 from mmdjax.guidance import MMDGuidance
-from mmdjax.identity import arrays_hash, describe, differences, sha256, tree_hash
+from mmdjax.identity import arrays_hash, describe, differences, on_host, sha256, tree_hash
 from mmdjax.lock import NAME as LOCK
 from mmdjax.lock import locked
 from mmdjax.memory import Memory
@@ -114,20 +114,21 @@ def sample_many(
     num_samples, batch_size = int(num_samples), min(int(batch_size), int(num_samples))
     first = _rows(cond, 0, batch_size, num_samples)
     check_call(key, refs, model, batch_size, first, guidance, sampler, None)
+    made_with = provenance() | {"devices": 1 if sharding is None else sharding.num_devices}
     definition = {
         "format": FORMAT,
         "num_samples": num_samples,
         "batch_size": batch_size,
-        "steps": int(num_steps) if times is None else describe(np.asarray(times)),
+        "steps": describe(num_steps if times is None else np.asarray(times)),
         "memory": describe(memory),
         "key": describe(key),
-        "params": _hash_on_all_hosts(params),
+        "params": f"sha256 {tree_hash(params)}",
         "refs": describe(refs),
         "cond": describe(cond),
         "model": describe(model),
         "guidance": None if refs is None else describe(guidance),
         "sampler": describe(sampler),
-        "versions": {name: provenance()[name] for name in ("mmdjax", "jax", "jaxlib")}
+        "versions": {name: made_with[name] for name in ("mmdjax", "jax", "jaxlib")}
         | {"python": ".".join(platform.python_version_tuple()[:2])},
         "numerics": {name: getattr(jax.config, f"jax_{name}") for name in NUMERICS},
     }
@@ -138,7 +139,7 @@ def sample_many(
     memory = as_memory(memory, model, first)
     process = jax.process_index()
     with locked(out, LOCK if process == 0 else f"{LOCK}-{process}") as lock:
-        run = _open_run(Path(out), definition, 1 if sharding is None else sharding.num_devices)
+        run = _open_run(Path(out), definition, made_with)
         with _bar(num_samples, progress) as bar, _resumable(run):
             for index, (start, stop) in enumerate(run.rows):
                 mine = index % jax.process_count() == process  # with several hosts each writes its share
@@ -146,7 +147,7 @@ def sample_many(
                 if arrays is None:
                     lock.check()
                     rows = _rows(cond, start, batch_size, num_samples)
-                    key_of_batch = jax.random.fold_in(key, index)
+                    key_of_batch, memory = jax.random.fold_in(key, index), _replicated(memory, sharding)
                     samples = guided_sample(params, key_of_batch, refs, cond=rows, memory=memory, **settings)
                     memory, arrays = samples.memory, _arrays(samples, guidance, refs, start, stop)
                     if mine:
@@ -289,21 +290,21 @@ class SavedSamples:
         return [FORMAT, self.id, f"{start}:{stop}"]
 
 
-def _open_run(out: Path, definition: dict[str, Any], devices: int) -> SavedSamples:
-    """The run in a folder, begun where it has none.
+def _open_run(out: Path, definition: dict[str, Any], made_with: dict[str, Any]) -> SavedSamples:
+    """The run in a folder, begun where it has none, or none with a batch.
 
     Raises:
       FileExistsError: the folder holds something else, or a run of another definition.
     """
     found = [path for path in out.iterdir() if not path.name.startswith(LOCK)]
     strange = [path.name for path in found if not FILE.fullmatch(path.name)]
-    manifest, made_with = _read_manifest(out), provenance() | {"devices": devices}
+    manifest, begun = _read_manifest(out), any(path.suffix == ".safetensors" for path in found)
     if manifest is None and strange:
         raise FileExistsError(
             f"{out} holds {', '.join(strange[:3])} but no run; nothing was overwritten. Give an empty folder, or none"
         )
     definition = json.loads(json.dumps(definition))  # as it is read back
-    if manifest is None:
+    if manifest is None or not begun:
         if jax.process_index() == 0:
             with _resumable(SavedSamples(out, definition)):
                 write_json(out / MANIFEST, {"definition": definition, "made_with": made_with})
@@ -315,14 +316,15 @@ def _open_run(out: Path, definition: dict[str, Any], devices: int) -> SavedSampl
                 + "".join(f"\n  {line}" for line in lines)
             )
         before = manifest.get("made_with", {})
-        if [before.get(key) for key in ("device", "devices")] != [made_with["device"], devices]:
+        if any(before.get(key) != made_with[key] for key in ("device", "devices")):
+            now, then = (f"{made.get('devices')} × {made.get('device')}" for made in (made_with, before))
             warnings.warn(
-                f"{out} was begun on {before.get('devices')} × {before.get('device')}, and this is {devices} × "
-                f"{made_with['device']}: the samples agree with those of one device to rounding, not bit for bit",
+                f"{out} was begun on {then}, and this is {now}: the samples agree with those of one of them to "
+                "rounding, not bit for bit",
                 stacklevel=3,
             )
     for path in found:
-        if path.suffix == ".part" and jax.process_index() == 0:
+        if path.suffix == ".part" and path.name not in strange and jax.process_index() == 0:
             path.unlink(missing_ok=True)  # of a process that was killed
     return SavedSamples(out, definition)
 
@@ -335,6 +337,12 @@ def _read_manifest(out: Path) -> dict[str, Any] | None:
         return manifest if definition["format"] == FORMAT and definition["num_samples"] else None
     except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         return None
+
+
+def _replicated(memory: Any, sharding: Any) -> Any:
+    # a memory that was read must lie as one that was made, or another program is compiled, which rounds differently
+    mesh = getattr(sharding, "mesh", None)
+    return memory if mesh is None else jax.device_put(memory, NamedSharding(mesh, PartitionSpec()))
 
 
 def _rows(cond: Any, start: int, count: int, num_samples: int) -> Any:
@@ -351,7 +359,7 @@ def _arrays(samples: Any, guidance: MMDGuidance, refs: Any, start: int, stop: in
         kept = min(size, held.capacity)
         slots = (int(held.next) - kept + np.arange(kept)) % held.capacity
         arrays["remembered"] = held.particles.x[slots]
-    arrays = {name: _on_host(x) for name, x in arrays.items()}
+    arrays = {name: on_host(x) for name, x in arrays.items()}
     if not np.isfinite(arrays["x"]).all():
         finite = np.isfinite(arrays["x"]).reshape(count, -1).all(1)
         raise FloatingPointError(
@@ -371,23 +379,6 @@ def _remember(memory: Any, arrays: Mapping[str, np.ndarray], cond: Any, guidance
     else:
         x = arrays["x"]
     return memory.push(Particles(jnp.asarray(x), cond))
-
-
-def _on_host(x: Any) -> np.ndarray:
-    if isinstance(x, jax.Array) and not x.is_fully_addressable:
-        from jax.experimental.multihost_utils import process_allgather
-
-        x = process_allgather(x, tiled=True)
-    return np.asarray(x)
-
-
-def _hash_on_all_hosts(params: Any) -> str:
-    if jax.process_count() == 1:
-        return f"sha256 {tree_hash(params)}"
-    from jax.experimental.multihost_utils import process_allgather
-
-    mine = np.frombuffer(bytes.fromhex(tree_hash(params)), np.uint8)
-    return f"sha256 {hashlib.sha256(np.asarray(process_allgather(mine)).tobytes()).hexdigest()}"
 
 
 def _bar(num_samples: int, shown: bool) -> Any:

@@ -243,6 +243,12 @@ def test_mistakes_leave_no_folder(tmp_path):
     assert not out.exists()
 
 
+def test_a_run_without_a_batch_takes_other_settings(tmp_path):
+    with pytest.raises(ValueError, match="times must decrease"):
+        run(tmp_path, times=[0.0, 1.0])
+    assert len(run(tmp_path)) == 14
+
+
 def test_what_is_not_finite_is_not_kept(tmp_path):
     with pytest.raises(
         FloatingPointError, match=r"samples \[0, 1, 2, 3\] are not finite, and their batch was not kept"
@@ -362,6 +368,35 @@ def test_killed_run_goes_on_in_another_process(whole, tmp_path):
     run(tmp_path)
     assert arrays(tmp_path) == arrays(whole)
     assert not (tmp_path / ".lock").exists()
+
+
+def test_sharded_run_resumes_bit_for_bit():
+    """The batch over four devices; the same samples on one, to rounding."""
+    code = f"""
+import sys, tempfile, warnings
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_long_run import *
+mesh = jax.make_mesh((4,), ("n",), axis_types=(jax.sharding.AxisType.Auto,))
+sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("n"))
+folders = [Path(tempfile.mkdtemp()) for _ in range(3)]
+run(folders[0], sharding=sharding)
+try:
+    run(folders[1], sharding=sharding, each=stop_after(2))
+except KeyboardInterrupt:
+    run(folders[1], sharding=sharding)
+assert arrays(folders[0]) == arrays(folders[1])
+run(folders[2])
+np.testing.assert_allclose(load_samples(folders[2])[:], load_samples(folders[0])[:], rtol=1e-4, atol=1e-5)
+(folders[2] / "batch-00001.safetensors").unlink()
+with pytest.warns(UserWarning, match="begun on 1 × cpu: cpu, and this is 4 × cpu: cpu"):
+    run(folders[2], sharding=sharding)
+np.testing.assert_allclose(load_samples(folders[2])[:], load_samples(folders[0])[:], rtol=1e-4, atol=1e-5)
+"""
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"XLA_FLAGS": flags}, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_manifest_says_what_defines_the_run(whole):
