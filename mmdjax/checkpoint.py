@@ -26,7 +26,7 @@ import numpy as np
 from mmdjax.whole import written_whole
 
 MAX_HEADER = 100_000_000  # bytes: the safetensors format's own limit
-MAX_JSON = 4 * 2**20  # bytes of a JSON file: parsed, it may take thirty times as many
+MAX_JSON = 5 * 2**18  # bytes: parsed it may take 25 times as many. CLIP's vocabulary has 1.06 million
 MAX_AXES = 32
 DTYPES = {
     "F64": np.float64,
@@ -145,8 +145,8 @@ def open_safetensors(path: str | Path) -> Checkpoint:
     for key, entry in header.items():
         try:
             name, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            sound = all(type(n) is int and n >= 0 for n in (*shape, first, last)) and len(shape) <= MAX_AXES
-            sound = sound and isinstance(name, str)
+            sound = all(type(n) is int and n >= 0 for n in (*shape, first, last))
+            sound = sound and len(shape) <= MAX_AXES and isinstance(name, str)
         except (KeyError, TypeError, ValueError):
             name, shape, first, last, sound = "", (), 0, 0, False
         if not sound:
@@ -195,7 +195,7 @@ def write_safetensors(
 def header_limit(size: int) -> int:
     """The most bytes of names and shapes that a file of this size may have.
 
-    Parsed they take some thirty times the memory, which is to stay within twice the file's size but for 32 MiB.
+    Parsed they may take thirty times as many, which stays within 32 MiB and twice the file's size.
     """
     return 2**20 + size // 16
 
@@ -204,7 +204,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON file's object; CheckpointError where it is none."""
     name = f"{path.parent.name}/{path.name}"
     if path.stat().st_size > MAX_JSON:
-        raise CheckpointError(f"{name} has {path.stat().st_size:,} bytes, which no configuration or index has")
+        raise CheckpointError(f"{name} has {path.stat().st_size:,} bytes, more than a configuration or index has")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

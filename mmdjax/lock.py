@@ -71,9 +71,9 @@ def _acquire(path: Path) -> int:
                 os.close(file)
                 continue
             os.ftruncate(file, 0)
-            os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+            os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
         except BlockingIOError:
-            holder = os.pread(file, 200, 0).decode(errors="replace") or "another process"
+            holder = os.read(file, 200).decode(errors="replace") or "another process"
             os.close(file)
             message = f"{holder} is at work in this folder; wait for it to end, or give another folder"
             raise BlockingIOError(errno.EWOULDBLOCK, message, str(path.parent)) from None
