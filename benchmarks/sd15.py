@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
+from mmdjax.checkpoint import write_safetensors
 from mmdjax.sd import compvis, convert
-from mmdjax.sd.checkpoint import write_safetensors
 from mmdjax.sd.models import Component, export, module_from_config, save
 
 CONFIGS: dict[str, dict[str, Any]] = {

@@ -23,6 +23,7 @@ from mmdjax.kernels import (
     Sum,
     median_bandwidth,
 )
+from mmdjax.long_run import load_samples, sample_many
 from mmdjax.memory import Memory
 from mmdjax.mmd import mmd2, witness
 from mmdjax.particles import Particles
@@ -62,8 +63,10 @@ __all__ = [
     "guide_sampler",
     "guided_sample",
     "load_digits",
+    "load_samples",
     "median_bandwidth",
     "mmd2",
+    "sample_many",
     "suggest_guidance",
     "witness",
 ]

@@ -22,7 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"mmdjax {args.command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\nmmdjax {args.command}: interrupted; every file that was written is whole", file=sys.stderr)
+        resume = "; the same command goes on from there" if args.command == "sample" else ""
+        print(f"\nmmdjax {args.command}: interrupted; every file that was written is whole{resume}", file=sys.stderr)
         return 130
     return 0
 
@@ -39,7 +40,12 @@ def parser() -> argparse.ArgumentParser:
 
     sample = _command(commands, "sample", _sample, "sample a model, guided by reference pictures")
     _model_options(sample)
-    sample.add_argument("--out", type=Path, required=True, help="a new folder for pictures, figures and run.json")
+    sample.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="a new folder for pictures, figures and run.json; in one where this command was interrupted it goes on",
+    )
     sample.add_argument("--refs", type=Path, help="folder of reference pictures, or a pack that `mmdjax encode` wrote")
     _picture_options(sample)
     sample.add_argument(
@@ -131,7 +137,10 @@ def _sample(args: argparse.Namespace) -> None:
     from mmdjax import DDIM, DDPM, DPMSolverPP2M, EulerMaruyama, Heun, MMDGuidance
     from mmdjax.sd.run import check_out, sample_to_folder
 
-    check_out(args.out)  # before minutes of loading
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("run", "traceback")}
+    if check_out(args.out, settings):  # before minutes of loading
+        print(f"{args.out} holds the {args.num_samples} pictures of this command already; nothing was done")
+        return
     prompts = [*args.prompt, *(_lines(args.prompts) if args.prompts else [])]
     samplers = {
         "ddim": DDIM(eta=args.eta),
@@ -166,7 +175,7 @@ def _sample(args: argparse.Namespace) -> None:
         width=args.width,
         batch_size=args.batch_size,
         compare=not args.no_compare,
-        settings={k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "run"},
+        settings=settings,
     )
     distances = report["distances"] or {}
     if distances:

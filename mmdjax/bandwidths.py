@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mmdjax.distances import nearest_distance, neighbour_distance, pairwise_median
-from mmdjax.particles import Particles, as_particles, flat
-from mmdjax.tree import pytree
+from mmdjax.numerics import all_finite
+from mmdjax.particles import Particles, as_particles, check_points, flat
+from mmdjax.tree import is_concrete, pytree
 
 
 @pytree
@@ -60,10 +61,16 @@ def median_bandwidth(refs: Any) -> Float[Array, ""]:
     Args:
       refs: Particles, or an array [m, ...] of at least two samples.
     Raises:
-      ValueError: fewer than two references.
+      ValueError: fewer than two references, or they cannot be used; their median distance is 0, or overflows. Inside
+        `jit`, where that is not seen, it is NaN.
 
     Example:
       >>> float(median_bandwidth(jnp.array([[0.0], [1.0], [3.0]])))
       2.0
     """
-    return Median()(as_particles(refs))
+    refs = as_particles(refs)
+    check_points("refs", refs)
+    bandwidth = Median()(refs)
+    if is_concrete(bandwidth) and not all_finite(bandwidth):
+        raise ValueError("the references' median distance is 0, or overflows; give references that differ")
+    return bandwidth

@@ -337,8 +337,9 @@ def check_fitted(kernel: Kernel) -> None:
     for leaf in jax.tree.leaves(kernel):
         if is_concrete(leaf) and not all_finite(leaf):
             raise ValueError(
-                f"the references give {type(kernel).__name__} a bandwidth of 0: they are all equal; give the "
-                "bandwidth as a number, such as IMQ(1.0), or references that differ"
+                f"the references give {type(kernel).__name__} a bandwidth of 0: they are all equal, or so far apart "
+                "that their squared distances overflow; give the bandwidth as a number, such as IMQ(1.0), or "
+                "references that differ"
             )
 
 

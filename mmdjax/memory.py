@@ -43,7 +43,7 @@ class Memory:
         Raises:
           ValueError: capacity below 1.
         """
-        if capacity < 1:
+        if not isinstance(capacity, (int, np.integer)) or capacity < 1:
             raise ValueError(f"memory is {capacity}; give the number of samples to remember, or None")
         slots = jax.tree.map(lambda c: jnp.zeros((capacity, *np.shape(c)[1:]), jnp.result_type(c)), cond)
         particles = Particles(jnp.zeros((capacity, *shape)), slots, jnp.zeros(capacity))
@@ -60,7 +60,21 @@ class Memory:
         return (self.particles.weight > 0).sum()
 
     def push(self, new: Particles) -> "Memory":
-        """The memory with samples added, the oldest overwritten; of more than `capacity` the last are kept."""
+        """The memory with samples added, the oldest overwritten; of more than `capacity` the last are kept.
+
+        Raises:
+          TypeError: samples that are complex, or no numbers.
+          ValueError: samples or conditions of another structure or shape than the memory's.
+        """
+        held = self.particles
+        for name, slots, rows in (("samples", held.x, new.x), ("conditions", held.cond, new.cond)):
+            shapes = [jax.tree.map(lambda leaf: np.shape(leaf)[1:], tree) for tree in (slots, rows)]
+            same = jax.tree.structure(slots) == jax.tree.structure(rows) and shapes[0] == shapes[1]
+            if not same or any(np.shape(leaf)[:1] != (new.n,) for leaf in jax.tree.leaves(rows)):
+                found = jax.tree.map(np.shape, rows)
+                raise ValueError(f"memory holds {name} of shape {shapes[0]}; give [n, ...] of them, not {found}")
+            if any(jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating) for leaf in jax.tree.leaves(rows)):
+                raise TypeError(f"the new {name} are complex; a memory holds real numbers")
         kept = min(new.n, self.capacity)
         slots = (self.next + jnp.arange(new.n - kept, new.n)) % self.capacity
         written = jax.tree.map(

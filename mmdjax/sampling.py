@@ -15,7 +15,8 @@ from mmdjax.denoisers import DiffusionModel
 from mmdjax.guidance import MMDGuidance, bind, check_guidance, fit_kernel
 from mmdjax.guided import GuidedSampler
 from mmdjax.memory import Memory
-from mmdjax.particles import Particles, as_particles
+from mmdjax.numerics import all_finite
+from mmdjax.particles import Particles, as_particles, widen
 from mmdjax.progress import Bar
 from mmdjax.samplers import DDIM, Sampler, as_sampler
 from mmdjax.schedules import uniform_times
@@ -98,7 +99,8 @@ def guided_sample(
       memory: None, the capacity of a new memory, or the memory of an earlier call.
       progress: show a bar, also inside `jit`.
       sharding: a `jax.sharding.Sharding` for the batch, on a mesh of Auto axes.
-      checks: raise at the first step whose x̂0 or x is not finite.
+      checks: raise where a NaN or infinity arises: in params, cond or the memory, or at the first step whose x̂0, x,
+        shift of the guidance or mmd2 is not finite.
       keep_path: keep x after each step as `trace.path`, for pictures; memory for num_steps batches.
       remat: recompute each step in the backward pass: memory for `grad` then grows with one step's network call only.
     Returns:
@@ -108,7 +110,7 @@ def guided_sample(
       ValueError: shapes that do not fit the model, references that are empty, not finite or (for a bandwidth taken from
         them) all equal or one only, conditions missing on one side of a Product kernel, times that do not decrease in
         [0, 1].
-      FloatingPointError: with `checks`, naming the step and the quantity.
+      FloatingPointError: with `checks`, naming the quantity, and the step.
 
     Example:
       >>> from mmdjax.denoisers import from_model
@@ -133,6 +135,9 @@ def guided_sample(
     _check_sharding(sharding)
     params, refs, guidance, model, sampler, cond = strong((params, refs, guidance, model, as_sampler(sampler), cond))
     kernel = None if refs is None else fit_kernel(guidance, refs)
+    if checks:
+        held = None if memory is None else widen(memory.particles)  # empty slots may hold anything
+        _raise_at_leaf({"params": params, "cond": cond, "model": model, "sampler": sampler, "memory": held})
     samples, finite = _sample(
         params,
         key,
@@ -153,7 +158,7 @@ def guided_sample(
         keep_path=keep_path,
     )
     if checks:
-        _raise_at_first(finite, times)
+        _raise_at_first(finite, samples.trace, times)
     return samples
 
 
@@ -176,20 +181,22 @@ def _sample(
         x = jnp.asarray(x_init, jnp.promote_types(jnp.result_type(x_init), levels.alpha.dtype))
     x = place(x)
 
+    if checks and (refs is None or guidance.at != "denoised"):
+        sampler = _Watched(sampler)
     if refs is not None:
         bound = bind(guidance, kernel, refs, cond, memory)
         sampler = GuidedSampler(sampler, bound, num_steps)
 
     def denoise(x, level, finite):
         x0 = model.denoise(params, x, level, cond)
-        return x0, finite & jnp.isfinite(x0).all() if checks else finite
+        return x0, finite | {"x0_hat": finite["x0_hat"] & jnp.isfinite(x0).all()} if checks else finite
 
     bar = Bar(num_steps, "sampling")
 
     def one_step(carry, inputs):
         x, sampler_carry = carry
         index, t, s = inputs
-        finite = jnp.ones((), bool) if checks else ()
+        finite = dict.fromkeys(("x0_hat", "x"), jnp.ones((), bool)) if checks else ()
         x, sampler_carry, finite = sampler.step(
             jax.random.fold_in(key_steps, index), x, sampler_carry, finite, denoise, t, s
         )
@@ -201,7 +208,7 @@ def _sample(
             trace = Trace(jnp.full((), jnp.nan), jnp.zeros(()), path)
         else:
             trace = Trace(sampler_carry[1].mmd2, sampler_carry[1].shift_norm, path)
-        return (x, sampler_carry), (trace, {"x0_hat": finite, "x": jnp.isfinite(x).all()} if checks else None)
+        return (x, sampler_carry), (trace, finite | {"moved": jnp.isfinite(x).all()} if checks else None)
 
     steps = (
         jnp.arange(num_steps),
@@ -305,11 +312,39 @@ def _check_sharding(sharding: Any) -> None:
         )
 
 
-def _raise_at_first(finite: dict[str, Array], times: Any) -> None:
-    ok = np.stack([np.asarray(finite["x0_hat"]), np.asarray(finite["x"])], axis=1)
+@pytree
+class _Watched:
+    """A sampler that notes whether its own step, before any guidance after it, was finite."""
+
+    sampler: Any
+
+    def init(self, x):
+        return self.sampler.init(x)
+
+    def step(self, key, x, carry, state, denoise, t, s):
+        x, carry, finite = self.sampler.step(key, x, carry, state, denoise, t, s)
+        return x, carry, finite | {"x": jnp.isfinite(x).all()}
+
+
+def _raise_at_leaf(parts: dict[str, Any]) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(parts):
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) and not all_finite(leaf):
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise FloatingPointError(f"{name} (shape {jnp.shape(leaf)}) is not finite, before the first step")
+
+
+def _raise_at_first(finite: dict[str, Array], trace: Trace, times: Any) -> None:
+    """Raise for the first step and, within it, the quantity that is computed first."""
+    within = (  # in their order; all of mmd2 is NaN where there is none: without references, or without a closed form
+        ("x0_hat", finite["x0_hat"]),
+        ("x", finite["x"]),
+        ("the guidance's shift", jnp.isfinite(trace.shift_norm)),
+        ("x", finite["moved"]),
+        ("mmd2", jnp.isfinite(trace.mmd2) | jnp.isnan(trace.mmd2).all()),
+    )
+    ok = np.stack([np.asarray(flags) for _, flags in within], axis=1)
     if not ok.all():
         step, column = np.argwhere(~ok)[0]
-        name = "x0_hat" if column == 0 else "x"
         raise FloatingPointError(
-            f"{name} is not finite at step {step} of {len(ok)} (t = {float(np.asarray(times)[step]):.4g})"
+            f"{within[column][0]} is not finite at step {step} of {len(ok)} (t = {float(np.asarray(times)[step]):.4g})"
         )

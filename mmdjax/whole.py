@@ -25,9 +25,12 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     partial = path.with_name(f"{path.name}.part")
     try:
         yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())  # or a power cut may keep the name and lose the bytes
         os.replace(partial, path)
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the error that led here says more
+            partial.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, value: Mapping[str, Any]) -> None:

@@ -163,11 +163,39 @@ def test_under_jit_equal_references_give_nan():
     assert bool(jnp.isnan(x).all())
 
 
-def test_checks_name_the_step_and_the_quantity():
+def watched(quantity, denoiser=shrink, refs=REFS, **settings):
+    with pytest.raises(FloatingPointError, match=quantity):
+        run(refs, model=DiffusionModel(denoiser, VPLinear(), (3, 2)), num_steps=10, checks=True, **settings)
+
+
+@pytest.mark.parametrize("at", ["denoised", "sample", "clean", "diffused"])
+def test_checks_name_the_step_and_the_quantity(at):
+    """Where a NaN arises: in the network, the sampler, the guidance's kernel, or before the first step."""
+
     def breaks(params, x, level, cond):
         return jnp.where(level.t < 0.5, jnp.nan, 1.0) * x
 
-    model = DiffusionModel(breaks, VPLinear(), (3, 2))
-    with pytest.raises(FloatingPointError, match=r"x0_hat is not finite at step 6 of 10 \(t = 0.4\)"):
-        run(model=model, num_steps=10, checks=True)
-    run(num_steps=10, checks=True)
+    class Breaks(DDIM):
+        def step(self, key, x, carry, state, denoise, t, s):
+            x, carry, state = super().step(key, x, carry, state, denoise, t, s)
+            return jnp.where(t.t < 0.5, jnp.nan, 1.0) * x, carry, state
+
+    kernel = RBF(1.0) if at == "diffused" else None
+    guidance, scale = MMDGuidance(kernel=kernel, at=at), MMDGuidance(kernel=kernel, at=at, scale=1e38)
+    watched(r"x0_hat is not finite at step 6 of 10 \(t = 0.4\)", breaks, guidance=guidance)
+    watched(r"^x is not finite at step 6 of 10 \(t = 0.4\)", sampler=Breaks(), guidance=guidance)
+    watched(r"the guidance's shift is not finite at step 0 of 10 \(t = 1\)", guidance=scale)
+    memory = Memory.empty(4, (3, 2)).push(Particles(jnp.full((1, 3, 2), jnp.inf)))
+    watched(r"memory\.x \(shape \(4, 3, 2\)\) is not finite, before the first step", memory=memory, guidance=guidance)
+    run(num_steps=10, guidance=guidance, checks=True, memory=4)
+    run(None, num_steps=10, checks=True)
+
+
+def test_checks_name_what_was_given():
+    model = DiffusionModel(shrink, VPLinear(), (3, 2))
+    params = {"out": {"bias": np.array([0, np.nan])}}
+    with pytest.raises(FloatingPointError, match=r"params\.out\.bias \(shape \(2,\)\) is not finite, before the first"):
+        guided_sample(params, jax.random.key(0), REFS, model=model, num_samples=4, num_steps=3, checks=True)
+    watched("cond .* is not finite, before the first step", cond=jnp.full((4, 1), jnp.inf))
+    with pytest.raises(ValueError, match="so far apart that their squared distances overflow"):
+        run(1e25 * REFS)

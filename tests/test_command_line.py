@@ -8,6 +8,7 @@ import sd_toys
 from PIL import Image
 from safetensors.numpy import load_file
 
+import mmdjax.sd.run
 from mmdjax.__main__ import main
 from mmdjax.sd import load, load_references
 
@@ -69,6 +70,33 @@ def test_sample_writes_all_of_it(sampled, refs):
     before, after = report["distances"]["before"], report["distances"]["after"]
     assert after["energy_distance"] < before["energy_distance"]
     assert after["mmd2"] < before["mmd2"]
+
+
+def test_interrupted_run_goes_on(sampled, model, refs, tmp_path, monkeypatch, capsys):
+    """Ctrl-C at the fourth picture, then the same command: its files are those of a run that nothing interrupted."""
+    out, save_picture = tmp_path / "out", mmdjax.sd.run.save_picture
+    words = ["sample", model, "--refs", refs, "--out", out, "-n", 5, "--batch-size", 2, "--steps", 4, "--seed", 3]
+
+    def interrupted(path, picture):
+        if path.name == "00003.png":
+            raise KeyboardInterrupt
+        save_picture(path, picture)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mmdjax.sd.run, "save_picture", interrupted)
+        assert run(*words) == 130
+    assert "the same command goes on from there" in capsys.readouterr().err
+    assert sorted(path.name for path in out.iterdir()) == ["00000.png", "00001.png", "00002.png", "parts"]
+    refused(capsys, *words, "--steps", 5, text="holds a run of other settings; nothing was changed")
+    refused(capsys, "convert", model, "--out", out, text="exists and is not an empty folder")
+    (out / "00001.png").write_bytes((out / "00001.png").read_bytes()[:-20])  # damaged meanwhile
+    assert run(*words) == 0
+    whole = {path.name: path.read_bytes() for path in sampled.iterdir() if path.name != "run.json"}
+    assert whole == {path.name: path.read_bytes() for path in out.iterdir() if path.name != "run.json"}
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert run(*words) == 0
+    assert "holds the 5 pictures of this command already; nothing was done" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
 
 def test_pictures_are_the_decoded_latents(sampled, model):
@@ -167,6 +195,7 @@ def test_words_that_do_not_fit(model, refs, tmp_path, capsys):
     refused(
         capsys, "sample", model, *out, "--prompts", tmp_path / "empty.txt", text="holds no prompts; give one a line"
     )
+    assert not (tmp_path / "out").exists()
     with pytest.raises(FileNotFoundError):
         run("sample", tmp_path / "no" / "model", *out, "--traceback")
 

@@ -21,6 +21,7 @@ from mmdjax import (
     DPMSolverPP2M,
     EulerMaruyama,
     Heun,
+    Memory,
     MMDGuidance,
     Particles,
     Product,
@@ -30,6 +31,7 @@ from mmdjax import (
     guided_sample,
     mmd2,
 )
+from mmdjax.identity import tree_hash
 from mmdjax.schedules import VPLinear, diffuse, log_snr_times
 
 SAMPLERS = {
@@ -262,6 +264,48 @@ def test_bfloat16_network():
         out = run(model=narrow, guidance=guidance_at(at))
         assert out.x.dtype == jnp.float32
         np.testing.assert_allclose(out.x, run(guidance=guidance_at(at)).x, atol=0.1)  # 8 bits of x̂0 in units of 1
+
+
+@pytest.mark.parametrize("at", PLACEMENTS)
+def test_bfloat16_batch_is_moved_as_in_float32(at):
+    """A batch, references and memory in bfloat16 are the float32 ones of the same values, rounded once, at the end."""
+    guidance = MMDGuidance(kernel=None if at != "diffused" else RBF(None), at=at)
+
+    @jax.jit
+    def moved(x, refs, memory):
+        bound = guide_sampler(DDIM(), guidance, refs, memory=memory).bound
+        t, s = VPLinear()(0.6), VPLinear()(0.5)
+        if at == "denoised":
+            return bound.denoised(x, bound.init(x), 0.5, t)
+        return bound.after_step(jax.random.key(9), x, bound.init(x), 0.5, t, s)
+
+    for size in (1.0, 1e4, 1e12):
+        sets = [size * jax.random.normal(jax.random.key(i), (6, 300)) + size for i in range(3)]
+        narrow = [x.astype(jnp.bfloat16) for x in sets]
+        wide = [x.astype(jnp.float32) for x in narrow]
+        (found, state), (expected, _) = (
+            moved(x, refs, Memory.empty(6, (300,)).push(Particles(old))) for x, refs, old in (narrow, wide)
+        )
+        assert found.dtype == jnp.bfloat16
+        assert state.mmd2.dtype == state.shift_norm.dtype == jnp.float32
+        assert bool(jnp.isfinite(found).all() & (state.shift_norm > 0))
+        np.testing.assert_array_equal(found, expected.astype(jnp.bfloat16))
+
+
+def bits():
+    """A hash of samples of every placement."""
+    made = [run(sampler=DDIM(1.0), guidance=guidance_at(at)) for at in PLACEMENTS]
+    return tree_hash([(samples.x, samples.trace) for samples in made])
+
+
+def test_same_bits_in_every_run_and_process():
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import test_sampling
+print(test_sampling.bits())
+"""
+    assert {bits(), bits()} == set(run_python(code).split())
 
 
 def test_progress_bar_inside_jit(capfd):

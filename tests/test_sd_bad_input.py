@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import re
 import struct
 import sys
 import zipfile
@@ -13,7 +14,7 @@ import pytest
 import sd_tiny
 from safetensors.numpy import load_file, save_file
 
-from mmdjax.sd.checkpoint import CheckpointError, open_safetensors
+from mmdjax.checkpoint import CheckpointError, open_safetensors
 from mmdjax.sd.files import open_file
 from mmdjax.sd.models import load_component, load_models, module_from_config, save
 
@@ -75,6 +76,9 @@ def test_shape_that_overflows(tmp_path):
     refused(header(tmp_path / "x.safetensors", entry), "takes 73,786,976,294,838,206,464 bytes, its entry says 0")
 
 
+TWICE = json.dumps({key: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for key in "vw"}).encode()
+
+
 @pytest.mark.parametrize(
     ("entry", "text"),
     [
@@ -87,6 +91,11 @@ def test_shape_that_overflows(tmp_path):
         (b'{"w": 3}', "the entry of 'w' lacks"),
         (b"\xff\xfe", "its header is not JSON"),
         (b"[" * 100_000, "its header is not JSON"),
+        ({"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}, "the entry of 'w' lacks"),
+        ({"dtype": "F32", "shape": [1] * 40, "data_offsets": [0, 4]}, "the entry of 'w' lacks"),
+        (b'{"__metadata__": 5}', "its __metadata__ are not strings"),
+        (b'{"__metadata__": {"a": 5}}', "its __metadata__ are not strings"),
+        (TWICE, "'v' and 'w' overlap"),
     ],
 )
 def test_unsound_header(tmp_path, entry, text):
@@ -432,6 +441,49 @@ def test_saved_by_a_newer_version(tmp_path):
     (tmp_path / "mmdjax.json").write_text('{"format": 99, "components": {}}')
     with pytest.raises(CheckpointError, match="is of format 99; this version reads 1"):
         load_models(tmp_path)
+
+
+# --- what is small to write and large to hold ---
+
+
+def test_header_out_of_proportion(tmp_path):
+    header = b"{" + b",".join(b'"k%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % i for i in range(30000)) + b"}"
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    refused(tmp_path / "x.safetensors", "which is more than a model's does")
+
+
+def test_memo_of_billions(tmp_path):
+    """A pickle of ten bytes for which the unpickler in C takes 32 GB."""
+    program = b"\x80\x02Nr\xff\xff\xff\x7f."
+    refused(archive(tmp_path / "x.ckpt", None, program=program), "holds no tensors")
+
+
+@pytest.mark.parametrize("text", ["[" * 100000, '{"a":' * 100000, "[" + "{}," * 2**21 + "1]"])
+def test_json_that_is_deep_or_huge(unet, text):
+    (unet.parent / "config.json").write_text(text)
+    refused(unet.parent, "unet/config.json", load=load_component)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"layers_per_block": 10**9}, "describes a network of 2 levels and"),
+        ({"block_out_channels": [32] * 40, "down_block_types": ["DownBlock2D"] * 40}, "of 40 levels"),
+        ({"block_out_channels": "ab"}, "block_out_channels is 'ab'"),
+        ({"cross_attention_dim": -16}, "cross_attention_dim is -16"),
+        ({"norm_eps": float("inf")}, "norm_eps is inf"),
+        ({"attention_head_dim": 0}, "cannot be split in 0 heads"),
+    ],
+)
+def test_settings_of_another_kind(change, text):
+    with pytest.raises(ValueError, match=re.escape(text)):
+        module_from_config(sd_tiny.UNET | change)
+
+
+def test_norm_without_groups(unet):
+    (unet.parent / "config.json").write_text(json.dumps(sd_tiny.UNET | {"norm_num_groups": 0}))
+    text = "the configuration describes no UNet2DCondition that works"
+    refused(unet.parent, text, error=ValueError, load=load_component)
 
 
 def test_reading_allocates_nothing(tmp_path):

@@ -12,8 +12,8 @@ import sd_tiny
 from flax.traverse_util import unflatten_dict
 from safetensors.numpy import load_file, save_file
 
+from mmdjax.checkpoint import Checkpoint, CheckpointError, Entry, open_safetensors, write_safetensors
 from mmdjax.sd import compvis, convert, single
-from mmdjax.sd.checkpoint import Checkpoint, CheckpointError, Entry, open_safetensors, write_safetensors
 from mmdjax.sd.files import open_file, open_folder
 from mmdjax.sd.layers import SpatialAttention
 from mmdjax.sd.models import export, load_component, load_models, module_from_config, save

@@ -21,7 +21,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from mmdjax.sd.checkpoint import MAX_HEADER, Checkpoint, CheckpointError, Stored, map_file
+from mmdjax.checkpoint import MAX_HEADER, Checkpoint, CheckpointError, Stored, header_limit, map_file
 
 STORAGES = {
     "DoubleStorage": np.float64,
@@ -43,6 +43,7 @@ INERT = {
     ("_codecs", "encode"),
     ("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint"),
 }
+COMPRESSED = "the archive is compressed; torch.save writes it plain. Unpack and repack it"
 
 
 def open_archive(path: str | Path) -> Checkpoint:
@@ -54,10 +55,15 @@ def open_archive(path: str | Path) -> Checkpoint:
             pickles = [name for name in entries if name.split("/")[-1] == "data.pkl"]
             if len(pickles) != 1:
                 raise CheckpointError(f"{path.name} is a zip archive without data.pkl: not a file of torch.save")
-            if entries[pickles[0]].file_size > MAX_HEADER:
-                raise CheckpointError(f"{path.name} holds a pickle of more than {MAX_HEADER:,} bytes")
+            info, limit = entries[pickles[0]], min(MAX_HEADER, header_limit(path.stat().st_size))
+            if info.compress_type != zipfile.ZIP_STORED:
+                raise CheckpointError(f"{path.name}: {COMPRESSED}")
+            if info.file_size > limit:
+                raise CheckpointError(f"{path.name} holds a pickle of more than {limit:,} bytes")
             program = archive.read(pickles[0])
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # zipfile's own, struct's, zlib's: a broken archive can fail in any way
         reason = f"{error}; the download may have been cut off"
         raise CheckpointError(f"{path.name} is not a whole zip archive: {reason}") from error
     try:
@@ -75,7 +81,9 @@ def open_archive(path: str | Path) -> Checkpoint:
     prefix = pickles[0].removesuffix("data.pkl")
     with path.open("rb") as file:
         mapped = map_file(file)
-    if f"{prefix}byteorder" in entries and mapped[_start(mapped, entries[f"{prefix}byteorder"]) :][:3] == b"big":
+    order = entries.get(f"{prefix}byteorder")
+    start = 0 if order is None else _start(mapped, order)
+    if order is not None and mapped[start : start + 3] == b"big":
         raise CheckpointError(f"{path.name} was written on a big-endian machine, which is not supported")
     stored = {key: _locate(path.name, key, value, prefix, entries, mapped) for key, value in tensors.items()}
     return Checkpoint(stored, path.name)
@@ -95,9 +103,9 @@ class _Tensor:
     strides: tuple[int, ...]
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):
     """Reads tensors as places in the archive. What it hands out is made anew each time, so that a file can alter
-    nothing.
+    nothing. The one in Python: the one in C takes memory for as many memos as a single number in the file says.
     """
 
     def __init__(self, source: str, data: bytes):
@@ -142,7 +150,7 @@ def _locate(source, key, tensor, prefix, entries, mapped) -> Stored:
     if info is None:
         raise CheckpointError(f"{source}: the data of {key!r} are missing from the archive")
     if info.compress_type != zipfile.ZIP_STORED:
-        raise CheckpointError(f"{source}: the archive is compressed; torch.save writes it plain. Unpack and repack it")
+        raise CheckpointError(f"{source}: {COMPRESSED}")
     reach = 0
     if math.prod(tensor.shape):
         reach = tensor.offset + 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True))

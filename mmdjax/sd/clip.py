@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mmdjax.sd.config import Config
+from mmdjax.sd.config import Config, check_size, class_name
 from mmdjax.sd.layers import Block, attend
 
 ACTIVATIONS = {
@@ -58,9 +58,10 @@ class CLIPTextConfig(Config):
         if not raw.get("architectures"):
             raise ValueError(f"a text encoder's config.json must name its architecture: one of {cls.CLASSES}")
         config = super().from_json(raw)
+        check_size(config, config.num_hidden_layers)
         if config.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act is {config.hidden_act!r}; implemented: {tuple(ACTIVATIONS)}")
-        return dataclasses.replace(config, with_projection=raw["architectures"][0].endswith("WithProjection"))
+        return dataclasses.replace(config, with_projection=str(class_name(raw)).endswith("WithProjection"))
 
 
 class TextOutput(NamedTuple):

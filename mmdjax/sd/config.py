@@ -5,8 +5,13 @@ that changes the network and is not implemented here is an error that names it, 
 """
 
 import dataclasses
+import math
+import types
+import typing
 from collections.abc import Mapping
 from typing import Any, ClassVar
+
+MAX_LEVELS, MAX_BLOCKS = 12, 2000  # Stable Diffusion XL's U-Net has 3 and some 150
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +29,7 @@ class Config:
         Raises:
           ValueError: the file is another model's, or sets what is not implemented here; all such settings are listed.
         """
-        found = raw.get("_class_name") or (raw.get("architectures") or [None])[0]
+        found = class_name(raw)
         if found is not None and found not in cls.CLASSES:
             raise ValueError(f"this config.json is of {found!r}, not of {' or '.join(cls.CLASSES)}")
         names = {field.name for field in dataclasses.fields(cls)}
@@ -39,7 +44,45 @@ class Config:
             raise ValueError(
                 f"{found or cls.CLASSES[0]} with settings that mmdjax.sd does not implement: " + "; ".join(problems)
             )
-        return cls(**{key: frozen(value) for key, value in raw.items() if key in names})
+        given = {key: frozen(value) for key, value in raw.items() if key in names}
+        hints = typing.get_type_hints(cls)
+        wrong = [f"{key} is {raw[key]!r}" for key, value in given.items() if not _fits(value, hints[key])]
+        if wrong:
+            raise ValueError(f"{found or cls.CLASSES[0]} with settings of another kind: " + "; ".join(wrong))
+        try:
+            return cls(**given)
+        except (ArithmeticError, TypeError, IndexError) as error:
+            raise ValueError(f"{found or cls.CLASSES[0]} with settings that do not fit each other: {error}") from error
+
+
+def class_name(raw: Mapping[str, Any]) -> Any:
+    """The class that a config.json is of; None where it does not say."""
+    architectures = raw.get("architectures")
+    return raw.get("_class_name") or (architectures[0] if isinstance(architectures, list) and architectures else None)
+
+
+def check_size(config: Any, blocks: int, levels: int = 1) -> None:
+    """Raise ValueError for a network of more blocks or levels than any: laying it out would take forever."""
+    if blocks > MAX_BLOCKS or levels > MAX_LEVELS:
+        raise ValueError(
+            f"{type(config).__name__} describes a network of {levels:,} levels and {blocks:,} blocks; at most "
+            f"{MAX_LEVELS} and {MAX_BLOCKS:,}"
+        )
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of an annotation's type; integers are those of sizes and counts."""
+    if hint is Any:
+        return True
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_fits(item, typing.get_args(hint)[0]) for item in value)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(_fits(value, one) for one in typing.get_args(hint))
+    if hint is int:
+        return type(value) is int and 0 <= value < 2**31
+    if hint is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return isinstance(value, hint)
 
 
 def frozen(value: Any) -> Any:

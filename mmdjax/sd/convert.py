@@ -20,7 +20,7 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from mmdjax.sd.checkpoint import Checkpoint, CheckpointError, Entry
+from mmdjax.checkpoint import Checkpoint, CheckpointError, Entry
 from mmdjax.sd.clip import CLIPText
 from mmdjax.sd.unet import UNet2D, UNet2DCondition
 
@@ -59,7 +59,10 @@ def abstract(module: nn.Module, param_dtype: Any = None) -> dict:
     Args:
       param_dtype: of all leaves; by default the module's.
     """
-    init = jax.eval_shape(module.init, jax.random.key(0), *_inputs(module))["params"]
+    try:
+        init = jax.eval_shape(module.init, jax.random.key(0), *_inputs(module))["params"]
+    except Exception as error:  # a configuration can be no network's in any way
+        raise ValueError(f"the configuration describes no {type(module).__name__} that works: {error}") from error
     dtype = param_dtype or module.param_dtype  # pyright: ignore[reportAttributeAccessIssue]
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), init)
 

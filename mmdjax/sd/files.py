@@ -5,12 +5,11 @@ References:
   `<stem>.safetensors.index[.variant].json`.
 """
 
-import json
 import re
 from pathlib import Path
 
+from mmdjax.checkpoint import Checkpoint, CheckpointError, open_safetensors, read_json
 from mmdjax.sd.archive import open_archive
-from mmdjax.sd.checkpoint import Checkpoint, CheckpointError, open_safetensors
 
 WEIGHTS = re.compile(
     r"(?P<stem>diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>\w+))?"
@@ -90,10 +89,9 @@ def open_folder(folder: str | Path, variant: str | None = None) -> Checkpoint:
 
 
 def _open_shards(index: Path) -> Checkpoint:
-    try:
-        places = dict(json.loads(index.read_text())["weight_map"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{index.name} is not an index of shards: it has no weight_map") from error
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise CheckpointError(f"{index.name} is not an index of shards: it has no weight_map")
     files = sorted(set(places.values()))
     if any(Path(name).name != name for name in files):
         raise CheckpointError(f"{index.name} points outside its folder")

@@ -6,7 +6,6 @@ id.
 """
 
 import contextlib
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,9 +16,10 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import unflatten_dict
 
+from mmdjax.checkpoint import Checkpoint, CheckpointError, Entry, read_json, write_safetensors
 from mmdjax.sd import compvis, convert, single
-from mmdjax.sd.checkpoint import Checkpoint, CheckpointError, Entry, write_safetensors
 from mmdjax.sd.clip import CLIPText, CLIPTextConfig
+from mmdjax.sd.config import class_name
 from mmdjax.sd.files import download, open_file, open_folder
 from mmdjax.sd.unet import UNet2D, UNet2DCondition, UNet2DConditionConfig, UNet2DConfig
 from mmdjax.sd.vae import AutoencoderKL, AutoencoderKLConfig, VQModel, VQModelConfig
@@ -168,7 +168,7 @@ def module_from_config(
     Raises:
       ValueError: of a class or with settings that are not implemented; they are named.
     """
-    name = raw.get("_class_name") or (raw.get("architectures") or [None])[0]
+    name = class_name(raw)
     for config, module in MODULES:
         if name in config.CLASSES:
             return module(config.from_json(raw), dtype=dtype, param_dtype=param_dtype, flash=flash)
@@ -252,8 +252,13 @@ def _load_saved(path: Path, how: _How) -> dict[str, Component]:
         raise CheckpointError(
             f"{path.name}/{MANIFEST} is of format {manifest.get('format')}; this version reads {FORMAT}"
         )
+    components = manifest.get("components")
+    if not isinstance(components, dict) or not all(
+        name in COMPONENTS and isinstance(raw, dict) for name, raw in components.items()
+    ):
+        raise CheckpointError(f"{path.name}/{MANIFEST} names no components; known: {', '.join(COMPONENTS)}")
     found = {}
-    for name, raw in manifest["components"].items():
+    for name, raw in components.items():
         mine = how.of(name)
         module = mine.module(raw)
         tree = {".".join(p): (p, leaf.shape) for p, leaf in convert.flat(convert.abstract(module)).items()}
@@ -266,14 +271,3 @@ def _load_saved(path: Path, how: _How) -> dict[str, Component]:
             }
         found[name] = Component(module, unflatten_dict(leaves), raw)
     return found
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file's object; CheckpointError where it is none."""
-    try:
-        raw = json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path.parent.name}/{path.name} is not JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path.parent.name}/{path.name} is not a JSON object")
-    return raw

@@ -6,7 +6,6 @@ that another model refuses it, and a hash of all of this, so that damage is foun
 """
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from mmdjax.checkpoint import CheckpointError, Entry, open_safetensors, write_safetensors
+from mmdjax.identity import arrays_hash, sha256, tree_bytes
 from mmdjax.particles import Particles
-from mmdjax.sd.checkpoint import CheckpointError, Entry, open_safetensors, write_safetensors
 from mmdjax.sd.pipeline import Pipeline
 from mmdjax.sd.prompts import rows
 
@@ -59,7 +59,7 @@ class ReferencePack:
     def content(self) -> str:
         """The hash of everything in it."""
         texts = [FORMAT, self.model, json.dumps(self.prompts)]
-        return _hash([*(text.encode() for text in texts), *_array_bytes(self._arrays())])
+        return arrays_hash(self._arrays(), *texts)
 
     def check(self, pipeline: Pipeline, params: Any) -> None:
         """Raises ValueError unless this model would encode as the pack's did."""
@@ -138,8 +138,10 @@ def load_references(path: str | Path, pipeline: Pipeline | None = None, params: 
         )
     try:
         prompts = json.loads(file.metadata.get("prompts", "null"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name}: its prompts are not JSON") from error
+    if prompts is not None and not isinstance(prompts, list):
+        raise CheckpointError(f"{path.name}: its prompts are no list")
     pack = ReferencePack(
         file["latents"],
         file.metadata.get("model", ""),
@@ -167,28 +169,4 @@ def identity(pipeline: Pipeline, params: Any, *, prompts: bool = True) -> str:
     if prompts:
         said += [pipeline.tokenizers[encoder].encoding.to_str() for encoder in pipeline.encoders]
         parts += [params[encoder] for encoder in pipeline.encoders]
-    return _hash([json.dumps(said).encode(), *_tree_bytes(parts)])
-
-
-def weights_hash(params: Any) -> str:
-    """A hash of all of a model's parameters: their names, types and values."""
-    return _hash(_tree_bytes(params))
-
-
-def _tree_bytes(tree: Any) -> Iterable[Any]:
-    return _array_bytes({jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)})
-
-
-def _array_bytes(arrays: Mapping[str, Any]) -> Iterable[Any]:
-    for key in sorted(arrays):
-        array = np.ascontiguousarray(np.asarray(arrays[key]))
-        yield f"{key} {array.dtype.name} {array.shape}".encode()
-        yield array.reshape(-1).view(np.uint8).data
-
-
-def _hash(pieces: Iterable[Any]) -> str:
-    digest = hashlib.sha256()
-    for piece in pieces:
-        digest.update(len(piece).to_bytes(8, "little"))
-        digest.update(piece)
-    return digest.hexdigest()
+    return sha256([json.dumps(said).encode(), *tree_bytes(parts)])

@@ -6,8 +6,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from mmdjax.checkpoint import read_json
 from mmdjax.sd.convert import to_device
-from mmdjax.sd.models import Component, load_models, local_path, read_json
+from mmdjax.sd.models import Component, load_models, local_path
 from mmdjax.sd.pipeline import TOKENIZERS, Pipeline
 from mmdjax.sd.prompts import ENCODERS
 from mmdjax.sd.scheduler import Scheduler

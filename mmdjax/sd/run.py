@@ -5,10 +5,14 @@ grid.png             the first of them
 comparison.png       references as the autoencoder sees them, unguided and guided samples of the same noise
 samples.safetensors  "latents" [n, h, w, k], "prompt" [n] (an index into run.json's), and "unguided" [n, h, w, k]
 run.json             settings, versions, hashes, and the distances to the references before and after
+parts                until all this is there: the samples so far, from which the same call goes on (`mmdjax.long_run`)
 """
 
+import dataclasses
 import hashlib
+import json
 import math
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,18 +21,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
+from PIL import Image
 
+from mmdjax.checkpoint import Entry, write_safetensors
 from mmdjax.guidance import MMDGuidance, fit_kernel
+from mmdjax.identity import tree_hash
+from mmdjax.lock import NAME as LOCK
+from mmdjax.lock import locked
+from mmdjax.long_run import sample_many
 from mmdjax.metrics import energy_distance
 from mmdjax.mmd import mmd2
 from mmdjax.particles import Particles
 from mmdjax.plots import image_grid, save_labelled_grids
 from mmdjax.provenance import provenance
 from mmdjax.samplers import DDIM, Sampler
-from mmdjax.sampling import guided_sample
-from mmdjax.sd.checkpoint import Entry, write_safetensors
-from mmdjax.sd.pack import ReferencePack, weights_hash
+from mmdjax.sd.pack import ReferencePack
 from mmdjax.sd.pipeline import Pipeline
 from mmdjax.sd.prompts import rows
 from mmdjax.tree import replace
@@ -36,6 +44,7 @@ from mmdjax.whole import write_json, written_whole
 
 IN_GRID, IN_COMPARISON = 64, 16  # pictures
 SMALL = 64  # pixels: smaller pictures are enlarged in grids
+PARTS, REPORT = "parts", "run.json"
 REMEMBERED = 1000  # samples of earlier batches that the later ones are guided around
 
 
@@ -64,27 +73,31 @@ def sample_to_folder(
 
     Batches are of one size and joined by a memory of the last 1,000 samples, so that many small batches align as one
     large one would. Where references and samples have prompts and the guidance names no kernel, it is
-    `pipeline.kernel()`.
+    `pipeline.kernel()`. Whatever interrupts a run, the same call goes on from there.
 
     Args:
-      out: a folder that does not exist or is empty.
+      out: a folder that does not exist, is empty, or holds an unfinished run of these settings.
       refs: encoded references, or None: plain sampling.
       prompts: sample i takes prompt i modulo their number; (): those of the references, in turn, else the empty prompt.
       negative: the negative prompt.
       cfg_scale: of classifier-free guidance; 1 is none. Unused by models without prompts.
       batch_size: the most samples that are made at once.
       compare: sample without guidance, too, from the same noise: twice the time.
-      settings: what else run.json should tell.
+      settings: what else run.json should tell. A folder with a finished run of equal settings is left as it is.
       progress: show bars.
     Returns:
       What run.json holds.
     Raises:
-      FileExistsError: `out` has something in it.
+      FileExistsError: `out` has something else in it, or an unfinished run of other settings; they are named.
+      BlockingIOError: another process is at work in `out`.
       ValueError: prompts for a model without, num_samples or batch_size below 1, references of another size; see
         `guided_sample`.
       FloatingPointError: latents or pictures are not finite.
     """
-    out = check_out(out)
+    out, settings = Path(out), dict(settings or {})
+    finished = check_out(out, settings)
+    if finished is not None:
+        return finished
     for name, value in {"num_samples": num_samples, "batch_size": batch_size}.items():
         if value < 1:
             raise ValueError(f"{name} is {value}; give at least 1")
@@ -105,73 +118,104 @@ def sample_to_folder(
     if particles is not None and guidance.kernel is None and particles.cond is not None and cond is not None:
         guidance = replace(guidance, kernel=pipeline.kernel())
 
-    compare = compare and particles is not None
-    index = np.arange(batches * batch_size) % max(len(prompts), 1)
-    memory: Any = min(num_samples, REMEMBERED) if particles is not None and batches > 1 else None
-    made: dict[str, list[np.ndarray]] = {"latents": [], **({"unguided": []} if compare else {})}
-    pictures: list[np.ndarray] = []
-    for number in _bar(range(batches), "batches", progress and batches > 1):
-        of_batch = slice(number * batch_size, min((number + 1) * batch_size, num_samples))
-        call = {
-            "model": model,
-            "num_samples": batch_size,
-            "cond": None if cond is None else rows(cond, index[number * batch_size :][:batch_size]),
-            "sampler": sampler,
-            "times": pipeline.times(num_steps),
-            "progress": progress,
-        }
-        key = jax.random.fold_in(jax.random.key(seed), number)
-        samples = guided_sample(params, key, particles, guidance=guidance, memory=memory, **call)
-        memory = samples.memory
-        kept = of_batch.stop - of_batch.start
-        made["latents"].append(np.asarray(samples.x[:kept]))
-        if compare:
-            made["unguided"].append(np.asarray(guided_sample(params, key, None, **call).x[:kept]))
-        decoded = _decode(pipeline, params, made["latents"][-1], progress)
-        for position, picture in enumerate(decoded, start=of_batch.start):
-            save_picture(out / f"{position:05d}.png", picture)
-        pictures.extend(decoded[: IN_GRID - len(pictures)])
-
-    arrays = {name: np.concatenate(parts) for name, parts in made.items()}
-    arrays["prompt"] = index[:num_samples].astype(np.int32)
-    _save_grids(out, pipeline, params, refs, np.stack(pictures), arrays.get("unguided"), progress)
-    entries = {name: Entry(x.shape, x.dtype, lambda x=x: x) for name, x in arrays.items()}
-    write_safetensors(out / "samples.safetensors", entries, {"format": "mmdjax samples 1"})
-    report = {
-        "settings": dict(settings or {}),
-        "prompts": list(prompts),
+    index = np.arange(num_samples) % max(len(prompts), 1)
+    call = {
+        "model": model,
+        "num_samples": num_samples,
         "batch_size": batch_size,
-        "references": None if refs is None else len(refs.latents),
-        "distances": None if particles is None else _distances(guidance, particles, arrays, cond),
-        "hashes": {
-            "weights": weights_hash(params),
-            "references": None if refs is None else refs.content,
-            "samples.safetensors": hashlib.sha256((out / "samples.safetensors").read_bytes()).hexdigest(),
-        },
-        "made_with": provenance(),
-        "seconds": round(time.perf_counter() - started, 1),
+        "cond": None if cond is None else Conditions(cond, index),
+        "sampler": sampler,
+        "times": pipeline.times(num_steps),
+        "progress": progress,
     }
-    write_json(out / "run.json", report)
+    memory = min(num_samples, REMEMBERED) if particles is not None and batches > 1 else None
+    key, parts = jax.random.key(seed), out / PARTS
+
+    def save_pictures(start, latents):
+        missing = [i for i in range(len(latents)) if not _is_whole(out / f"{start + i:05d}.png")]
+        for i, picture in zip(missing, _decode(pipeline, params, latents[missing], progress), strict=True):
+            save_picture(out / f"{start + i:05d}.png", picture)
+
+    with locked(out):
+        how = {"guidance": guidance, "memory": memory, "each": save_pictures, "out": parts / "guided"}
+        arrays = {"latents": np.asarray(sample_many(params, key, particles, **how, **call))}
+        if compare and particles is not None:
+            arrays["unguided"] = np.asarray(sample_many(params, key, None, out=parts / "unguided", **call))
+        arrays["prompt"] = index.astype(np.int32)
+        pictures = np.stack([_read_picture(out / f"{i:05d}.png") for i in range(min(num_samples, IN_GRID))])
+        _save_grids(out, pipeline, params, refs, pictures, arrays.get("unguided"), progress)
+        entries = {name: Entry(x.shape, x.dtype, lambda x=x: x) for name, x in arrays.items()}
+        write_safetensors(out / "samples.safetensors", entries, {"format": "mmdjax samples 1"})
+        report = {
+            "settings": settings,
+            "prompts": list(prompts),
+            "batch_size": batch_size,
+            "references": None if refs is None else len(refs.latents),
+            "distances": None if particles is None else _distances(guidance, particles, arrays, cond),
+            "hashes": {
+                "weights": tree_hash(params),
+                "references": None if refs is None else refs.content,
+                "samples.safetensors": hashlib.sha256((out / "samples.safetensors").read_bytes()).hexdigest(),
+            },
+            "made_with": provenance(),
+            "seconds": round(time.perf_counter() - started, 1),
+        }
+        write_json(out / REPORT, report)
+        shutil.rmtree(parts)  # after run.json, which says that the run is finished
     return report
 
 
-def check_out(out: str | Path) -> Path:
-    """The folder, made where it does not exist.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Conditions:
+    """The conditions of samples by their numbers, of those of each distinct prompt."""
 
+    distinct: Any
+    index: Int[np.ndarray, " n"]
+
+    def __call__(self, samples: Int[np.ndarray, " b"]) -> Any:
+        return rows(self.distinct, self.index[samples])
+
+
+def check_out(out: str | Path, settings: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+    """Whether a folder can take a run: what its run.json holds where that run is finished, None where there is work.
+
+    Args:
+      out: makes nothing there.
+      settings: of the run; None: an unfinished run, or a finished one, is in the way.
     Raises:
-      FileExistsError: it has something in it, or is a file.
+      FileExistsError: it is a file, or holds something else than a run of these settings.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} exists and is not an empty folder; nothing was overwritten. Give another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    return out
+    if not out.exists() or (out.is_dir() and all(path.name == LOCK for path in out.iterdir())):
+        return None
+    if settings is not None and (out / REPORT).is_file():
+        report = json.loads((out / REPORT).read_text(encoding="utf-8"))
+        if report["settings"] == json.loads(json.dumps(dict(settings))):
+            shutil.rmtree(out / PARTS, ignore_errors=True)  # left where it was interrupted in doing so itself
+            return report
+    elif settings is not None and (out / PARTS).is_dir():
+        return None
+    raise FileExistsError(f"{out} exists and is not an empty folder; nothing was overwritten. Give another --out")
 
 
 def save_picture(path: Path, picture: Float[Array | np.ndarray, "h w c"]) -> None:
     """One picture in [−1, 1] as a PNG file."""
     with written_whole(path) as partial:
         image_grid(picture[None], columns=1, margin=0).save(partial, format="PNG")
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        with Image.open(path) as picture:
+            picture.verify()
+    except (OSError, SyntaxError):  # missing or damaged, in Pillow's words
+        return False
+    return True
+
+
+def _read_picture(path: Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.asarray(picture, np.float32) / 127.5 - 1
 
 
 def _prompts(pipeline: Pipeline, refs: ReferencePack | None, prompts: Sequence[str]) -> Sequence[str]:
@@ -191,14 +235,10 @@ def _check_size(refs: ReferencePack | None, shape: tuple[int, ...], down: int) -
         )
 
 
-def _bar(items: Any, label: str, shown: bool) -> Any:
+def _decode(pipeline: Pipeline, params: Any, latents: Any, progress: bool) -> list[np.ndarray]:
     from tqdm.auto import tqdm
 
-    return tqdm(items, desc=label, disable=not shown)
-
-
-def _decode(pipeline: Pipeline, params: Any, latents: Any, progress: bool) -> list[np.ndarray]:
-    one_by_one = _bar(range(len(latents)), "decoding", progress)
+    one_by_one = tqdm(range(len(latents)), desc="decoding", disable=not progress or not len(latents))
     return [np.asarray(pipeline.decode(params, latents[i : i + 1]))[0] for i in one_by_one]
 
 

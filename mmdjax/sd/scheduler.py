@@ -31,6 +31,7 @@ GRIDS = {  # which kind of grid each class visits, and its default spacing
     "UniPCMultistepScheduler": ("multistep", "linspace"),
 }
 OWN_GRIDS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+MAX_STEPS = 1_000_000
 TINY = 2.0**-24  # diffusers' zero where σ/α is formed
 
 
@@ -51,6 +52,17 @@ class Scheduler:
 
     def __post_init__(self):
         name, prediction = self.raw.get("_class_name"), self.raw.get("prediction_type", "epsilon")
+        for key, ok in (
+            ("_class_name", name is None or isinstance(name, str)),
+            ("prediction_type", isinstance(prediction, str)),
+            ("num_train_timesteps", _is_number(self.raw, "num_train_timesteps", 1, MAX_STEPS, int)),
+            ("beta_start", _is_number(self.raw, "beta_start", 0, 1)),
+            ("beta_end", _is_number(self.raw, "beta_end", 0, 1)),
+            ("clip_sample_range", _is_number(self.raw, "clip_sample_range", 0, math.inf)),
+            ("steps_offset", _is_number(self.raw, "steps_offset", 0, MAX_STEPS, int)),
+        ):
+            if not ok:
+                raise ValueError(f"the scheduler's {key} is {self.raw[key]!r}, of another kind or range")
         if name not in GRIDS:
             raise ValueError(
                 f"the scheduler's class is {name!r}; implemented: {', '.join(GRIDS)}. "
@@ -129,9 +141,16 @@ class Scheduler:
         return grid
 
 
+def _is_number(raw: Mapping[str, Any], key: str, low: Any, high: Any, *kinds: type) -> bool:
+    return key not in raw or (type(raw[key]) in (kinds or (int, float)) and low <= raw[key] <= high)
+
+
 def _betas(raw: Mapping[str, Any]) -> Float[np.ndarray, " T"]:
     if raw.get("trained_betas") is not None:
-        return np.asarray(raw["trained_betas"], np.float32)
+        betas = raw["trained_betas"]
+        if not isinstance(betas, list | tuple) or not betas or not all(_is_number({"": b}, "", 0, 1) for b in betas):
+            raise ValueError("the scheduler's trained_betas are no list of numbers between 0 and 1")
+        return np.asarray(betas, np.float32)
     first, last = raw.get("beta_start", 1e-4), raw.get("beta_end", 0.02)
     steps, name = raw.get("num_train_timesteps", 1000), raw.get("beta_schedule", "linear")
     match name:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from mmdjax.sd.checkpoint import CheckpointError
+from mmdjax.checkpoint import CheckpointError, read_json
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -97,6 +97,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
     settings = _json(folder / "special_tokens_map.json") | _json(folder / "tokenizer_config.json")
     special = {name: _token(settings.get(name), default) for name, default in _DEFAULTS.items()}
+    wrong = [token for token in special.values() if not _is_token(token)]
+    if wrong:
+        raise CheckpointError(f"{folder.name}: its special tokens are {wrong}, which are no tokens")
     if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
         encoding = _from_vocabulary(folder, special["unk_token"]["content"])
     elif (folder / "tokenizer.json").exists():
@@ -117,7 +120,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     encoding.add_special_tokens([tokenizers.AddedToken(**token, special=True) for token in new])
     start, end, pad, _ = (ids[token["content"]] for token in special.values())
     length = settings.get("model_max_length", LENGTH)
-    return Tokenizer(encoding, start, end, pad, length if length < 1e6 else LENGTH)
+    if type(length) not in (int, float) or not length > 2:
+        raise CheckpointError(f"{folder.name}: model_max_length is {length!r}; it is a number of tokens")
+    return Tokenizer(encoding, start, end, pad, int(length) if length < 1e6 else LENGTH)
 
 
 _DEFAULTS = {"bos_token": START, "eos_token": END, "pad_token": END, "unk_token": END}
@@ -156,13 +161,11 @@ def _token(value: Any, default: str) -> dict[str, Any]:
     return {key: value[key] for key in known if key in value}
 
 
+def _is_token(token: Mapping[str, Any]) -> bool:
+    return isinstance(token.get("content"), str) and all(
+        isinstance(flag, bool) for key, flag in token.items() if key != "content"
+    )
+
+
 def _json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path.parent.name}/{path.name} is not JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path.parent.name}/{path.name} is not a JSON object")
-    return raw
+    return read_json(path) if path.exists() else {}

@@ -18,7 +18,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from mmdjax.sd.config import Config, per_level
+from mmdjax.sd.config import Config, check_size, per_level
 from mmdjax.sd.layers import Block, ResnetBlock, SpatialAttention, timestep_embedding, upsample
 
 COMMON = {
@@ -326,13 +326,16 @@ def check_blocks(cfg: Any, down: set[str], up: set[str]) -> None:
     unknown = sorted({*cfg.down_block_types} - down | {*cfg.up_block_types} - up)
     if unknown:
         raise ValueError(f"blocks {unknown} are not implemented; implemented: {sorted(down | up)}")
-    levels = {len(cfg.block_out_channels), len(cfg.down_block_types), len(cfg.up_block_types), len(cfg.heads)}
+    depth = max(getattr(cfg, "depths", ()), default=1)
+    height = len(cfg.block_out_channels)
+    check_size(cfg, 2 * height * (cfg.layers_per_block + 1) * (1 + depth), height)
+    levels = {height, len(cfg.down_block_types), len(cfg.up_block_types), len(cfg.heads)}
     if len(levels) > 1:
         raise ValueError(
             f"block_out_channels, down_block_types, up_block_types and heads differ in length: {sorted(levels)}"
         )
     for channels, heads in zip(cfg.block_out_channels, cfg.heads, strict=True):
-        if channels % heads:
+        if heads < 1 or channels % heads:
             raise ValueError(f"{channels} channels cannot be split in {heads} heads")
     if not isinstance(cfg.layers_per_block, int):
         raise ValueError(f"layers_per_block is {cfg.layers_per_block!r}; one number for all levels is implemented")

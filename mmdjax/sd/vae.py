@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mmdjax.sd.config import Config
+from mmdjax.sd.config import Config, check_size
 from mmdjax.sd.layers import Block, ResnetBlock, SpatialAttention, upsample
 
 COMMON = {"act_fn": "silu", "mid_block_add_attention": True}
@@ -49,6 +49,8 @@ class AutoencoderConfig(Config):
 
     def __post_init__(self):
         unknown = {*self.down_block_types, *self.up_block_types} - {"DownEncoderBlock2D", "UpDecoderBlock2D"}
+        levels = len(self.block_out_channels)
+        check_size(self, 2 * levels * (self.layers_per_block + 1), levels)
         if unknown:
             raise ValueError(f"blocks {sorted(unknown)} are not implemented in an autoencoder")
 

@@ -11,6 +11,7 @@ References:
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import mmap
@@ -25,6 +26,8 @@ import numpy as np
 from mmdjax.whole import written_whole
 
 MAX_HEADER = 100_000_000  # bytes: the safetensors format's own limit
+MAX_JSON = 5 * 2**18  # bytes: parsed it may take 25 times as many. CLIP's vocabulary has 1.06 million
+MAX_AXES = 32
 DTYPES = {
     "F64": np.float64,
     "F32": np.float32,
@@ -126,6 +129,8 @@ def open_safetensors(path: str | Path) -> Checkpoint:
         (length,) = struct.unpack("<Q", start)
         if length > min(size - 8, MAX_HEADER):
             raise bad(f"its header claims {length:,} bytes of a file of {size:,}; the download may have been cut off")
+        if length > header_limit(size):
+            raise bad(f"its header takes {length:,} of {size:,} bytes, which is more than a model's does")
         try:
             header = json.loads(file.read(length))
         except (UnicodeDecodeError, ValueError, RecursionError) as error:
@@ -134,11 +139,14 @@ def open_safetensors(path: str | Path) -> Checkpoint:
     if not isinstance(header, dict):
         raise bad("its header is not a JSON object")
     metadata = header.pop("__metadata__", None) or {}
-    stored, data = {}, size - 8 - length
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise bad("its __metadata__ are not strings")
+    stored, data, ends = {}, size - 8 - length, []
     for key, entry in header.items():
         try:
             name, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
             sound = all(type(n) is int and n >= 0 for n in (*shape, first, last))
+            sound = sound and len(shape) <= MAX_AXES and isinstance(name, str)
         except (KeyError, TypeError, ValueError):
             name, shape, first, last, sound = "", (), 0, 0, False
         if not sound:
@@ -153,6 +161,10 @@ def open_safetensors(path: str | Path) -> Checkpoint:
         if last > data:
             raise bad(f"{key!r} ends at byte {last:,} of {data:,}: the file is cut off")
         stored[key] = Stored(shape, dtype, mapped, 8 + length + first)
+        ends.append((first, last, key))
+    for (_, end, key), (start, _, other) in itertools.pairwise(sorted(ends)):
+        if start < end:
+            raise bad(f"{key!r} and {other!r} overlap")
     return Checkpoint(stored, path.name, metadata)
 
 
@@ -178,6 +190,28 @@ def write_safetensors(
         file.write(struct.pack("<Q", len(head)) + head)
         for key in order:
             file.write(np.ascontiguousarray(entries[key].read()).reshape(-1).view(np.uint8).data)
+
+
+def header_limit(size: int) -> int:
+    """The most bytes of names and shapes that a file of this size may have.
+
+    Parsed they may take thirty times as many, which stays within 32 MiB and twice the file's size.
+    """
+    return 2**20 + size // 16
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file's object; CheckpointError where it is none."""
+    name = f"{path.parent.name}/{path.name}"
+    if path.stat().st_size > MAX_JSON:
+        raise CheckpointError(f"{name} has {path.stat().st_size:,} bytes, more than a configuration or index has")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{name} is not JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{name} is not a JSON object")
+    return raw
 
 
 def map_file(file) -> mmap.mmap:

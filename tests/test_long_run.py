@@ -1,0 +1,406 @@
+"""Long runs: what is on disk is what one uninterrupted run makes, whatever happened in between."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmdjax import DDIM, IMQ, Cosine, DiffusionModel, Memory, MMDGuidance, Particles, Product, guided_sample, long_run
+from mmdjax.checkpoint import CheckpointError
+from mmdjax.long_run import load_samples, sample_many
+from mmdjax.schedules import VPLinear
+
+
+def shrink(params, x, level, cond):
+    """The denoiser of Gaussian data of mean `params`."""
+    return params + level.alpha * (x - level.alpha * params) / (level.alpha**2 + level.sigma**2)
+
+
+MODEL = DiffusionModel(shrink, VPLinear(), (3,))
+REFS = 0.3 * jax.random.normal(jax.random.key(1), (6, 3)) + 1
+KEY = jax.random.key(7)
+SETTINGS = {"model": MODEL, "num_samples": 14, "batch_size": 4, "memory": 8, "num_steps": 4}
+BATCHES = 4
+
+
+def run(out, params=0.5, key=KEY, refs=REFS, **changes):
+    return sample_many(params, key, refs, out=out, **{**SETTINGS, **changes})
+
+
+def arrays(out, names=("x", "mmd2", "shift_norm")):
+    """Every array of every batch, as bytes."""
+    samples = load_samples(out)
+    return [samples.batch(i)[name].tobytes() for i in range(len(samples.rows)) for name in names]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole")
+    run(out)
+    return out
+
+
+def stop_after(batches):
+    """An `each` that raises once as many batches are on disk."""
+
+    def each(start, x):
+        if start // SETTINGS["batch_size"] + 1 == batches:
+            raise KeyboardInterrupt
+
+    return each
+
+
+def test_batches_are_those_of_a_loop_of_ones_own(whole):
+    made, memory = [], 8
+    for i in range(BATCHES):
+        settings = {"model": MODEL, "num_samples": 4, "num_steps": 4}
+        batch = guided_sample(0.5, jax.random.fold_in(KEY, i), REFS, memory=memory, **settings)
+        memory = batch.memory
+        made.append(batch.x)
+    expected = np.concatenate(made)[:14]
+    samples = load_samples(whole)
+    np.testing.assert_array_equal(np.asarray(samples), expected)
+    assert len(samples) == 14
+    np.testing.assert_array_equal(samples[5], expected[5])
+    np.testing.assert_array_equal(samples[-1], expected[-1])
+    for rows in (slice(3, 9), slice(4, 8), slice(None, None, 3), slice(12, 2, -4), slice(5, 5), slice(-3, None)):
+        np.testing.assert_array_equal(samples[rows], expected[rows])
+    np.testing.assert_array_equal(list(samples), expected)
+    with pytest.raises(IndexError):
+        samples[14]
+    assert sorted(path.name for path in whole.iterdir()) == [
+        *(f"batch-0000{i}.safetensors" for i in range(BATCHES)), "manifest.json",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+def test_resumed_is_uninterrupted(whole, tmp_path, batches):
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run(tmp_path, each=stop_after(batches))
+    (note,) = caught.value.__notes__
+    assert f"{4 * batches} of 14 samples are in {tmp_path}, and the same call goes on from there" in note
+    with pytest.raises(ValueError, match=f"lacks {BATCHES - batches} of 4 batches, the first being {batches}"):
+        load_samples(tmp_path)
+    assert len(load_samples(tmp_path, partial=True)) == 4 * batches
+    seen = []
+    run(tmp_path, each=lambda start, x: seen.append((start, x.shape)))
+    assert seen == [(0, (4, 3)), (4, (4, 3)), (8, (4, 3)), (12, (2, 3))]
+    assert arrays(tmp_path) == arrays(whole)
+
+
+def test_a_finished_run_makes_nothing(whole, monkeypatch):
+    before = {path: path.stat().st_mtime_ns for path in whole.iterdir()}
+    monkeypatch.setattr(long_run, "guided_sample", lambda *args, **kwargs: pytest.fail("made a batch"))
+    assert len(run(whole)) == 14
+    assert {path: path.stat().st_mtime_ns for path in whole.iterdir()} == before
+
+
+def test_published_memory_is_read_back(tmp_path):
+    """The authors' memory holds samples as they were before their last shift, and forgets when it is full."""
+    how = {"guidance": MMDGuidance.paper(alpha=0.05), "memory": 3, "batch_size": 1, "num_samples": 9}
+    run(tmp_path / "whole", **how)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", each=stop_after(2), **how)
+    run(tmp_path / "cut", **how)
+    names = ("x", "mmd2", "remembered")
+    assert arrays(tmp_path / "cut", names) == arrays(tmp_path / "whole", names)
+
+
+def test_conditions_and_a_memory_to_begin_with(tmp_path):
+    cond = jax.random.normal(jax.random.key(3), (14, 2))
+    kernel = Product(x=IMQ(1.0), cond=Cosine())
+    before = Memory.empty(8, (3,), cond).push(Particles(REFS[:3], cond[:3]))
+    how = {"cond": cond, "guidance": MMDGuidance(kernel=kernel), "memory": before, "refs": Particles(REFS, cond[:6])}
+    run(tmp_path / "whole", **how)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", each=stop_after(2), **how)
+    run(tmp_path / "cut", **how)
+    assert arrays(tmp_path / "cut") == arrays(tmp_path / "whole")
+    with pytest.raises(FileExistsError, match=r"cond was float32\[14, 2\] sha256 .* and is"):
+        run(tmp_path / "cut", **{**how, "cond": cond + 1})
+
+
+DAMAGES = {
+    "a bit of the data": lambda data: data[:-5] + bytes([data[-5] ^ 1]) + data[-4:],
+    "a bit of the header": lambda data: data[:20] + bytes([data[20] ^ 1]) + data[21:],
+    "cut off": lambda data: data[: len(data) // 2],
+    "empty": lambda data: b"",
+    "the rows that it claims": lambda data: data.replace(b'"rows":"4:8"', b'"rows":"0:4"'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_batch_is_found_and_made_again(whole, tmp_path, damage, monkeypatch):
+    for path in whole.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    path = tmp_path / "batch-00001.safetensors"
+    path.write_bytes(DAMAGES[damage](path.read_bytes()))
+    assert path.read_bytes() != (whole / path.name).read_bytes()
+    with pytest.raises(CheckpointError, match=r"batch-00001\.safetensors is missing or damaged"):
+        load_samples(tmp_path)[5]
+    made = []
+    monkeypatch.setattr(long_run, "guided_sample", lambda *a, **k: made.append(1) or guided_sample(*a, **k))
+    run(tmp_path)
+    assert len(made) == 1  # around the same memory, so that the batches after it stay what they are
+    assert path.read_bytes() == (whole / path.name).read_bytes()
+
+
+def test_a_batch_of_another_place_or_run_is_not_taken(whole, tmp_path):
+    run(tmp_path / "mine")
+    run(tmp_path / "other", params=0.6)
+    path = tmp_path / "mine" / "batch-00001.safetensors"
+    path.write_bytes((whole / "batch-00002.safetensors").read_bytes())
+    run(tmp_path / "mine")
+    assert arrays(tmp_path / "mine") == arrays(whole)
+    path.write_bytes((tmp_path / "other" / path.name).read_bytes())
+    with pytest.raises(FileExistsError, match=r"batch-00001\.safetensors is of another run"):
+        run(tmp_path / "mine")
+
+
+def test_damaged_manifest_is_written_anew(whole, tmp_path):
+    run(tmp_path)
+    manifest = (tmp_path / "manifest.json").read_text()
+    (tmp_path / "manifest.json").write_text(manifest[:100])
+    with pytest.raises(CheckpointError, match="is damaged"):
+        load_samples(tmp_path)
+    with pytest.raises(FileExistsError, match="of another run"):  # nothing is overwritten without the manifest either
+        run(tmp_path, num_steps=5)
+    (tmp_path / "manifest.json").write_text(manifest[:100])
+    run(tmp_path)
+    assert (tmp_path / "manifest.json").read_text() == manifest
+    assert arrays(tmp_path) == arrays(whole)
+
+
+OTHER = {
+    "params was sha256": {"params": 0.6},
+    "refs.x was float32[6, 3] sha256": {"refs": REFS.at[0].add(1e-3)},
+    "refs was mmdjax.particles.Particles and is None": {"refs": None},
+    "guidance.scale was 1.0 and is 0.5": {"guidance": MMDGuidance(scale=0.5)},
+    "sampler.eta was 1.0 and is 0.0": {"sampler": DDIM(eta=0.0)},
+    "steps was 4 and is 5": {"num_steps": 5},
+    "steps was 4 and is float": {"times": [1.0, 0.5, 0.0]},
+    "key was threefry2x32 [0, 7] and is threefry2x32 [0, 8]": {"key": jax.random.key(8)},
+    "batch_size was 4 and is 5": {"batch_size": 5},
+    "num_samples was 14 and is 15": {"num_samples": 15},
+    "memory was 8 and is None": {"memory": None},
+    "model.schedule": {"model": DiffusionModel(shrink, VPLinear(0.2), (3,))},
+    "model.denoiser.function was another function": {
+        "model": DiffusionModel(lambda params, x, level, cond: x, VPLinear(), (3,))
+    },
+}
+
+
+@pytest.mark.parametrize("says", OTHER)
+def test_other_settings_are_refused_by_name(whole, says):
+    before = {path: path.stat().st_mtime_ns for path in whole.iterdir()}
+    with pytest.raises(FileExistsError) as caught:
+        run(whole, **OTHER[says])
+    assert "holds a run of other settings; nothing was changed" in str(caught.value)
+    assert says in str(caught.value)
+    assert {path: path.stat().st_mtime_ns for path in whole.iterdir()} == before
+
+
+def test_other_versions_are_refused_and_other_devices_said(whole, tmp_path, monkeypatch):
+    run(tmp_path)
+    provenance = long_run.provenance
+    monkeypatch.setattr(long_run, "provenance", lambda: provenance() | {"jax": "0.0.1"})
+    with pytest.raises(FileExistsError, match=r"versions.jax was .* and is 0.0.1"):
+        run(tmp_path)
+    monkeypatch.setattr(long_run, "provenance", lambda: provenance() | {"device": "tpu: v9"})
+    with pytest.warns(UserWarning, match="1 × cpu: cpu, and this is 1 × tpu: v9: the samples agree .* to rounding"):
+        run(tmp_path)
+
+
+def test_a_folder_of_something_else(tmp_path):
+    (tmp_path / "thesis.txt").write_text("all of it")
+    with pytest.raises(FileExistsError, match=r"holds thesis.txt but no run; nothing was overwritten"):
+        run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    with pytest.raises(FileNotFoundError, match="give the folder that sample_many wrote"):
+        load_samples(tmp_path)
+
+
+def test_mistakes_leave_no_folder(tmp_path):
+    out = tmp_path / "out"
+    for changes, text in (
+        ({"num_samples": 0}, "num_samples is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"cond": jnp.zeros((4, 2))}, r"cond has shape \(4, 2\); it needs one row for each of the 14 samples"),
+        ({"refs": jnp.zeros((6, 2))}, r"refs have shape \(6, 2\)"),
+        ({"memory": 0}, "memory is 0"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            run(out, **changes)
+    assert not out.exists()
+
+
+def test_a_run_without_a_batch_takes_other_settings(tmp_path):
+    with pytest.raises(ValueError, match="times must decrease"):
+        run(tmp_path, times=[0.0, 1.0])
+    assert len(run(tmp_path)) == 14
+
+
+def test_what_is_not_finite_is_not_kept(tmp_path):
+    with pytest.raises(
+        FloatingPointError, match=r"samples \[0, 1, 2, 3\] are not finite, and their batch was not kept"
+    ):
+        run(tmp_path, params=jnp.nan, refs=None)
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_bars_tell_the_time_left(tmp_path, capfd):
+    run(tmp_path, progress=True)
+    assert "samples: 100%" in capfd.readouterr().err
+
+
+# --- faults ---
+
+
+def fill(monkeypatch, from_write):
+    """A disk that is full from the given call of fsync on."""
+    calls, fsync = [], os.fsync
+
+    def full(file):
+        calls.append(file)
+        if len(calls) >= from_write:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", full)
+
+
+@pytest.mark.parametrize("from_write", [1, 3])
+def test_full_disk(whole, tmp_path, monkeypatch, from_write):
+    with monkeypatch.context() as patch:
+        fill(patch, from_write)
+        with pytest.raises(OSError, match=r"No space left on device; .*the same call") as caught:
+            run(tmp_path)
+    assert caught.value.errno == errno.ENOSPC
+    assert not list(tmp_path.glob("*.part"))
+    run(tmp_path)
+    assert arrays(tmp_path) == arrays(whole)
+
+
+def test_folder_that_vanishes(whole, tmp_path):
+    out = tmp_path / "out"
+
+    def each(start, x):
+        if start == 4:
+            out.rename(tmp_path / "elsewhere")
+
+    with pytest.raises(FileNotFoundError, match="the folder was removed or replaced while in use") as caught:
+        run(out, each=each)
+    assert "nothing of the run is left there; the same call begins it again" in str(caught.value)
+    assert not out.exists()
+    run(tmp_path / "elsewhere")
+    assert arrays(tmp_path / "elsewhere") == arrays(whole)
+    run(out)
+    assert arrays(out) == arrays(whole)
+
+
+@pytest.fixture
+def unprivileged():
+    """From its call on a user whom permissions bind; root is not bound."""
+    before = os.geteuid()
+    yield lambda: os.seteuid(65534) if before == 0 else None
+    os.seteuid(before)
+
+
+def test_folder_that_becomes_read_only(whole, unprivileged):
+    expected, _ = arrays(whole), unprivileged()
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out"
+
+        def each(start, x):
+            if start == 4:
+                out.chmod(0o555)
+
+        with pytest.raises(PermissionError, match=r"Permission denied; 8 of 14 samples are in .*, and the same call"):
+            run(out, each=each)
+        with pytest.raises(PermissionError):
+            run(out)
+        out.chmod(0o755)
+        run(out)
+        assert arrays(out) == expected
+
+
+def test_second_run_in_one_folder_refuses(tmp_path):
+    def each(start, x):
+        if start == 4:
+            with pytest.raises(BlockingIOError, match=f"process {os.getpid()} on .* is at work in this folder"):
+                run(tmp_path)
+
+    run(tmp_path, each=each)
+
+
+CHILD = """
+import sys
+sys.path.insert(0, sys.argv[2])
+import test_long_run
+test_long_run.run(sys.argv[1], each=lambda start, x: print(start, flush=True))
+"""
+
+
+def child(out):
+    command = [sys.executable, "-c", CHILD, str(out), str(Path(__file__).parent)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def test_killed_run_goes_on_in_another_process(whole, tmp_path):
+    """kill -9 after the second batch; a lock that it leaves is none. The bits are those of this process."""
+    with child(tmp_path) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.strip() == "4":
+                process.kill()
+                break
+    assert process.returncode == -9
+    assert (tmp_path / ".lock").exists()
+    run(tmp_path)
+    assert arrays(tmp_path) == arrays(whole)
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_sharded_run_resumes_bit_for_bit():
+    """The batch over four devices; the same samples on one, to rounding."""
+    code = f"""
+import sys, tempfile, warnings
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_long_run import *
+mesh = jax.make_mesh((4,), ("n",), axis_types=(jax.sharding.AxisType.Auto,))
+sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("n"))
+folders = [Path(tempfile.mkdtemp()) for _ in range(3)]
+run(folders[0], sharding=sharding)
+try:
+    run(folders[1], sharding=sharding, each=stop_after(2))
+except KeyboardInterrupt:
+    run(folders[1], sharding=sharding)
+assert arrays(folders[0]) == arrays(folders[1])
+run(folders[2])
+np.testing.assert_allclose(load_samples(folders[2])[:], load_samples(folders[0])[:], rtol=1e-4, atol=1e-5)
+(folders[2] / "batch-00001.safetensors").unlink()
+with pytest.warns(UserWarning, match="begun on 1 × cpu: cpu, and this is 4 × cpu: cpu"):
+    run(folders[2], sharding=sharding)
+np.testing.assert_allclose(load_samples(folders[2])[:], load_samples(folders[0])[:], rtol=1e-4, atol=1e-5)
+"""
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"XLA_FLAGS": flags}, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_manifest_says_what_defines_the_run(whole):
+    manifest = json.loads((whole / "manifest.json").read_text())
+    assert manifest["definition"]["num_samples"] == 14
+    assert manifest["definition"]["sampler"] == {"is": "mmdjax.samplers.DDIM", "eta": 1.0}
+    assert manifest["made_with"]["devices"] == 1
