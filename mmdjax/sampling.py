@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from mmdjax.denoisers import DiffusionModel
@@ -16,6 +17,7 @@ from mmdjax.guidance import MMDGuidance, bind, check_guidance, fit_kernel
 from mmdjax.guided import GuidedSampler
 from mmdjax.memory import Memory
 from mmdjax.particles import Particles, as_particles
+from mmdjax.placement import placement
 from mmdjax.progress import Bar
 from mmdjax.samplers import DDIM, Sampler, as_sampler
 from mmdjax.schedules import uniform_times
@@ -130,9 +132,9 @@ def guided_sample(
             "checks=True reads values, which a call inside jit, vmap or grad has none of; call it outside of them"
         )
 
-    _check_sharding(sharding)
+    placed = placement(sharding, num_samples, refs, (params, cond, x_init, memory))
     params, refs, guidance, model, sampler, cond = strong((params, refs, guidance, model, as_sampler(sampler), cond))
-    kernel = None if refs is None else fit_kernel(guidance, refs)
+    kernel = None if refs is None else fit_kernel(guidance, refs, placed)
     samples, finite = _sample(
         params,
         key,
@@ -147,7 +149,7 @@ def guided_sample(
         memory,
         num_samples=num_samples,
         progress=progress,
-        sharding=sharding,
+        placed=placed,
         checks=checks,
         remat=remat,
         keep_path=keep_path,
@@ -157,31 +159,39 @@ def guided_sample(
     return samples
 
 
-@functools.partial(jax.jit, static_argnames=("num_samples", "progress", "sharding", "checks", "remat", "keep_path"))
-def _sample(
-    params, key, refs, kernel, model, guidance, sampler, cond, times, x_init, memory,
-    *, num_samples, progress, sharding, checks, remat, keep_path,
+@functools.partial(jax.jit, static_argnames=("num_samples", "progress", "placed", "checks", "remat", "keep_path"))
+def _sample(*operands, placed, **choices):
+    batch = P(placed.shards.batch)
+    x, memory, mmd2, shift_norm, path, finite = placed.run(
+        functools.partial(_run, placed, **choices),
+        *operands,
+        out=(batch, P(), P(), P(), P(None, *batch), P()),
+    )
+    return Samples(x, memory, Trace(mmd2, shift_norm, path)), finite
+
+
+def _run(
+    placed, params, key, refs, kernel, model, guidance, sampler, cond, times, x_init, memory,
+    *, num_samples, progress, checks, remat, keep_path,
 ):  # fmt: skip
     levels = jax.vmap(model.schedule)(times)
     num_steps = times.shape[0] - 1
     key_init, key_steps = jax.random.split(key)
 
-    def place(x):
-        return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
-
     if x_init is None:
         first = jax.tree.map(lambda v: v[0], levels)
-        x = jnp.sqrt(first.alpha**2 + first.sigma**2) * jax.random.normal(key_init, (num_samples, *model.shape))
+        noise = placed.batch(jax.random.normal(key_init, (num_samples, *model.shape)))
+        x = jnp.sqrt(first.alpha**2 + first.sigma**2) * noise
     else:
         x = jnp.asarray(x_init, jnp.promote_types(jnp.result_type(x_init), levels.alpha.dtype))
-    x = place(x)
+    x, cond = placed.batch((x, cond))
 
     if refs is not None:
-        bound = bind(guidance, kernel, refs, cond, memory)
+        bound = bind(guidance, kernel, refs, cond, memory, placed)
         sampler = GuidedSampler(sampler, bound, num_steps)
 
     def denoise(x, level, finite):
-        x0 = model.denoise(params, x, level, cond)
+        x0 = placed.batch(model.denoise(params, placed.batch(x), level, cond))
         return x0, finite & jnp.isfinite(x0).all() if checks else finite
 
     bar = Bar(num_steps, "sampling")
@@ -193,14 +203,14 @@ def _sample(
         x, sampler_carry, finite = sampler.step(
             jax.random.fold_in(key_steps, index), x, sampler_carry, finite, denoise, t, s
         )
-        x = place(x)
+        x, sampler_carry = placed.rows((x, sampler_carry), num_samples)
         if progress:
             jax.debug.callback(bar, index)
         path = x if keep_path else None
         if refs is None:
-            trace = Trace(jnp.full((), jnp.nan), jnp.zeros(()), path)
+            trace = jnp.full((), jnp.nan), jnp.zeros(()), path
         else:
-            trace = Trace(sampler_carry[1].mmd2, sampler_carry[1].shift_norm, path)
+            trace = sampler_carry[1].mmd2, sampler_carry[1].shift_norm, path
         return (x, sampler_carry), (trace, {"x0_hat": finite, "x": jnp.isfinite(x).all()} if checks else None)
 
     steps = (
@@ -209,13 +219,15 @@ def _sample(
         jax.tree.map(lambda v: v[1:], levels),
     )
     body = jax.checkpoint(one_step) if remat else one_step
-    (x, sampler_carry), (trace, finite) = jax.lax.scan(body, (x, sampler.init(x)), steps)
+    first = x, placed.rows(sampler.init(x), num_samples)
+    (x, sampler_carry), (trace, finite) = jax.lax.scan(body, first, steps)
 
     if memory is not None:
         published = refs is not None and guidance.published
         memory = memory.reset_when_full() if published else memory
-        memory = memory.push(Particles(sampler_carry[1].unshifted if published else x, cond))
-    return Samples(x, memory, trace), finite
+        made = placed.whole(sampler_carry[1].unshifted if published else x)
+        memory = memory.push(Particles(made, placed.whole(cond)))
+    return x, memory, *trace, finite
 
 
 def check_key(key: Any) -> None:
@@ -294,15 +306,6 @@ def as_memory(memory: Any, model: DiffusionModel, cond: Any) -> Memory | None:
     if jax.tree.structure(held.cond) != jax.tree.structure(cond) or shapes[0] != shapes[1]:
         raise ValueError(f"memory.cond has samples of shape {shapes[0]} but cond has {shapes[1]}; start a new memory")
     return memory
-
-
-def _check_sharding(sharding: Any) -> None:
-    mesh = getattr(sharding, "mesh", None)
-    if mesh is not None and any(kind != jax.sharding.AxisType.Auto for kind in mesh.axis_types):
-        raise ValueError(
-            f"sharding has axes {mesh.axis_types}; make the mesh with Auto ones: "
-            "jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto,) * len(names))"
-        )
 
 
 def _raise_at_first(finite: dict[str, Array], times: Any) -> None:
