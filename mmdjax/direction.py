@@ -85,7 +85,7 @@ def shift_direction(
 
     pushed, mass_push = gradient(among, everyone, own, same=True)
     p = shards.probabilities(refs).astype(u.dtype)
-    pulled, mass_pull = shards.pull(lambda rows: gradient(fixed, refs, p, rows), z)
+    pulled, mass_pull = shards.pull(lambda rows: gradient(fixed, refs, p, rows), z, everyone)
     if memory is not None:
         by_memory, mass_memory = gradient(fixed, memory, coef[everyone.n :])
         pushed, mass_push = pushed + by_memory, mass_push + mass_memory
@@ -128,7 +128,7 @@ def _condition_ratio(
     condition: a particle alone with its condition would be pushed by those of others as if they had its own.
     """
     p = shards.probabilities(refs).astype(own.dtype)
-    among_refs = shards.pull(lambda rows: product(jnp.abs(kernel.cond_gram(rows, refs)), p), z)
+    among_refs = shards.pull(lambda rows: product(jnp.abs(kernel.cond_gram(rows, refs)), p), z, everyone)
     alike = jnp.abs(kernel.cond_gram(z, everyone))
     others, everybody = jnp.sum(own * alike, axis=1), alike.sum(1)
     count = jnp.asarray(everyone.n, own.dtype)

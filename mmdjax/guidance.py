@@ -287,16 +287,15 @@ class BoundGuidance:
                 return jax.lax.cond(index < jnp.ceil(length), lambda c: move(*c, average), lambda c: c, carry), None
 
             carry = (z, everyone, state)
-            if steps == 1:
-                return inner(carry, 0)[0]
-            return jax.lax.scan(inner, carry, jnp.arange(steps))[0]
+            moved = inner(carry, 0)[0] if steps == 1 else jax.lax.scan(inner, carry, jnp.arange(steps))[0]
+            norms = jnp.sqrt(jnp.sum(((moved[0] - z) ** 2).reshape(z.shape[0], -1), axis=1))
+            return *moved, shards.total(norms.sum()) / everyone.shape[0]
 
-        everyone = shards.everyone(x)
-        z, everyone, transform_state = jax.lax.cond(
-            numbers["active"], guided, lambda *carry: carry, x, everyone, transform_state
-        )
-        norms = jnp.sqrt(jnp.sum(((z - x) ** 2).reshape(z.shape[0], -1), axis=1))
-        norm = shards.total(norms.sum()) / everyone.shape[0]
+        def left(z, everyone, state):
+            return z, everyone, state, jnp.zeros((), z.dtype)
+
+        carry = x, shards.everyone(x), transform_state
+        z, everyone, transform_state, norm = jax.lax.cond(numbers["active"], guided, left, *carry)
         return z, transform_state, norm, self._mmd2(kernel, *particles(z, everyone), refs, memory, shards)
 
     def _mmd2(self, kernel, z, everyone, refs, memory, shards):
@@ -309,19 +308,18 @@ class BoundGuidance:
         all_u = jnp.full(everyone.n, 1.0 / count, wide_dtype(z.x))
         self_pairs = self.guidance.estimator == "v"
         own = pair_sum(among, z, u, everyone, all_u, same=True, self_pairs=self_pairs)
-        generated = z
+        p = shards.probabilities(refs)
+        to_refs = u * shards.pull(lambda rows: product(fixed.gram(rows, refs), p), z, everyone)
+        across = shards.total(to_refs.sum())
         if memory is not None:
             share, past = shards.share(memory)
-            v, all_v = share.weight / count, past.weight / count
+            all_v = past.weight / count
             own += 2 * pair_sum(among, z, u, past, all_v)
-            own += pair_sum(among, share, v, past, all_v, same=True, self_pairs=self_pairs)
-            joined = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), (z.x, z.cond), (share.x, share.cond))
-            generated, u = Particles(*joined), jnp.concatenate([u, v])
+            own += pair_sum(among, share, share.weight / count, past, all_v, same=True, self_pairs=self_pairs)
             all_u = jnp.concatenate([all_u, all_v])
-        p = shards.probabilities(refs)
-        to_refs = shards.pull(lambda rows: product(fixed.gram(rows, refs), p), generated)
-        own = shards.total(own) / pair_norm(all_u, self.guidance.estimator)
-        return own - 2 * shards.total(jnp.sum(u * to_refs))
+            share, _ = shards.share(memory, shards.without_refs)
+            across += shards.total_with_refs(pair_sum(fixed, share, share.weight / count, refs, p))
+        return shards.total(own) / pair_norm(all_u, self.guidance.estimator) - 2 * across
 
 
 def default_kernel(at: str) -> Kernel:

@@ -38,6 +38,11 @@ class Shards:
     batch: Axes = ()
     refs: Axes = ()
 
+    @property
+    def without_refs(self) -> Axes:
+        """The batch's axes that the references are not split over."""
+        return tuple(axis for axis in self.batch if axis not in self.refs)
+
     def everyone(self, rows: Any) -> Any:
         """All rows of a pytree [n, ...], this device's own first: row i here and row i of the whole are one point."""
         if not self.batch:
@@ -53,17 +58,24 @@ class Shards:
         """The sum over the devices that hold the batch."""
         return jax.lax.psum(x, self.batch) if self.batch else x
 
-    def share(self, points: Particles) -> tuple[Particles, Particles]:
+    def total_with_refs(self, x: Any) -> Any:
+        """The sum over the devices that hold the batch or the references."""
+        axes = tuple(dict.fromkeys(self.batch + self.refs))
+        return jax.lax.psum(x, axes) if axes else x
+
+    def share(self, points: Particles, axes: Axes | None = None) -> tuple[Particles, Particles]:
         """This device's part of points that all devices hold, and all of them, that part first; both with weights.
 
-        Parts are equal: where they do not come out even, the last ones are filled up with rows of weight 0.
+        Parts are equal: where they do not come out even, the last ones are filled up with rows of weight 0. `axes`:
+        the mesh axes to split over, in place of the batch's.
         """
+        axes = self.batch if axes is None else axes
         weight = jnp.ones(points.n, wide_dtype(points.x)) if points.weight is None else jnp.asarray(points.weight)
         whole = replace(points, weight=weight)
-        if not self.batch:
+        if not axes:
             return whole, whole
-        size = -(-points.n // jax.lax.axis_size(self.batch))
-        start = size * jax.lax.axis_index(self.batch)
+        size = -(-points.n // jax.lax.axis_size(axes))
+        start = size * jax.lax.axis_index(axes)
         index = start + jnp.arange(size)
         part = jax.tree.map(lambda v: v[index % points.n], whole)
         part = replace(part, weight=jnp.where(index < points.n, part.weight, 0.0))
@@ -77,11 +89,14 @@ class Shards:
         mass = jnp.asarray(refs.n, p.dtype) if refs.weight is None else jnp.asarray(refs.weight, p.dtype).sum()
         return p * mass / jax.lax.psum(mass, self.refs)
 
-    def pull(self, of_refs: Callable, z: Any) -> Any:
+    def pull(self, of_refs: Callable, z: Particles, everyone: Particles) -> Any:
         """of_refs(z), a pytree of [n, ...] that is a sum over references, summed over the devices that hold them."""
         common = tuple(axis for axis in self.refs if axis in self.batch)
         others = tuple(axis for axis in self.refs if axis not in self.batch)
-        if common:
+        if common and common == self.batch:  # in the order of the devices
+            start = z.n * jax.lax.axis_index(common)
+            z = jax.tree.map(lambda v: jnp.roll(v, start, axis=0), everyone)
+        elif common:
             z = jax.tree.map(lambda v: jax.lax.all_gather(v, common, tiled=True), z)
         sums = of_refs(z)
         if others:
