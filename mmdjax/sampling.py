@@ -21,7 +21,7 @@ from mmdjax.placement import placement
 from mmdjax.progress import Bar
 from mmdjax.samplers import DDIM, Sampler, as_sampler
 from mmdjax.schedules import uniform_times
-from mmdjax.tree import is_concrete, pytree, strong
+from mmdjax.tree import is_concrete, is_traced, pytree, strong
 
 
 @pytree
@@ -99,7 +99,10 @@ def guided_sample(
       x_init: x at times[0], [n, *model.shape]; default prior noise. `schedules.diffuse` makes it from pictures.
       memory: None, the capacity of a new memory, or the memory of an earlier call.
       progress: show a bar, also inside `jit`.
-      sharding: a `jax.sharding.Sharding` for the batch, on a mesh of Auto axes.
+      sharding: `NamedSharding(mesh, PartitionSpec(axis))`, on Auto or Explicit axes: splits the batch over that axis of
+        the mesh (`mmdjax.distributed` makes both). The guidance stays that of the whole batch, and samples do not
+        depend on the number of devices. Parameters and references may lie on the mesh as they like; references split by
+        rows are used where they are, except inside a `jit` of one's own on Auto axes, which hides how they are split.
       checks: raise at the first step whose x̂0 or x is not finite.
       keep_path: keep x after each step as `trace.path`, for pictures; memory for num_steps batches.
       remat: recompute each step in the backward pass: memory for `grad` then grows with one step's network call only.
@@ -109,7 +112,7 @@ def guided_sample(
       TypeError: a key that is not typed, references that are not floats, components of the wrong type.
       ValueError: shapes that do not fit the model, references that are empty, not finite or (for a bandwidth taken from
         them) all equal or one only, conditions missing on one side of a Product kernel, times that do not decrease in
-        [0, 1].
+        [0, 1], a num_samples that the mesh axis does not divide.
       FloatingPointError: with `checks`, naming the step and the quantity.
 
     Example:
@@ -127,7 +130,7 @@ def guided_sample(
     check_call(key, refs, model, num_samples, cond, guidance, sampler, x_init)
     times = _check_times(times, num_steps)
     memory = as_memory(memory, model, cond)
-    if checks and not is_concrete((params, key, refs, model, cond, guidance, sampler, times, x_init, memory)):
+    if checks and is_traced((params, key, refs, model, cond, guidance, sampler, times, x_init, memory)):
         raise ValueError(
             "checks=True reads values, which a call inside jit, vmap or grad has none of; call it outside of them"
         )
