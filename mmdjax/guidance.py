@@ -30,7 +30,7 @@ from mmdjax.memory import Memory
 from mmdjax.mmd import check_estimator, pair_norm, pair_sum
 from mmdjax.numerics import product
 from mmdjax.particles import Particles, check_points, flat, wide_dtype, widen
-from mmdjax.placement import HERE, Placement
+from mmdjax.placement import HERE, Placement, current
 from mmdjax.schedules import Level, diffuse
 from mmdjax.tree import is_concrete, pytree, replace, static
 
@@ -345,7 +345,11 @@ def fit_kernel(guidance: MMDGuidance, refs: Particles, placement: Placement = HE
 @functools.partial(jax.jit, static_argnames="placement")
 def _fit(kernel, refs, *, placement):
     def fit(kernel, refs):
-        return kernel.fit(placement.whole(refs) if refs.n <= SUBSET else placement.references(refs))
+        token = current.set(placement)
+        try:
+            return kernel.fit(placement.whole(refs) if refs.n <= SUBSET else placement.references(refs))
+        finally:
+            current.reset(token)
 
     return placement.run(fit, kernel, refs, out=P())
 

@@ -9,6 +9,7 @@ A mesh may have Auto or Explicit axes. Inside, all are Auto: under Explicit ones
 in several ways raise.
 """
 
+import contextvars
 import dataclasses
 import math
 from collections.abc import Callable
@@ -168,8 +169,24 @@ class Placement:
             lambda *args: function(self.shards, *args), mesh=self.auto, in_specs=specs, out_specs=out, check_vma=False
         )(*args)
 
+    def by_rows(self, function: Callable, y: Array) -> Array:
+        """function(y, y), [m, m], for points that every device holds, each making its own rows.
+
+        Row i of the first argument is row i of the second one.
+        """
+
+        def own_rows(shards, y):
+            part, whole = shards.share(Particles(y))
+            return jnp.roll(function(part.x, whole.x), part.n * jax.lax.axis_index(shards.batch), axis=1)
+
+        if not self.shards.batch:
+            return function(y, y)
+        return self.split(own_rows, (y,), specs=(P(),), out=P(self.shards.batch))[: y.shape[0]]
+
 
 HERE = Placement()
+current: contextvars.ContextVar[Placement] = contextvars.ContextVar("placement", default=HERE)
+"""The placement in which a bandwidth is being fitted: rules take references only."""
 
 
 def placement(sharding: Any, num_samples: int, refs: Any, operands: Any = None) -> Placement:
