@@ -32,7 +32,6 @@ def initialize(
     process_id: int | None = None,
     *,
     heartbeat_timeout_seconds: int = 30,
-    shutdown_timeout_seconds: int = 30,
     **settings: Any,
 ) -> None:
     """Join this process to the others of a run: `jax.distributed.initialize`. Call it before anything else uses JAX.
@@ -48,7 +47,6 @@ def initialize(
       num_processes: how many there are.
       process_id: which one this is, from 0.
       heartbeat_timeout_seconds: after which silence a process counts as dead.
-      shutdown_timeout_seconds: how long a process that is done waits for the others.
       settings: others of `jax.distributed.initialize`, such as local_device_ids and initialization_timeout.
     Raises:
       ValueError: some of the three arguments without the others.
@@ -71,7 +69,6 @@ def initialize(
         jax.distributed.initialize(
             **given,
             heartbeat_timeout_seconds=heartbeat_timeout_seconds,
-            shutdown_timeout_seconds=shutdown_timeout_seconds,
             **settings,
         )
     except ValueError as error:

@@ -253,11 +253,14 @@ class BoundGuidance:
         among = kernel[0] if isinstance(kernel, tuple) else kernel
         all_cond = shards.everyone(cond)
 
-        def particles(z, everyone):
-            return Particles(z, cond), Particles(everyone, all_cond)
+        def gather(z):
+            return shards.everyone(z) if shards.batch else ()  # to be carried along, and not twice on one device
 
-        def move(z, everyone, state, average):
-            rows, whole = particles(z, everyone)
+        def particles(z, gathered):
+            return Particles(z, cond), Particles(gathered if shards.batch else z, all_cond)
+
+        def move(z, gathered, state, average):
+            rows, whole = particles(z, gathered)
             direction = shift_direction(
                 kernel,
                 rows,
@@ -274,29 +277,29 @@ class BoundGuidance:
             if guidance.transform is not None:
                 direction, state = jax.vmap(guidance.transform.update)(direction, state, z)
             z = z - numbers["scale"] * direction
-            return z, shards.everyone(z), state
+            return z, gather(z), state
 
-        def guided(z, everyone, state):
+        def guided(z, gathered, state):
             average = None
             if rule == "field":  # of the points as they come: once a call, not at each inner step
-                average = neighbours(among, *particles(z, everyone))
+                average = neighbours(among, *particles(z, gathered))
 
             def inner(carry, index):
                 if length is None:
                     return move(*carry, average), None
                 return jax.lax.cond(index < jnp.ceil(length), lambda c: move(*c, average), lambda c: c, carry), None
 
-            carry = (z, everyone, state)
+            carry = (z, gathered, state)
             moved = inner(carry, 0)[0] if steps == 1 else jax.lax.scan(inner, carry, jnp.arange(steps))[0]
             norms = jnp.sqrt(jnp.sum(((moved[0] - z) ** 2).reshape(z.shape[0], -1), axis=1))
-            return *moved, shards.total(norms.sum()) / everyone.shape[0]
+            return *moved, shards.total(norms.sum()) / particles(z, gathered)[1].n
 
-        def left(z, everyone, state):
-            return z, everyone, state, jnp.zeros((), z.dtype)
+        def left(z, gathered, state):
+            return z, gathered, state, jnp.zeros((), z.dtype)
 
-        carry = x, shards.everyone(x), transform_state
-        z, everyone, transform_state, norm = jax.lax.cond(numbers["active"], guided, left, *carry)
-        return z, transform_state, norm, self._mmd2(kernel, *particles(z, everyone), refs, memory, shards)
+        carry = x, gather(x), transform_state
+        z, gathered, transform_state, norm = jax.lax.cond(numbers["active"], guided, left, *carry)
+        return z, transform_state, norm, self._mmd2(kernel, *particles(z, gathered), refs, memory, shards)
 
     def _mmd2(self, kernel, z, everyone, refs, memory, shards):
         """MMD² without the references' own term; each device sums over its own rows, and its part of the memory's."""

@@ -204,10 +204,9 @@ def placement(sharding: Any, num_samples: int, refs: Any, operands: Any = None) 
     points = [] if refs is None else jax.tree.leaves(refs.x)
     on_refs = [_lies(leaf) for leaf in points[:1]]
     if sharding is None:
+        split = [s.mesh for s in on_refs if s is not None and _leading(s.spec)]
         lies = on_refs + [_lies(leaf) for leaf in jax.tree.leaves(operands)]
-        meshes = [
-            s.mesh for s in lies if s is not None and (AxisType.Explicit in s.mesh.axis_types or _leading(s.spec))
-        ]
+        meshes = split + [s.mesh for s in lies if s is not None and AxisType.Explicit in s.mesh.axis_types]
         if not meshes:
             return HERE
         mesh, batch = next((m for m in meshes if isinstance(m, jax.sharding.Mesh)), meshes[0]), ()
