@@ -75,17 +75,20 @@ def flops_share(compile_for: Callable[[int], Any]) -> float:
 
 
 def main():
-    cases = {"unguided": None, "MMDGuidance()": MMDGuidance(), 'at="sample"': MMDGuidance(at="sample")}
+    default, sample = ("MMDGuidance()", MMDGuidance()), ('at="sample"', MMDGuidance(at="sample"))
+    cases = [  # samples, references, whether these are split
+        (64, 100, False, "unguided", None),
+        *((*sizes, *default) for sizes in ((64, 100, False), (256, 100, False), (64, 1000, False), (64, 1000, True))),
+        *((*sizes, *sample) for sizes in ((64, 1000, False), (64, 1000, True))),
+    ]
     shares = []
     print(f"FLOPs of one of {DEVICES} devices over an eighth of one device's: at most {MUST}, goal {GOAL}")
-    for num_samples, num_refs in ((64, 100), (256, 100), (64, 1000)):
-        for name, guidance in cases.items():
-            for split_refs in (False, True) if guidance is not None and num_refs % DEVICES == 0 else (False,):
-                share = flops_share(functools.partial(program, num_samples, num_refs, guidance, split_refs=split_refs))
-                row = {"samples": num_samples, "refs": num_refs, "guidance": name, "split_refs": split_refs}
-                shares.append(row | {"flops_share": share})
-                split = "split" if split_refs else "whole"
-                print(f"{name:16} {num_samples:4} samples, {num_refs:5} references ({split}): {share:.4f}")
+    for num_samples, num_refs, split_refs, name, guidance in cases:
+        share = flops_share(functools.partial(program, num_samples, num_refs, guidance, split_refs=split_refs))
+        row = {"samples": num_samples, "refs": num_refs, "split_refs": split_refs, "guidance": name}
+        shares.append(row | {"flops_share": share})
+        split = "split" if split_refs else "whole"
+        print(f"{name:16} {num_samples:4} samples, {num_refs:5} references ({split}): {share:.4f}", flush=True)
     sent = []
     print("\nCollectives of one step (kB received by a device), by number of references")
     for split_refs in (False, True):
