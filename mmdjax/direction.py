@@ -39,6 +39,7 @@ from mmdjax.kernels import RBF, Kernel, Product, Radial, Sum
 from mmdjax.mmd import pair_norm
 from mmdjax.numerics import product, reciprocal
 from mmdjax.particles import Particles, flat, per_sample, wide_dtype
+from mmdjax.placement import WHOLE, Shards
 from mmdjax.schedules import Level
 from mmdjax.tree import pytree, static
 
@@ -52,6 +53,8 @@ def shift_direction(
     estimator: str = "u",
     precondition: str = "mass",
     balance: Any = 0.0,
+    everyone: Particles | None = None,
+    shards: Shards = WHOLE,
 ) -> Float[Array, "n ..."]:
     """P_i ∂MMD²/∂z_i / u_i for a batch of equal weights; the particles of `memory` count on its side but do not move.
 
@@ -63,31 +66,35 @@ def shift_direction(
       estimator: "u" or "v".
       precondition: as in `MMDGuidance`; "field" before the average over neighbours, which is `neighbours`.
       balance: b, for "field".
+      everyone: the batch on all devices, as `shards.everyone` has it; None: z is all of it.
+      shards: over which devices batch and references are split.
     Returns:
       [n, ...], like z.x.
     """
     among, fixed = kernel if isinstance(kernel, tuple) else (kernel, kernel)
-    weights = jnp.ones(z.n, wide_dtype(z.x))
+    everyone = z if everyone is None else everyone
+    weights = jnp.ones(everyone.n, wide_dtype(z.x))
     if memory is not None:
         weights = jnp.concatenate([weights, memory.weight.astype(weights.dtype)])
     u = weights / weights.sum()
     coef = u / pair_norm(u, estimator)
-    own = jnp.broadcast_to(coef[: z.n], (z.n, z.n))
+    own = jnp.broadcast_to(coef[: everyone.n], (z.n, everyone.n))
     if estimator == "u":
-        own = jnp.where(jnp.eye(z.n, dtype=bool), 0.0, own)
+        own = jnp.where(jnp.eye(*own.shape, dtype=bool), 0.0, own)
     rule = {"raw": "none", "field": "mass"}.get(precondition, precondition)
 
-    def gradient(k, points, coef, same=False):
-        return k.gradient(z, points, coef, same=same, precondition=rule)
+    def gradient(k, points, coef, rows=z, same=False):
+        return k.gradient(rows, points, coef, same=same, precondition=rule)
 
-    pushed, mass_push = gradient(among, z, own, same=True)
-    pulled, mass_pull = gradient(fixed, refs, refs.probabilities().astype(u.dtype))
+    pushed, mass_push = gradient(among, everyone, own, same=True)
+    p = shards.probabilities(refs).astype(u.dtype)
+    pulled, mass_pull = shards.pull(lambda rows: gradient(fixed, refs, p, rows), z, everyone)
     if memory is not None:
-        by_memory, mass_memory = gradient(fixed, memory, coef[z.n :])
+        by_memory, mass_memory = gradient(fixed, memory, coef[everyone.n :])
         pushed, mass_push = pushed + by_memory, mass_push + mass_memory
     if precondition == "field":
         if isinstance(fixed, Product):
-            ratio = _condition_ratio(fixed, z, refs, memory, own, coef[z.n :])
+            ratio = _condition_ratio(fixed, z, everyone, refs, memory, own, coef[everyone.n :], shards)
             pushed, mass_push = per_sample(ratio, pushed) * pushed, ratio * mass_push
         surplus = mass_push > mass_pull
         tiny = jnp.finfo(mass_pull.dtype).tiny * 8
@@ -111,20 +118,23 @@ def shift_direction(
 def _condition_ratio(
     kernel: Product,
     z: Particles,
+    everyone: Particles,
     refs: Particles,
     memory: Particles | None,
-    own: Float[Array, "n n"],
+    own: Float[Array, "n all"],
     of_memory: Float[Array, " k"],
+    shards: Shards,
 ) -> Float[Array, " n"]:
     """Density of each particle's condition among the references, over that among the other particles; detached.
 
     At most twice the ratio with the particle itself among the particles, which is what it is where two share a
     condition: a particle alone with its condition would be pushed by those of others as if they had its own.
     """
-    among_refs = product(jnp.abs(kernel.cond_gram(z, refs)), refs.probabilities().astype(own.dtype))
-    alike = jnp.abs(kernel.cond_gram(z, z))
+    p = shards.probabilities(refs).astype(own.dtype)
+    among_refs = shards.pull(lambda rows: product(jnp.abs(kernel.cond_gram(rows, refs)), p), z, everyone)
+    alike = jnp.abs(kernel.cond_gram(z, everyone))
     others, everybody = jnp.sum(own * alike, axis=1), alike.sum(1)
-    count = jnp.asarray(z.n, own.dtype)
+    count = jnp.asarray(everyone.n, own.dtype)
     if memory is not None:
         of_past = jnp.abs(kernel.cond_gram(z, memory))
         others += product(of_past, of_memory)
@@ -143,19 +153,31 @@ def balance_at(kernel: Kernel, level: Level | None) -> Any:
     return jnp.where(total > 0, reach2 / jnp.where(total > 0, total, 1.0), 0.0)
 
 
-def neighbours(kernel: Kernel, z: Particles, refs: Particles, spread2: Any = jnp.inf) -> Float[Array, "n n"]:
+def neighbours(
+    kernel: Kernel,
+    z: Particles,
+    refs: Particles,
+    spread2: Any = jnp.inf,
+    *,
+    everyone: Particles | None = None,
+    shards: Shards = WHOLE,
+) -> Float[Array, "n all"]:
     """The average over neighbours: w(z_i, z_j)/Σ_j w(z_i, z_j), for a particle among the references.
 
     Row i of the identity for one farther from all references than √spread2, with a smooth step between. A weight that
-    is infinite at distance 0 counts there as the row's largest other.
+    is infinite at distance 0 counts there as the row's largest other. `everyone` and `shards`: see `shift_direction`.
     """
-    weight = jnp.maximum(kernel.pair_weights(z, z, same=True), 0.0)  # a product with Cosine may be negative
-    eye = jnp.eye(z.n, dtype=bool)
+    everyone = z if everyone is None else everyone
+    weight = jnp.maximum(kernel.pair_weights(z, everyone, same=True), 0.0)  # a product with Cosine may be negative
+    eye = jnp.eye(*weight.shape, dtype=bool)
     own = jnp.maximum(jnp.diagonal(weight), jnp.max(jnp.where(eye, 0.0, weight), axis=1))
     weight = jnp.where(eye, jnp.where(own > 0, own, 1.0)[:, None], weight)
-    d2 = squared_distance(flat(z.x), flat(refs.x))
-    nearest2 = jnp.min(jnp.where(refs.probabilities() > 0, d2, jnp.inf), axis=1)
-    among = 1 / (1 + jnp.minimum(nearest2 / spread2, 16.0) ** 8)
+
+    def nearest2(rows):
+        d2 = squared_distance(flat(rows.x), flat(refs.x))
+        return jnp.min(jnp.where(refs.probabilities() > 0, d2, jnp.inf), axis=1)
+
+    among = 1 / (1 + jnp.minimum(shards.least(nearest2, z, everyone) / spread2, 16.0) ** 8)
     return jnp.where(eye, (1 - among)[:, None], 0.0) + (among / weight.sum(1))[:, None] * weight
 
 

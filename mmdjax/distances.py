@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mmdjax.numerics import product
+from mmdjax.placement import current
 
 CANCELLATION = 1e-3  # of |x|² + |y|²; there a float32 product is off by about 1e-4
 SUBSET = 2000  # references that a bandwidth or a constant is taken from
@@ -51,7 +52,7 @@ def squared_distance(
 def _by_difference(x: Array, y: Array, d2: Array, close: Array) -> Array:
     # d2 with the pairs in `close` computed anew, a block of pairs at a time: costs nothing when there are none
     total = d2.size
-    block = min(total, max(1, 2**22 // x.shape[1]))
+    block = max(1, min(total // 16, 2**18 // x.shape[1]))  # few pairs are close: a large block would be padding
 
     def recompute(d2):
         (pairs,) = jnp.nonzero(close.reshape(-1), size=total, fill_value=total)
@@ -135,7 +136,7 @@ def _valid_pairs(y: Array, weight: Array, what: str) -> tuple[Array, Array]:
     rows = subset(y.shape[0])
     y, present = jax.lax.stop_gradient(y[rows]), weight[rows] > 0
     y = jnp.where(present[:, None], y, y[jnp.argmax(present)])  # what lies in an empty slot must not move the centre
-    d2 = squared_distance(y, y, same=True, accurate=True)
+    d2 = current.get().by_rows(functools.partial(squared_distance, same=True, accurate=True), y)
     return d2, present[:, None] & present[None, :] & ~jnp.eye(d2.shape[0], dtype=bool)
 
 

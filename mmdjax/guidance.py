@@ -20,15 +20,17 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from mmdjax.direction import balance_at, diffused_pair, neighbours, shift_direction
-from mmdjax.distances import spread2, subset
+from mmdjax.distances import SUBSET, spread2, subset
 from mmdjax.kernels import IMQ, RBF, Kernel, NearestNeighbour, Neighbourhood, Polynomial, as_kernel, check_fitted
 from mmdjax.memory import Memory
-from mmdjax.mmd import check_estimator, cross_term, self_term
+from mmdjax.mmd import check_estimator, pair_norm, pair_sum
 from mmdjax.numerics import product
 from mmdjax.particles import Particles, check_points, flat, wide_dtype, widen
+from mmdjax.placement import HERE, Placement, fitted_in
 from mmdjax.schedules import Level, diffuse
 from mmdjax.tree import is_concrete, pytree, replace, static
 
@@ -178,6 +180,7 @@ class BoundGuidance:
     spread2: Any
     cond: Any
     memory: Particles | None
+    placement: Placement = static(default=HERE)
 
     def init(self, x: Array) -> GuidanceState:
         """The state before the first step for a batch shaped like x."""
@@ -213,7 +216,7 @@ class BoundGuidance:
         if guidance.at == "sample":
             kernel: Any = self.kernel.at_level(s)
             key_refs, key_memory = jax.random.split(key)
-            refs = replace(refs, x=diffuse(key_refs, refs.x, s))
+            refs = replace(refs, x=self.placement.references(diffuse(key_refs, refs.x, s)))
             if memory is not None:
                 memory = replace(memory, x=diffuse(key_memory, memory.x, s))
         else:
@@ -234,62 +237,94 @@ class BoundGuidance:
             scale = scale * (memory.weight.sum() > 0)  # the published loop leaves the first sample alone
 
         balance = balance_at(self.kernel, level) if rule == "field" else 0.0
+        numbers = {"active": self.active(fraction), "scale": scale, "balance": balance, "length": length}
+        batch, on_refs = P(self.placement.shards.batch), P(self.placement.shards.refs)
+        z, transform_state, norm, mmd2 = self.placement.split(
+            functools.partial(self._guide_rows, steps),
+            (x.astype(wide_dtype(x)), self.cond, state.transform, kernel, refs, memory, numbers),
+            specs=(batch, batch, batch, P(), on_refs, P(), P()),
+            out=(batch, batch, P(), P()),
+        )
+        mmd2, norm = jax.lax.stop_gradient((mmd2 + refs_term, norm))
+        return z.astype(x.dtype), GuidanceState(transform_state, mmd2, norm, x if guidance.published else ())
 
-        def move(z, transform_state, average):
+    def _guide_rows(self, steps, shards, x, cond, transform_state, kernel, refs, memory, numbers):
+        """`_guide` for the rows of one device: moved x, state of the transform, mean norm of the shifts, MMD²."""
+        guidance, rule, length = self.guidance, self.guidance.rule, numbers["length"]
+        among = kernel[0] if isinstance(kernel, tuple) else kernel
+        all_cond = shards.everyone(cond)
+
+        def gather(z):
+            return shards.everyone(z) if shards.batch else ()  # to be carried along, and not twice on one device
+
+        def particles(z, gathered):
+            return Particles(z, cond), Particles(gathered if shards.batch else z, all_cond)
+
+        def move(z, gathered, state, average):
+            rows, whole = particles(z, gathered)
             direction = shift_direction(
                 kernel,
-                Particles(z, self.cond),
+                rows,
                 refs,
                 memory,
                 estimator=guidance.estimator,
                 precondition=rule,
-                balance=balance,
+                balance=numbers["balance"],
+                everyone=whole,
+                shards=shards,
             )
             if average is not None:
-                direction = product(average, flat(direction)).reshape(z.shape)
+                direction = product(average, flat(shards.everyone(direction))).reshape(z.shape)
             if guidance.transform is not None:
-                direction, transform_state = jax.vmap(guidance.transform.update)(direction, transform_state, z)
-            return z - scale * direction, transform_state
+                direction, state = jax.vmap(guidance.transform.update)(direction, state, z)
+            z = z - numbers["scale"] * direction
+            return z, gather(z), state
 
-        def guided(z, transform_state):
+        def guided(z, gathered, state):
             average = None
             if rule == "field":  # of the points as they come: once a call, not at each inner step
-                among = kernel[0] if isinstance(kernel, tuple) else kernel
-                average = neighbours(among, Particles(z, self.cond), refs, self.spread2)
+                rows, whole = particles(z, gathered)
+                average = neighbours(among, rows, refs, self.spread2, everyone=whole, shards=shards)
 
             def inner(carry, index):
                 if length is None:
-                    return move(carry[0], carry[1], average), None
-                going = index < jnp.ceil(length)
-                return jax.lax.cond(going, lambda c: move(c[0], c[1], average), lambda c: c, carry), None
+                    return move(*carry, average), None
+                return jax.lax.cond(index < jnp.ceil(length), lambda c: move(*c, average), lambda c: c, carry), None
 
-            if steps == 1:
-                (moved, transform_state), _ = inner((z, transform_state), 0)
-            else:
-                (moved, transform_state), _ = jax.lax.scan(inner, (z, transform_state), jnp.arange(steps))
-            norms = jnp.sqrt(jnp.sum(((moved - z) ** 2).reshape(z.shape[0], -1), axis=1))
-            return moved, transform_state, jax.lax.stop_gradient(norms.mean())
+            carry = (z, gathered, state)
+            moved = inner(carry, 0)[0] if steps == 1 else jax.lax.scan(inner, carry, jnp.arange(steps))[0]
+            norms = jnp.sqrt(jnp.sum(((moved[0] - z) ** 2).reshape(z.shape[0], -1), axis=1))
+            return *moved, shards.total(norms.sum()) / particles(z, gathered)[1].n
 
-        def left(z, transform_state):
-            return z, transform_state, jnp.zeros((), z.dtype)
+        def left(z, gathered, state):
+            return z, gathered, state, jnp.zeros((), z.dtype)
 
-        z = x.astype(wide_dtype(x))
-        z, transform_state, norm = jax.lax.cond(self.active(fraction), guided, left, z, state.transform)
-        mmd2 = self._mmd2(kernel, Particles(z, self.cond), refs, memory) + refs_term
-        unshifted = x if guidance.published else ()
-        return z.astype(x.dtype), GuidanceState(transform_state, jax.lax.stop_gradient(mmd2), norm, unshifted)
+        carry = x, gather(x), transform_state
+        z, gathered, transform_state, norm = jax.lax.cond(numbers["active"], guided, left, *carry)
+        return z, transform_state, norm, self._mmd2(kernel, *particles(z, gathered), refs, memory, shards)
 
-    def _mmd2(self, kernel, z, refs, memory):
+    def _mmd2(self, kernel, z, everyone, refs, memory, shards):
+        """MMD² without the references' own term; each device sums over its own rows, and its part of the memory's."""
         among, fixed = kernel if isinstance(kernel, tuple) else (kernel, kernel)
-        generated = z
+        if memory is not None and among is not fixed:
+            return jnp.full((), jnp.nan, wide_dtype(z.x))  # memory is in closed form, the batch is not: no one Gram
+        count = everyone.n if memory is None else everyone.n + memory.weight.sum()
+        u = jnp.full(z.n, 1.0 / count, wide_dtype(z.x))
+        all_u = jnp.full(everyone.n, 1.0 / count, wide_dtype(z.x))
+        self_pairs = self.guidance.estimator == "v"
+        own = pair_sum(among, z, u, everyone, all_u, same=True, self_pairs=self_pairs)
+        p = shards.probabilities(refs)
+        to_refs = u * shards.pull(lambda rows: product(fixed.gram(rows, refs), p), z, everyone)
+        across = shards.total(to_refs.sum())
         if memory is not None:
-            if among is not fixed:
-                return jnp.full((), jnp.nan, wide_dtype(z.x))  # memory is in closed form, the batch is not: no one Gram
-            weight = jnp.concatenate([jnp.ones(z.n, memory.weight.dtype), memory.weight])
-            joined = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), (z.x, z.cond), (memory.x, memory.cond))
-            generated = Particles(joined[0], joined[1], weight)
-        own = self_term(among, generated, self.guidance.estimator)
-        return own - 2 * cross_term(fixed, generated, refs)
+            share, past = shards.share(memory)
+            all_v = past.weight / count
+            own += 2 * pair_sum(among, z, u, past, all_v)
+            own += pair_sum(among, share, share.weight / count, past, all_v, same=True, self_pairs=self_pairs)
+            all_u = jnp.concatenate([all_u, all_v])
+            share, _ = shards.share(memory, shards.without_refs)
+            across += shards.total_with_refs(pair_sum(fixed, share, share.weight / count, refs, p))
+        return shards.total(own) / pair_norm(all_u, self.guidance.estimator) - 2 * across
 
 
 def default_kernel(at: str) -> Kernel:
@@ -299,21 +334,26 @@ def default_kernel(at: str) -> Kernel:
     return IMQ(NearestNeighbour(2.5) if at == "sample" else Neighbourhood())
 
 
-def fit_kernel(guidance: MMDGuidance, refs: Particles) -> Kernel:
+def fit_kernel(guidance: MMDGuidance, refs: Particles, placement: Placement = HERE) -> Kernel:
     """The guidance's kernel with all that it takes from the references filled in.
 
     Raises:
       ValueError: a bandwidth comes out as 0, the references being all equal. Inside `jit`, where that is not seen, it
         is NaN.
     """
-    kernel = _fit(default_kernel(guidance.at) if guidance.kernel is None else guidance.kernel, refs)
+    kernel = default_kernel(guidance.at) if guidance.kernel is None else guidance.kernel
+    kernel = _fit(kernel, refs, placement=placement)
     check_fitted(kernel)
     return kernel
 
 
-@jax.jit
-def _fit(kernel, refs):
-    return kernel.fit(refs)
+@functools.partial(jax.jit, static_argnames="placement")
+def _fit(kernel, refs, *, placement):
+    def fit(kernel, refs):
+        with fitted_in(placement):
+            return kernel.fit(placement.whole(refs) if refs.n <= SUBSET else placement.references(refs))
+
+    return placement.run(fit, kernel, refs, out=P())
 
 
 def check_guidance(guidance: Any, refs: Particles, cond: Any) -> None:
@@ -343,23 +383,41 @@ def check_guidance(guidance: Any, refs: Particles, cond: Any) -> None:
 
 
 def bind(
-    guidance: MMDGuidance, kernel: Kernel, refs: Particles, cond: Any = None, memory: Memory | None = None
+    guidance: MMDGuidance,
+    kernel: Kernel,
+    refs: Particles,
+    cond: Any = None,
+    memory: Memory | None = None,
+    placement: Placement = HERE,
 ) -> BoundGuidance:
     """The guidance bound to its references (in at least float32), conditions and memory; `kernel` from `fit_kernel`."""
 
     if not kernel.sees_cond:  # carried along they would have to match in structure for nothing
         cond, refs = None, replace(refs, cond=None)
-    refs = widen(refs)
-    rows = subset(refs.n)
-    some = jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf[rows]), refs)
+    refs = placement.references(widen(refs))
     refs_term, spread = 0.0, jnp.inf
     if guidance.at in ("denoised", "clean"):
-        refs_term = jax.lax.stop_gradient(self_term(kernel, some, guidance.estimator))
+        rows = subset(refs.n)
+        some = placement.whole(jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf[rows]), refs))
+        refs_term = placement.split(
+            functools.partial(_refs_term, guidance.estimator), (kernel, some), specs=(P(), P()), out=P()
+        )
+        refs_term = jax.lax.stop_gradient(refs_term)
         if guidance.rule == "field":
-            spread = spread2(flat(some.x), some.probabilities())
+            with fitted_in(placement):
+                spread = spread2(flat(some.x), some.probabilities())
     held = None
     if memory is not None:
         memory = memory.reset_when_full() if guidance.published else memory
-        held = widen(memory.particles)
+        held = widen(placement.whole(memory.particles))
         held = held if kernel.sees_cond else replace(held, cond=None)
-    return BoundGuidance(guidance, kernel, refs, refs_term, spread, cond, held)
+    return BoundGuidance(guidance, kernel, refs, refs_term, spread, placement.batch(cond), held, placement)
+
+
+def _refs_term(estimator, shards, kernel, refs):
+    # `self_term`, each device having its part of the rows
+    share, whole = shards.share(refs)
+    total = whole.weight.sum()
+    u, v = share.weight / total, whole.weight / total
+    own = pair_sum(kernel, share, u, whole, v, same=True, self_pairs=estimator == "v")
+    return shards.total(own) / pair_norm(v, estimator)

@@ -36,18 +36,25 @@ def pair_norm(u: Array, estimator: str) -> Array:
     return jnp.where(rest > 10 * jnp.finfo(u.dtype).eps, rest, jnp.inf)
 
 
+def pair_sum(
+    kernel: Any, p: Particles, u: Array, q: Particles, v: Array, *, same: bool = False, self_pairs: bool = True
+) -> Float[Array, ""]:
+    """Σ_ij u_i v_j k(x_i, y_j); with `same` x_i and y_i are one point, and the pairs of it may be left out."""
+    gram = kernel.gram(p, q, same=same)
+    if not self_pairs:
+        gram = jnp.where(jnp.eye(*gram.shape, dtype=bool), 0.0, gram)
+    return product(product(u, gram), v)
+
+
 def self_term(kernel: Any, p: Particles, estimator: str) -> Float[Array, ""]:
     """E k(x, x') over a point set."""
     u = p.probabilities()
-    gram = kernel.gram(p, p, same=True)
-    if estimator == "u":
-        gram = jnp.where(jnp.eye(p.n, dtype=bool), 0.0, gram)
-    return product(product(u, gram), u) / pair_norm(u, estimator)
+    return pair_sum(kernel, p, u, p, u, same=True, self_pairs=estimator == "v") / pair_norm(u, estimator)
 
 
 def cross_term(kernel: Any, p: Particles, q: Particles) -> Float[Array, ""]:
     """E k(x, y) between two point sets."""
-    return product(product(p.probabilities(), kernel.gram(p, q)), q.probabilities())
+    return pair_sum(kernel, p, p.probabilities(), q, q.probabilities())
 
 
 def mmd2(kernel: Any, p: Any, q: Any, *, estimator: Estimator = "v") -> Float[Array, ""]:

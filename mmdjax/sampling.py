@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from mmdjax.denoisers import DiffusionModel
@@ -17,10 +18,11 @@ from mmdjax.guided import GuidedSampler
 from mmdjax.memory import Memory
 from mmdjax.numerics import all_finite
 from mmdjax.particles import Particles, as_particles, widen
+from mmdjax.placement import placement
 from mmdjax.progress import Bar
 from mmdjax.samplers import DDIM, Sampler, as_sampler
 from mmdjax.schedules import uniform_times
-from mmdjax.tree import is_concrete, pytree, strong
+from mmdjax.tree import is_concrete, is_traced, pytree, strong
 
 
 @pytree
@@ -98,7 +100,10 @@ def guided_sample(
       x_init: x at times[0], [n, *model.shape]; default prior noise. `schedules.diffuse` makes it from pictures.
       memory: None, the capacity of a new memory, or the memory of an earlier call.
       progress: show a bar, also inside `jit`.
-      sharding: a `jax.sharding.Sharding` for the batch, on a mesh of Auto axes.
+      sharding: `NamedSharding(mesh, PartitionSpec(axis))`, on Auto or Explicit axes: splits the batch over that axis of
+        the mesh (`mmdjax.distributed` makes both). The guidance stays that of the whole batch, and samples do not
+        depend on the number of devices. Parameters and references may lie on the mesh as they like; references split by
+        rows are used where they are, except inside a `jit` of one's own on Auto axes, which hides how they are split.
       checks: raise where a NaN or infinity arises: in params, cond or the memory, or at the first step whose x̂0, x,
         shift of the guidance or mmd2 is not finite.
       keep_path: keep x after each step as `trace.path`, for pictures; memory for num_steps batches.
@@ -109,7 +114,7 @@ def guided_sample(
       TypeError: a key that is not typed, references that are not floats, components of the wrong type.
       ValueError: shapes that do not fit the model, references that are empty, not finite or (for a bandwidth taken from
         them) all equal or one only, conditions missing on one side of a Product kernel, times that do not decrease in
-        [0, 1].
+        [0, 1], a num_samples that the mesh axis does not divide.
       FloatingPointError: with `checks`, naming the quantity, and the step.
 
     Example:
@@ -127,14 +132,14 @@ def guided_sample(
     check_call(key, refs, model, num_samples, cond, guidance, sampler, x_init)
     times = _check_times(times, num_steps)
     memory = as_memory(memory, model, cond)
-    if checks and not is_concrete((params, key, refs, model, cond, guidance, sampler, times, x_init, memory)):
+    if checks and is_traced((params, key, refs, model, cond, guidance, sampler, times, x_init, memory)):
         raise ValueError(
             "checks=True reads values, which a call inside jit, vmap or grad has none of; call it outside of them"
         )
 
-    _check_sharding(sharding)
+    placed = placement(sharding, num_samples, refs, (params, cond, x_init, memory))
     params, refs, guidance, model, sampler, cond = strong((params, refs, guidance, model, as_sampler(sampler), cond))
-    kernel = None if refs is None else fit_kernel(guidance, refs)
+    kernel = None if refs is None else fit_kernel(guidance, refs, placed)
     if checks:
         held = None if memory is None else widen(memory.particles)  # empty slots may hold anything
         _raise_at_leaf({"params": params, "cond": cond, "model": model, "sampler": sampler, "memory": held})
@@ -152,7 +157,7 @@ def guided_sample(
         memory,
         num_samples=num_samples,
         progress=progress,
-        sharding=sharding,
+        placed=placed,
         checks=checks,
         remat=remat,
         keep_path=keep_path,
@@ -162,33 +167,41 @@ def guided_sample(
     return samples
 
 
-@functools.partial(jax.jit, static_argnames=("num_samples", "progress", "sharding", "checks", "remat", "keep_path"))
-def _sample(
-    params, key, refs, kernel, model, guidance, sampler, cond, times, x_init, memory,
-    *, num_samples, progress, sharding, checks, remat, keep_path,
+@functools.partial(jax.jit, static_argnames=("num_samples", "progress", "placed", "checks", "remat", "keep_path"))
+def _sample(*operands, placed, **choices):
+    batch = P(placed.shards.batch)
+    x, memory, mmd2, shift_norm, path, finite = placed.run(
+        functools.partial(_run, placed, **choices),
+        *operands,
+        out=(batch, P(), P(), P(), P(None, *batch), P()),
+    )
+    return Samples(x, memory, Trace(mmd2, shift_norm, path)), finite
+
+
+def _run(
+    placed, params, key, refs, kernel, model, guidance, sampler, cond, times, x_init, memory,
+    *, num_samples, progress, checks, remat, keep_path,
 ):  # fmt: skip
     levels = jax.vmap(model.schedule)(times)
     num_steps = times.shape[0] - 1
     key_init, key_steps = jax.random.split(key)
 
-    def place(x):
-        return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
-
     if x_init is None:
         first = jax.tree.map(lambda v: v[0], levels)
-        x = jnp.sqrt(first.alpha**2 + first.sigma**2) * jax.random.normal(key_init, (num_samples, *model.shape))
+        noise = placed.batch(jax.random.normal(key_init, (num_samples, *model.shape)))
+        x = jnp.sqrt(first.alpha**2 + first.sigma**2) * noise
     else:
         x = jnp.asarray(x_init, jnp.promote_types(jnp.result_type(x_init), levels.alpha.dtype))
-    x = place(x)
+    x, cond = placed.batch((x, cond))
 
     if checks and (refs is None or guidance.at != "denoised"):
         sampler = _Watched(sampler)
     if refs is not None:
-        bound = bind(guidance, kernel, refs, cond, memory)
+        bound = bind(guidance, kernel, refs, cond, memory, placed)
         sampler = GuidedSampler(sampler, bound, num_steps)
 
     def denoise(x, level, finite):
-        x0 = model.denoise(params, x, level, cond)
+        x0 = placed.batch(model.denoise(params, placed.batch(x), level, cond))
         return x0, finite | {"x0_hat": finite["x0_hat"] & jnp.isfinite(x0).all()} if checks else finite
 
     bar = Bar(num_steps, "sampling")
@@ -200,14 +213,14 @@ def _sample(
         x, sampler_carry, finite = sampler.step(
             jax.random.fold_in(key_steps, index), x, sampler_carry, finite, denoise, t, s
         )
-        x = place(x)
+        x, sampler_carry = placed.rows((x, sampler_carry), num_samples)
         if progress:
             jax.debug.callback(bar, index)
         path = x if keep_path else None
         if refs is None:
-            trace = Trace(jnp.full((), jnp.nan), jnp.zeros(()), path)
+            trace = jnp.full((), jnp.nan), jnp.zeros(()), path
         else:
-            trace = Trace(sampler_carry[1].mmd2, sampler_carry[1].shift_norm, path)
+            trace = sampler_carry[1].mmd2, sampler_carry[1].shift_norm, path
         return (x, sampler_carry), (trace, finite | {"moved": jnp.isfinite(x).all()} if checks else None)
 
     steps = (
@@ -216,13 +229,15 @@ def _sample(
         jax.tree.map(lambda v: v[1:], levels),
     )
     body = jax.checkpoint(one_step) if remat else one_step
-    (x, sampler_carry), (trace, finite) = jax.lax.scan(body, (x, sampler.init(x)), steps)
+    first = x, placed.rows(sampler.init(x), num_samples)
+    (x, sampler_carry), (trace, finite) = jax.lax.scan(body, first, steps)
 
     if memory is not None:
         published = refs is not None and guidance.published
         memory = memory.reset_when_full() if published else memory
-        memory = memory.push(Particles(sampler_carry[1].unshifted if published else x, cond))
-    return Samples(x, memory, trace), finite
+        made = placed.whole(sampler_carry[1].unshifted if published else x)
+        memory = memory.push(Particles(made, placed.whole(cond)))
+    return x, memory, *trace, finite
 
 
 def check_key(key: Any) -> None:
@@ -301,15 +316,6 @@ def as_memory(memory: Any, model: DiffusionModel, cond: Any) -> Memory | None:
     if jax.tree.structure(held.cond) != jax.tree.structure(cond) or shapes[0] != shapes[1]:
         raise ValueError(f"memory.cond has samples of shape {shapes[0]} but cond has {shapes[1]}; start a new memory")
     return memory
-
-
-def _check_sharding(sharding: Any) -> None:
-    mesh = getattr(sharding, "mesh", None)
-    if mesh is not None and any(kind != jax.sharding.AxisType.Auto for kind in mesh.axis_types):
-        raise ValueError(
-            f"sharding has axes {mesh.axis_types}; make the mesh with Auto ones: "
-            "jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto,) * len(names))"
-        )
 
 
 @pytree

@@ -134,9 +134,13 @@ def strong(tree: T) -> T:
     return jax.tree.map(leaf, tree)
 
 
+def is_traced(tree: Any) -> bool:
+    """Whether a leaf has no value, being inside `jit`, `vmap` or `grad`."""
+    return any(isinstance(x, Tracer) for x in jax.tree.leaves(tree))
+
+
 def is_concrete(tree: Any) -> bool:
-    """Whether every leaf has a value now: nothing is traced, and all of it is on this process's devices."""
-    return all(
-        not isinstance(x, Tracer) and (not isinstance(x, jax.Array) or x.is_fully_addressable)
-        for x in jax.tree.leaves(tree)
+    """Whether every leaf has a value now: nothing is traced, and this process's devices hold all of it."""
+    return not is_traced(tree) and all(
+        not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated for x in jax.tree.leaves(tree)
     )

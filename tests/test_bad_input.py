@@ -63,9 +63,13 @@ CASES = {
         ValueError, "null_cond is one sample's",
         lambda: run(model=DiffusionModel(cfg(shrink, 2.0, jnp.zeros((1, 3))), VPLinear(), (3, 2)),
                     cond=jnp.ones((4, 3)))),
-    "explicit mesh": (
-        ValueError, "make the mesh with Auto ones",
-        lambda: run(sharding=jax.sharding.NamedSharding(jax.make_mesh((1,), ("n",)), jax.sharding.PartitionSpec("n")))),
+    "sharding of another kind": (
+        TypeError, r"sharding is SingleDeviceSharding; give NamedSharding\(mesh, PartitionSpec\(axis\)\)",
+        lambda: run(sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))),
+    "sharding of the samples' own axes": (
+        ValueError, "only the leading axis, that of the samples, can be split",
+        lambda: run(sharding=jax.sharding.NamedSharding(jax.make_mesh((1,), ("n",)),
+                                                        jax.sharding.PartitionSpec(None, "n")))),
     "memory as a number in guide_sampler": (
         TypeError, "memory is int", lambda: guide_sampler(DDIM(), MMDGuidance(), REFS, memory=5)),
     "memory without conditions": (

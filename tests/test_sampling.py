@@ -334,21 +334,3 @@ heavy = {"matplotlib", "diffrax", "sklearn", "torch", "flax", "tqdm"} & set(sys.
 assert not heavy, heavy
 """
     run_python(code)
-
-
-def test_sharded_batch_agrees_with_one_device():
-    code = """
-import jax, jax.numpy as jnp, numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from mmdjax import *
-from mmdjax.schedules import VPLinear
-model = DiffusionModel(lambda p, x, level, c: level.alpha * x, VPLinear(), (3,))
-refs = jax.random.normal(jax.random.key(1), (9, 3))
-mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))
-sharding = NamedSharding(mesh, PartitionSpec("batch"))
-call = lambda **kw: guided_sample(None, jax.random.key(0), refs, model=model, num_samples=16, num_steps=5, **kw).x
-split, whole = call(sharding=sharding), call()
-assert len(split.sharding.device_set) == 8 and not split.is_fully_replicated
-np.testing.assert_allclose(split, whole, rtol=1e-4, atol=1e-5)
-"""
-    run_python(code, XLA_FLAGS="--xla_force_host_platform_device_count=8")

@@ -1,0 +1,268 @@
+"""Where a batch and its references lie: on one device, or split over the devices of a mesh.
+
+The batch is split by rows over the mesh axes that `guided_sample(sharding=)` names. The network runs as XLA splits it;
+the guidance, which compares all pairs, runs in `jax.shard_map`: each device moves its own rows and sees all others
+through an all-gather of the batch. References are whole on every device, or split by rows over mesh axes of their own
+choice; then each device pulls with its part, and the sum is scattered back to the rows' owners.
+
+A mesh may have Auto or Explicit axes. Inside, all are Auto: under Explicit ones, operations whose result could be split
+in several ways raise.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from mmdjax.particles import Particles, wide_dtype
+from mmdjax.tree import replace
+
+Axes = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shards:
+    """What one device does with its own rows, inside `jax.shard_map`; without axes it has all of them.
+
+    Args:
+      batch: mesh axes that the batch is split over.
+      refs: mesh axes that the references are split over.
+    """
+
+    batch: Axes = ()
+    refs: Axes = ()
+
+    @property
+    def without_refs(self) -> Axes:
+        """The batch's axes that the references are not split over."""
+        return tuple(axis for axis in self.batch if axis not in self.refs)
+
+    def everyone(self, rows: Any) -> Any:
+        """All rows of a pytree [n, ...], this device's own first: row i here and row i of the whole are one point."""
+        if not self.batch:
+            return rows
+
+        def gather(v):
+            whole = jax.lax.all_gather(v, self.batch, tiled=True)
+            return jnp.roll(whole, -v.shape[0] * jax.lax.axis_index(self.batch), axis=0)
+
+        return jax.tree.map(gather, rows)
+
+    def total(self, x: Any) -> Any:
+        """The sum over the devices that hold the batch."""
+        return jax.lax.psum(x, self.batch) if self.batch else x
+
+    def total_with_refs(self, x: Any) -> Any:
+        """The sum over the devices that hold the batch or the references."""
+        axes = tuple(dict.fromkeys(self.batch + self.refs))
+        return jax.lax.psum(x, axes) if axes else x
+
+    def share(self, points: Particles, axes: Axes | None = None) -> tuple[Particles, Particles]:
+        """This device's part of points that all devices hold, and all of them, that part first; both with weights.
+
+        Parts are equal: where they do not come out even, the last ones are filled up with rows of weight 0. `axes`:
+        the mesh axes to split over, in place of the batch's.
+        """
+        axes = self.batch if axes is None else axes
+        weight = jnp.ones(points.n, wide_dtype(points.x)) if points.weight is None else jnp.asarray(points.weight)
+        whole = replace(points, weight=weight)
+        if not axes:
+            return whole, whole
+        size = -(-points.n // jax.lax.axis_size(axes))
+        start = size * jax.lax.axis_index(axes)
+        index = start + jnp.arange(size)
+        part = jax.tree.map(lambda v: v[index % points.n], whole)
+        part = replace(part, weight=jnp.where(index < points.n, part.weight, 0.0))
+        return part, jax.tree.map(lambda v: jnp.roll(v, -start, axis=0), whole)
+
+    def probabilities(self, refs: Particles) -> Float[Array, " m"]:
+        """The weights of this device's references, normalised over all of them."""
+        if not self.refs:
+            return refs.probabilities()
+        p = refs.probabilities()  # zero if all slots here are empty
+        mass = jnp.asarray(refs.n, p.dtype) if refs.weight is None else jnp.asarray(refs.weight, p.dtype).sum()
+        return p * mass / jax.lax.psum(mass, self.refs)
+
+    def pull(self, of_refs: Callable, z: Particles, everyone: Particles) -> Any:
+        """of_refs(z), a pytree of [n, ...] that is a sum over references, summed over the devices that hold them."""
+        common = tuple(axis for axis in self.refs if axis in self.batch)
+        others = tuple(axis for axis in self.refs if axis not in self.batch)
+        if common and common == self.batch:  # in the order of the devices
+            start = z.n * jax.lax.axis_index(common)
+            z = jax.tree.map(lambda v: jnp.roll(v, start, axis=0), everyone)
+        elif common:
+            z = jax.tree.map(lambda v: jax.lax.all_gather(v, common, tiled=True), z)
+        sums = of_refs(z)
+        if others:
+            sums = jax.lax.psum(sums, others)
+        return jax.lax.psum_scatter(sums, common, tiled=True) if common else sums
+
+    def least(self, of_refs: Callable, z: Particles, everyone: Particles) -> Float[Array, " n"]:
+        """of_refs(z), [n], the least of what the devices that hold references find."""
+        if not self.refs:
+            return of_refs(z)
+        start = z.n * jax.lax.axis_index(self.batch) if self.batch else 0
+        found = of_refs(jax.tree.map(lambda v: jnp.roll(v, start, axis=0), everyone))  # in the order of the devices
+        found = jax.lax.all_gather(found, self.refs).min(0)
+        return jax.lax.dynamic_slice_in_dim(found, start, z.n)
+
+
+WHOLE = Shards()
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """How a mesh holds a batch and its references; without a mesh, one device holds all.
+
+    Args:
+      mesh: as the caller made it.
+      shards: the axes.
+    """
+
+    mesh: Any = None
+    shards: Shards = WHOLE
+
+    @property
+    def auto(self) -> Any:
+        """The mesh with Auto axes."""
+        return self.mesh.update(axis_types=(AxisType.Auto,) * len(self.mesh.axis_names))
+
+    def put(self, tree: Any, spec: P) -> Any:
+        """A pytree laid out as `spec` says."""
+        return tree if self.mesh is None else jax.lax.with_sharding_constraint(tree, NamedSharding(self.auto, spec))
+
+    def batch(self, tree: Any) -> Any:
+        """A pytree [n, ...] split as the batch is."""
+        return self.put(tree, P(self.shards.batch))
+
+    def rows(self, tree: Any, n: int) -> Any:
+        """`batch` for those leaves of a pytree that have n rows."""
+        return jax.tree.map(lambda v: self.batch(v) if jnp.shape(v)[:1] == (n,) else v, tree)
+
+    def references(self, tree: Any) -> Any:
+        """A pytree [m, ...] split as the references are."""
+        return self.put(tree, P(self.shards.refs))
+
+    def whole(self, tree: Any) -> Any:
+        """A pytree that every device holds."""
+        return self.put(tree, P())
+
+    def run(self, function: Callable, *args: Any, out: Any) -> Any:
+        """function(*args) as if the mesh had Auto axes, inside `jit`; `out`, a tree of specs, says how results lie."""
+        if self.mesh is None:
+            return function(*args)
+
+        def shardings(mesh):
+            return jax.tree.map(lambda spec: NamedSharding(mesh, spec), out, is_leaf=lambda leaf: isinstance(leaf, P))
+
+        def laid_out(*args):
+            return jax.lax.with_sharding_constraint(function(*args), shardings(self.auto))
+
+        if AxisType.Explicit not in self.mesh.axis_types:
+            return laid_out(*args)
+        # the mesh without its devices: with them, the caller would have to be under jax.set_mesh
+        return jax.sharding.auto_axes(laid_out, out_sharding=shardings(self.mesh.abstract_mesh))(*args)
+
+    def split(self, function: Callable, args: tuple, *, specs: tuple, out: Any) -> Any:
+        """function(shards, *args) on each device with its own rows; `specs` and `out` say how args and results lie."""
+        if self.mesh is None:
+            return function(WHOLE, *args)
+        return jax.shard_map(
+            lambda *args: function(self.shards, *args), mesh=self.auto, in_specs=specs, out_specs=out, check_vma=False
+        )(*args)
+
+    def by_rows(self, function: Callable, y: Array) -> Array:
+        """function(y, y), [m, m], for points that every device holds, each making its own rows.
+
+        Row i of the first argument is row i of the second one.
+        """
+
+        def own_rows(shards, y):
+            part, whole = shards.share(Particles(y))
+            return jnp.roll(function(part.x, whole.x), part.n * jax.lax.axis_index(shards.batch), axis=1)
+
+        if not self.shards.batch:
+            return function(y, y)
+        return self.split(own_rows, (y,), specs=(P(),), out=P(self.shards.batch))[: y.shape[0]]
+
+
+HERE = Placement()
+current: contextvars.ContextVar[Placement] = contextvars.ContextVar("placement", default=HERE)
+"""The placement in which a bandwidth is being fitted: rules take references only."""
+
+
+@contextlib.contextmanager
+def fitted_in(placement: Placement) -> Iterator[None]:
+    """Within, distances among references are shared out as `placement` says."""
+    token = current.set(placement)
+    try:
+        yield
+    finally:
+        current.reset(token)
+
+
+def placement(sharding: Any, num_samples: int, refs: Any, operands: Any = None) -> Placement:
+    """The placement that a call asks for.
+
+    Args:
+      sharding: of the batch, a `NamedSharding` on the leading axis, or None: wherever the operands are.
+      num_samples: n.
+      refs: the references, or None. How they lie is seen where they are concrete or the mesh is Explicit.
+      operands: everything else, which may lie on a mesh of Explicit axes.
+    Raises:
+      TypeError: not a NamedSharding.
+      ValueError: other axes than the leading one are split, or the batch does not divide.
+    """
+    points = [] if refs is None else jax.tree.leaves(refs.x)
+    on_refs = [_lies(leaf) for leaf in points[:1]]
+    if sharding is None:
+        split = [s.mesh for s in on_refs if s is not None and _leading(s.spec)]
+        lies = on_refs + [_lies(leaf) for leaf in jax.tree.leaves(operands)]
+        meshes = split + [s.mesh for s in lies if s is not None and AxisType.Explicit in s.mesh.axis_types]
+        if not meshes:
+            return HERE
+        mesh, batch = next((m for m in meshes if isinstance(m, jax.sharding.Mesh)), meshes[0]), ()
+    else:
+        mesh, batch = _check(sharding, num_samples)
+    split = ()
+    for s in on_refs:
+        if s is not None and dict(s.mesh.shape) == dict(mesh.shape):
+            split = _leading(s.spec)
+    return Placement(mesh, Shards(batch, split))
+
+
+def _check(sharding: Any, num_samples: int) -> tuple[Any, Axes]:
+    if not isinstance(sharding, NamedSharding):
+        raise TypeError(
+            f"sharding is {type(sharding).__name__}; give NamedSharding(mesh, PartitionSpec(axis)), such as "
+            "mmdjax.distributed.batch_sharding()"
+        )
+    if any(part not in (None, ()) for part in sharding.spec[1:]):
+        raise ValueError(f"sharding has {sharding.spec}; only the leading axis, that of the samples, can be split")
+    axes = _leading(sharding.spec)
+    devices = math.prod(sharding.mesh.shape[axis] for axis in axes)
+    if num_samples % devices:
+        raise ValueError(
+            f"num_samples is {num_samples}, which {devices} devices ({' × '.join(axes)}) cannot share equally; "
+            f"give a multiple of {devices}, such as {-(-num_samples // devices) * devices}"
+        )
+    return sharding.mesh, axes
+
+
+def _lies(leaf: Any) -> NamedSharding | None:
+    # a tracer's type tells for Explicit axes only
+    sharding = getattr(jax.typeof(leaf) if isinstance(leaf, jax.core.Tracer) else leaf, "sharding", None)
+    return sharding if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None
+
+
+def _leading(spec: P) -> Axes:
+    first = spec[0] if len(spec) else None
+    return () if first is None or first is P.UNCONSTRAINED else (first,) if isinstance(first, str) else tuple(first)

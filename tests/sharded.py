@@ -1,0 +1,230 @@
+"""Scripts of test_distributed: each runs in a process of its own, with the devices that it needs.
+
+python tests/sharded.py NAME [ARGUMENT ...]
+"""
+
+import contextlib
+import functools
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from sharding import collectives, loops, program
+
+from mmdjax import (
+    DDIM,
+    DDPM,
+    IMQ,
+    RBF,
+    Delta,
+    DiffusionModel,
+    DPMSolverPP2M,
+    EulerMaruyama,
+    Heun,
+    Mapped,
+    Memory,
+    MMDGuidance,
+    Particles,
+    Product,
+    guided_sample,
+)
+from mmdjax.distributed import batch_mesh, batch_sharding, initialize, local_rows, replicate, shard_params
+from mmdjax.schedules import VPLinear
+
+D, N, M, STEPS = 6, 16, 24, 3
+DRAW = np.random.default_rng(0)
+PARAMS = {"in": DRAW.standard_normal((D, 4096), np.float32), "out": DRAW.standard_normal((4096, D), np.float32) / 4096}
+REFS = DRAW.standard_normal((M, D), np.float32) + 1
+
+
+def network(params, x, level, cond):
+    shift = 0.0 if cond is None else 0.1 * cond[:, None]
+    return level.alpha * (x + jnp.tanh(x @ params["in"]) @ params["out"]) + shift
+
+
+MODEL = DiffusionModel(network, VPLinear(), (D,))
+LABELS = np.arange(N) % 3
+KNOWN = Particles(REFS, np.arange(M) % 3, np.where(np.arange(M) % 5 == 0, 0.0, 1.0).astype(np.float32))
+TIMES = np.linspace(0.9, 0.0, STEPS + 1)
+BY_LABEL = Product(x=IMQ(), cond=Delta())
+CASES = {
+    "denoised": {"memory": 10},
+    "sample": {"guidance": MMDGuidance(at="sample"), "sampler": Heun(), "memory": 10},
+    "clean": {"guidance": MMDGuidance(RBF(), at="clean", precondition="length"), "sampler": DPMSolverPP2M()},
+    "diffused": {"guidance": MMDGuidance(at="diffused"), "sampler": EulerMaruyama()},
+    "by label": {"guidance": MMDGuidance(BY_LABEL), "refs": KNOWN, "cond": LABELS, "memory": 9, "sampler": DDPM()},
+    "published": {"guidance": MMDGuidance.paper(), "memory": 20, "keep_path": True},
+    "features": {
+        "guidance": MMDGuidance(Mapped(jnp.tanh, RBF()), precondition="length", estimator="v"),
+        "sampler": DDIM(eta=0.5),
+        "checks": True,
+    },
+}
+
+
+def sample(refs=REFS, params=PARAMS, key=0, **settings):
+    return guided_sample(
+        params, jax.random.key(key), refs, model=MODEL, **{"num_samples": N, "times": TIMES, **settings}
+    )
+
+
+def assert_equal(one, other):
+    """To rounding, of values of order 1. Euler–Maruyama divides by an α of .02 at first, which leaves 5 digits."""
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), one, other)
+
+
+def mesh_of(devices, *, explicit=True, shape=None, names=("batch",)):
+    kinds = (AxisType.Explicit if explicit else AxisType.Auto,) * len(names)
+    return jax.make_mesh(shape or (devices,), names, axis_types=kinds, devices=jax.devices()[:devices])
+
+
+def put(tree, mesh, *spec):
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, NamedSharding(mesh, P(*spec))), tree)
+
+
+def agree(*names):
+    """8 devices and one: Explicit axes, all split; in every second case Auto ones too, all but the batch whole."""
+    for i, name in enumerate(names):
+        print(name, flush=True)
+        agree_in(auto=i % 2 == 0, **CASES[name])
+
+
+def agree_in(*, auto, refs=REFS, **settings):
+    alone = sample(refs, **settings)
+    mesh = mesh_of(8)
+    sharding = batch_sharding(mesh)
+    split = sample(put(refs, mesh, "batch"), shard_params(PARAMS, mesh), sharding=sharding, **settings)
+    assert split.x.sharding.is_equivalent_to(sharding, 2), split.x.sharding
+    assert_equal(alone, split)
+    if not auto:
+        return
+    mesh = mesh_of(8, explicit=False)
+    whole = sample(refs, replicate(PARAMS, mesh), sharding=batch_sharding(mesh), **settings)
+    assert whole.x.sharding.is_equivalent_to(batch_sharding(mesh), 2), whole.x.sharding
+    assert_equal(alone, whole)
+
+
+def counts():
+    """2 and 4 devices; references on an axis of their own, a batch over both; split references without a sharding."""
+    alone = sample(memory=10)
+    for devices in (2, 4):
+        assert_equal(alone, sample(memory=10, sharding=batch_sharding(mesh_of(devices))))
+    mesh = mesh_of(8, shape=(2, 4), names=("batch", "refs"))
+    assert_equal(alone, sample(put(REFS, mesh, "refs"), memory=10, sharding=NamedSharding(mesh, P("batch"))))
+    both = NamedSharding(mesh, P(("batch", "refs")))
+    assert_equal(alone, sample(put(REFS, mesh, "refs"), memory=10, sharding=both))
+    assert_equal(alone, sample(put(REFS, mesh, ("batch", "refs")), memory=10))
+
+
+def transformations():
+    """Inside jit under a mesh, vmap over keys, grad to scale and bandwidth: as on one device."""
+
+    def call(sharding, scale, key, refs):
+        guidance = MMDGuidance(IMQ(scale), scale)
+        settings = {"model": MODEL, "num_samples": N, "times": TIMES, "guidance": guidance, "sharding": sharding}
+        return guided_sample(PARAMS, key, refs, **settings).x
+
+    keys = jax.random.split(jax.random.key(0), 2)
+    drawn = np.random.default_rng(1).standard_normal((N, D), np.float32)
+
+    def results(sharding, refs):
+        one = functools.partial(call, sharding)
+        several = jax.jit(jax.vmap(one, in_axes=(None, 0, None)))(0.7, keys, refs)
+        slope = jax.jit(jax.grad(lambda scale: (drawn * one(scale, keys[0], refs)).sum()))(0.7)
+        return several, slope
+
+    alone = results(None, REFS)
+    for explicit in (True, False):
+        mesh = mesh_of(8, explicit=explicit)
+        with jax.set_mesh(mesh) if explicit else contextlib.nullcontext():
+            assert_equal(alone, results(batch_sharding(mesh), put(REFS, mesh, "batch")))
+
+
+def sent():
+    """One all-gather of the batch a step and two an inner step, whatever the number of references."""
+    batch, rows = 64 * 64 * 4, 64 * 4
+
+    def of(num_refs, split_refs, at="denoised"):
+        guidance = MMDGuidance(at=at)
+        found = collectives(program(64, num_refs, guidance, 8, split_refs))
+        return [sorted((kind, size) for kind, size, name in found if loops(name) == depth) for depth in range(3)]
+
+    def large(found):
+        return [(kind, size) for kind, size in found if size > 16]  # without sums of one or two numbers
+
+    _, step, inner = of(104, False)
+    assert large(step) == [("all-gather", batch)]
+    assert large(inner) == [("all-gather", batch)] * 2
+    assert of(800, False)[1:] == [step, inner]
+    _, step, inner = of(104, True)
+    assert large(step) == [("all-gather", batch), ("reduce-scatter", rows // 8)]
+    assert large(inner) == [("all-gather", batch)] * 2 + [("reduce-scatter", rows // 8), ("reduce-scatter", batch // 8)]
+    once, *loop = of(800, True)
+    assert loop == [step, inner]
+    # the bandwidth's own, once: the references that it is taken from, at most 2,000, and their distances
+    assert sum(size for _, size in once) < 4 * 800 * (800 + 3 * 64)
+    _, step, inner = of(104, True, at="sample")
+    assert large(step) == [("all-gather", batch), ("reduce-scatter", rows // 8)]
+    assert of(800, True, at="sample")[1:] == [step, inner]
+
+
+def flops():
+    """A device of 8 computes an eighth of what one does alone, the fit of the bandwidth included."""
+    one, eighth = (program(64, 100, MMDGuidance(), devices).cost_analysis()["flops"] for devices in (1, 8))
+    assert eighth * 8 / one < 1.05, eighth * 8 / one
+    assert eighth * 8 / one > 0.9, eighth * 8 / one
+
+
+def placed():
+    """Where `shard_params`, `replicate` and `local_rows` put things; a batch that cannot be shared equally."""
+    mesh = batch_mesh()
+    params = shard_params({**PARAMS, "bias": np.ones(8, np.float32), "odd": np.ones((129, 129))}, mesh)
+    shapes = {name: leaf.addressable_shards[0].data.shape for name, leaf in params.items()}
+    assert shapes == {"in": (D, 512), "out": (512, D), "bias": (8,), "odd": (129, 129)}
+    assert replicate(PARAMS, mesh)["in"].is_fully_replicated
+    for spec in (P("batch"), P()):
+        index, rows = local_rows(jax.device_put(REFS, NamedSharding(mesh, spec)))
+        assert index.tolist() == list(range(M))
+        np.testing.assert_array_equal(rows, REFS)
+    with pytest.raises(ValueError, match=r"8 devices \(batch\) cannot share equally; give a multiple of 8, such as 16"):
+        sample(num_samples=10, sharding=batch_sharding(mesh))
+
+
+def join(rank, size, port, seconds=10):
+    initialize(f"127.0.0.1:{port}", int(size), int(rank), heartbeat_timeout_seconds=seconds)
+    return batch_mesh()
+
+
+def process(rank, size, port, out):
+    """One of several processes: its own part of the references in, its own part of the samples out."""
+    mesh = join(rank, size, port)
+    refs = jax.make_array_from_process_local_data(batch_sharding(mesh), np.split(REFS, int(size))[int(rank)])
+    memory = replicate(Memory.empty(10, (D,)), mesh)
+    settings = {"sharding": batch_sharding(mesh), "checks": True}
+    for key in range(2):
+        made = sample(refs, shard_params(PARAMS, mesh), memory=memory, key=key, **settings)
+        memory = made.memory
+    index, rows = local_rows(made.x)
+    assert len(index) == N // int(size)
+    np.savez(Path(out) / f"{rank}.npz", index=index, rows=rows, mmd2=made.trace.mmd2)
+
+
+def process_without_end(rank, size, port):
+    """One of several processes that sample until one is killed."""
+    mesh = join(rank, size, port)
+    for key in range(10**9):
+        jax.block_until_ready(sample(put(REFS, mesh), put(PARAMS, mesh), sharding=batch_sharding(mesh), key=key))
+        print(key, flush=True)
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*sys.argv[2:])
