@@ -22,13 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from mmdjax.blocks import PLAIN, row_size
 from mmdjax.direction import balance_at, diffused_pair, neighbours, shift_direction
 from mmdjax.distances import subset
 from mmdjax.kernels import IMQ, RBF, Kernel, NearestNeighbour, Neighbourhood, Polynomial, as_kernel, check_fitted
 from mmdjax.memory import Memory
 from mmdjax.mmd import check_estimator, cross_term, self_term
 from mmdjax.numerics import product
-from mmdjax.particles import Particles, check_points, flat, wide_dtype, widen
+from mmdjax.particles import Particles, check_points, fill_empty, flat, wide_dtype, widen
 from mmdjax.schedules import Level, diffuse
 from mmdjax.tree import is_concrete, pytree, replace, static
 
@@ -348,7 +349,8 @@ def bind(
 
     if not kernel.sees_cond:  # carried along they would have to match in structure for nothing
         cond, refs = None, replace(refs, cond=None)
-    refs = widen(refs)
+    in_blocks = guidance.at in ("denoised", "clean") and refs.n * row_size(refs.x) > PLAIN
+    refs = fill_empty(refs) if in_blocks else widen(refs)  # blocks are cast as they are read: no copy of all references
     rows = subset(refs.n)
     some = jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf[rows]), refs)
     refs_term = 0.0

@@ -240,7 +240,7 @@ class Product(Kernel):
         return self.cond.gram(left, left if a.cond is b.cond else Particles(b.cond), same=a.cond is b.cond)
 
     def gradient(self, a, b, coef, *, same=False, precondition="none"):
-        coef = coef * self.cond_gram(a, b)
+        coef = coef * self.cond_gram(a, b)  # [n, m], held whole where the samples themselves are read in blocks
         return self._factor().gradient(a, b, coef, same=same, precondition=precondition)
 
     def pair_weights(self, a, b, *, same=False):

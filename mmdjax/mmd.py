@@ -15,6 +15,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from mmdjax.blocks import sum_across, sum_within
 from mmdjax.comparable import with_kernel
 from mmdjax.numerics import product
 from mmdjax.particles import Particles
@@ -39,15 +40,16 @@ def pair_norm(u: Array, estimator: str) -> Array:
 def self_term(kernel: Any, p: Particles, estimator: str) -> Float[Array, ""]:
     """E k(x, x') over a point set."""
     u = p.probabilities()
-    gram = kernel.gram(p, p, same=True)
-    if estimator == "u":
-        gram = jnp.where(jnp.eye(p.n, dtype=bool), 0.0, gram)
-    return product(product(u, gram), u) / pair_norm(u, estimator)
+    return sum_within(kernel.gram, _form, p, u, self_pairs=estimator == "v") / pair_norm(u, estimator)
 
 
 def cross_term(kernel: Any, p: Particles, q: Particles) -> Float[Array, ""]:
     """E k(x, y) between two point sets."""
-    return product(product(p.probabilities(), kernel.gram(p, q)), q.probabilities())
+    return sum_across(kernel.gram, _form, p, q, p.probabilities(), q.probabilities())
+
+
+def _form(gram, u, v):
+    return product(product(u, gram), v)
 
 
 def mmd2(kernel: Any, p: Any, q: Any, *, estimator: Estimator = "v") -> Float[Array, ""]:

@@ -63,22 +63,27 @@ def widen(points: Particles) -> Particles:
 
     Cast once, so that gradients add up before they are rounded. An empty slot may hold anything, NaN included.
     """
-    if points.weight is not None:
-        row = jnp.argmax(jnp.asarray(points.weight) > 0)
-        counts = jnp.asarray(points.weight) > 0
-
-        def fill(v):
-            v = jnp.asarray(v)
-            return jnp.where(per_sample(counts, v), v, v[row])
-
-        x, cond = jax.tree.map(fill, (points.x, points.cond))
-        points = replace(points, x=x, cond=cond)
 
     def cast(x):
         floating = jnp.issubdtype(jnp.result_type(x), jnp.floating)
         return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32)) if floating else x
 
-    return jax.tree.map(cast, points)
+    return jax.tree.map(cast, fill_empty(points))
+
+
+def fill_empty(points: Particles) -> Particles:
+    """The points with what lies in empty slots replaced by a row that counts."""
+    if points.weight is None:
+        return points
+    counts = jnp.asarray(points.weight) > 0
+    row = jnp.argmax(counts)
+
+    def fill(v):
+        v = jnp.asarray(v)
+        return jnp.where(per_sample(counts, v), v, v[row])
+
+    x, cond = jax.tree.map(fill, (points.x, points.cond))
+    return replace(points, x=x, cond=cond)
 
 
 def flat(x: PyTree) -> Float[Array, "n d"]:
