@@ -8,6 +8,7 @@ at zero, to any order.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,11 +25,12 @@ SUBSET = 2000  # references that a bandwidth or a constant is taken from
 
 @functools.partial(jax.jit, static_argnames=("same", "accurate"))
 def squared_distance(
-    x: Float[Array, "n d"], y: Float[Array, "m d"], *, same: bool = False, accurate: bool = False
+    x: Float[Array, "n d"], y: Any, *, same: bool = False, accurate: bool = False
 ) -> Float[Array, "n m"]:
     """|x_i − y_j|², never negative.
 
     Args:
+      y: an array or pytree [m, ...], d numbers a row.
       same: x and y are the same points in the same order: the diagonal is exactly 0.
       accurate: recompute pairs that cancellation would spoil.
 
@@ -42,9 +44,9 @@ def squared_distance(
 
     def block(columns):
         diagonal = columns.index == jnp.arange(x.shape[0])[:, None] if same else None
-        return centred_distance(x, x2, columns.of(y) - centre, diagonal=diagonal, accurate=accurate)
+        return centred_distance(x, x2, flat(columns.of(y)) - centre, diagonal=diagonal, accurate=accurate)
 
-    return columns_of(block, y.shape[0], block_beside(x.shape[0], y))
+    return columns_of(block, jax.tree.leaves(y)[0].shape[0], block_beside(x.shape[0], y))
 
 
 def middle(y: Any) -> Float[Array, " d"]:
@@ -80,16 +82,25 @@ def centred_distance(
     if accurate:
         close = value < CANCELLATION * jax.lax.stop_gradient(norms)
         close = close if diagonal is None else close & ~diagonal
-        value = _by_difference(jax.lax.stop_gradient(x), jax.lax.stop_gradient(y), value, close)
+        left, right = jax.lax.stop_gradient((x, y))
+        value = by_difference(
+            lambda row, column: jnp.sum((left[row] - right[column]) ** 2, axis=1), value, close, x.shape[1]
+        )
     value = jnp.maximum(value, 0.0)
     value = value if diagonal is None else jnp.where(diagonal, 0.0, value)
     return d2 + jax.lax.stop_gradient(value - d2)
 
 
-def _by_difference(x: Array, y: Array, d2: Array, close: Array) -> Array:
-    # d2 with the pairs in `close` computed anew, a block of pairs at a time: costs nothing when there are none
+def by_difference(
+    of_pairs: Callable, d2: Float[Array, "n m"], close: Bool[Array, "n m"], width: int
+) -> Float[Array, "n m"]:
+    """d2 with the pairs in `close` computed anew, a block of pairs at a time: costs nothing when there are none.
+
+    Args:
+      of_pairs: (row [k], column [k]) -> d2 [k], which takes `width` numbers a pair.
+    """
     total = d2.size
-    block = min(total, max(1, 2**20 // x.shape[1]))
+    block = min(total, max(1, 2**20 // width))
 
     def recompute(d2):
         (pairs,) = jnp.nonzero(close.reshape(-1), size=total, fill_value=total)
@@ -99,8 +110,7 @@ def _by_difference(x: Array, y: Array, d2: Array, close: Array) -> Array:
             start, values = state
             pair = jax.lax.dynamic_slice(pairs, (start,), (block,))
             row, column = jnp.divmod(jnp.minimum(pair, total - 1), d2.shape[1])
-            exact = jnp.sum((x[row] - y[column]) ** 2, axis=1)
-            return start + block, values.at[pair].set(exact, mode="drop")
+            return start + block, values.at[pair].set(of_pairs(row, column), mode="drop")
 
         count = close.sum()
         _, values = jax.lax.while_loop(lambda state: state[0] < count, one_block, (0, d2.reshape(-1)))

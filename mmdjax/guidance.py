@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from mmdjax.barycentric import combinations, fixed_distances, of_distance, pays
 from mmdjax.blocks import PLAIN, row_size
 from mmdjax.direction import balance_at, diffused_pair, neighbours, shift_direction
 from mmdjax.distances import subset
@@ -114,6 +115,13 @@ class MMDGuidance:
         """The precondition, None filled in."""
         return self.precondition or ("field" if self.at == "denoised" else "mass")
 
+    @property
+    def num_moves(self) -> int:
+        """Inner steps among references that stay where they are; 0 where each network call brings other ones."""
+        if self.at == "denoised":
+            return self.inner_steps or DENOISED_STEPS
+        return self.inner_steps or 1 if self.at == "clean" else 0
+
     @classmethod
     def paper(cls, alpha: Any = 0.002) -> "MMDGuidance":
         """The authors' rule: x_s − α ‖x_s‖ g/(‖g‖ + 1e-5), g the raw gradient of the biased MMD² with (xᵀy/D + 1)³.
@@ -170,7 +178,11 @@ class GuidanceState:
 
 @pytree
 class BoundGuidance:
-    """An `MMDGuidance` with its references, kernel fitted: everything but the moving particles. Made by `bind`."""
+    """An `MMDGuidance` with its references, kernel fitted: everything but the moving particles. Made by `bind`.
+
+    Args:
+      distances: squared, among references and memory, where inner steps make use of them; else None.
+    """
 
     guidance: MMDGuidance
     kernel: Kernel
@@ -178,6 +190,7 @@ class BoundGuidance:
     refs_term: Any
     cond: Any
     memory: Particles | None
+    distances: Any = None
 
     def init(self, x: Array) -> GuidanceState:
         """The state before the first step for a batch shaped like x."""
@@ -196,7 +209,7 @@ class BoundGuidance:
         self, x0: Array, state: GuidanceState, fraction: Any, level: Level | None = None
     ) -> tuple[Array, GuidanceState]:
         """x̂0 [n, ...] of points at a level, moved against clean references; `fraction` of the steps is done."""
-        steps = self.guidance.inner_steps or DENOISED_STEPS
+        steps = self.guidance.num_moves
         return self._guide(x0, state, fraction, level, self.kernel, self.refs, self.memory, steps, None, self.refs_term)
 
     def after_step(
@@ -235,6 +248,11 @@ class BoundGuidance:
 
         balance = balance_at(self.kernel, level) if rule == "field" else 0.0
 
+        start, points = x.astype(wide_dtype(x)), None
+        z = Particles(start, self.cond)
+        if self.distances is not None and pays(z.n, self.distances.shape[0], row_size(z.x)):
+            kernel, z, refs, memory, points = combinations(kernel, z, refs, memory, self.distances)
+
         def move(z, transform_state, average):
             direction = shift_direction(
                 kernel,
@@ -267,17 +285,17 @@ class BoundGuidance:
                 (moved, transform_state), _ = inner((z, transform_state), 0)
             else:
                 (moved, transform_state), _ = jax.lax.scan(inner, (z, transform_state), jnp.arange(steps))
-            norms = jnp.sqrt(jnp.sum(((moved - z) ** 2).reshape(z.shape[0], -1), axis=1))
-            return moved, transform_state, jax.lax.stop_gradient(norms.mean())
+            there = moved if points is None else points(moved)
+            norms = jnp.sqrt(jnp.sum(((there - start) ** 2).reshape(z.shape[0], -1), axis=1))
+            return moved, there, transform_state, jax.lax.stop_gradient(norms.mean())
 
         def left(z, transform_state):
-            return z, transform_state, jnp.zeros((), z.dtype)
+            return z, start, transform_state, jnp.zeros((), start.dtype)
 
-        z = x.astype(wide_dtype(x))
-        z, transform_state, norm = jax.lax.cond(self.active(fraction), guided, left, z, state.transform)
-        mmd2 = self._mmd2(kernel, Particles(z, self.cond), refs, memory) + refs_term
+        moved, there, transform_state, norm = jax.lax.cond(self.active(fraction), guided, left, z.x, state.transform)
+        mmd2 = self._mmd2(kernel, replace(z, x=moved), refs, memory) + refs_term
         unshifted = x if guidance.published else ()
-        return z.astype(x.dtype), GuidanceState(transform_state, jax.lax.stop_gradient(mmd2), norm, unshifted)
+        return there.astype(x.dtype), GuidanceState(transform_state, jax.lax.stop_gradient(mmd2), norm, unshifted)
 
     def _mmd2(self, kernel, z, refs, memory):
         among, fixed = kernel if isinstance(kernel, tuple) else (kernel, kernel)
@@ -361,4 +379,13 @@ def bind(
         memory = memory.reset_when_full() if guidance.published else memory
         held = widen(memory.particles)
         held = held if kernel.sees_cond else replace(held, cond=None)
-    return BoundGuidance(guidance, kernel, refs, refs_term, cond, held)
+    fixed = refs.n + (0 if held is None else held.n)
+    distances = None
+    if (
+        guidance.num_moves > 2
+        and guidance.transform is None
+        and of_distance(kernel)
+        and pays(0, fixed, row_size(refs.x))
+    ):
+        distances = fixed_distances(refs, held)
+    return BoundGuidance(guidance, kernel, refs, refs_term, cond, held, distances)

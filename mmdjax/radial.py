@@ -102,9 +102,7 @@ class Kernel:
 
         def pull(columns):
             part = columns.of(b)
-            gram, pull_back = jax.vjp(
-                lambda x: self.gram(replace(a, x=x), part, same=same and part.n == b.n), a.x
-            )
+            gram, pull_back = jax.vjp(lambda x: self.gram(replace(a, x=x), part, same=same and part.n == b.n), a.x)
             c = jnp.broadcast_to(scale * columns.weights(coef.T).T, gram.shape)
             (gradient,) = pull_back(c.astype(gram.dtype))
             return jax.tree.map(lambda g: g.astype(gram.dtype), gradient)
@@ -134,10 +132,10 @@ class Radial(Kernel):
         return ((1.0, self),)
 
     def gram(self, a, b, *, same=False):
-        return self.profile(squared_distance(flat(a.x), flat(b.x), same=same, accurate=True))
+        return self.profile(squared_distance(flat(a.x), b.x, same=same, accurate=True))
 
     def pair_weights(self, a, b, *, same=False):
-        return self.weight(squared_distance(flat(a.x), flat(b.x), same=same, accurate=True))
+        return self.weight(squared_distance(flat(a.x), b.x, same=same, accurate=True))
 
     def gradient(self, a, b, coef, *, same=False, precondition="none"):
         x, unflatten = jax.vjp(flat, a.x)
