@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mmdjax.blocks import block_beside, sum_over
-from mmdjax.distances import CANCELLATION, by_difference, squared_distance
+from mmdjax.distances import CANCELLATION, by_difference, middle, squared_distance
 from mmdjax.kernels import Energy, Kernel, Product, Scaled, Sum
 from mmdjax.numerics import product
 from mmdjax.particles import Particles, flat
@@ -150,10 +150,12 @@ def combinations(
     distances = jnp.concatenate([top, jnp.concatenate([top[:, n:].T, fixed], axis=1)])
     known = jnp.eye(n, total, dtype=x.dtype)
 
+    centre = middle(refs.x)  # of no consequence but for rounding
+
     def points(c: Array) -> Array:
-        moved = product(c[:, :n] - known[:, :n], x) + _combine(c[:, n : n + m], refs.x)
+        moved = product(c[:, :n] - known[:, :n], x - centre) + _combine(c[:, n : n + m], refs.x, centre)
         if memory is not None:
-            moved += _combine(c[:, n + m :], memory.x)
+            moved += _combine(c[:, n + m :], memory.x, centre)
         return z.x + moved.reshape(z.x.shape)
 
     corners = replace(refs, x=n + jnp.arange(m, dtype=x.dtype))
@@ -182,6 +184,6 @@ def _distances(sets: list) -> Array:
     return jnp.block(square)
 
 
-def _combine(c: Array, x: Any) -> Array:
+def _combine(c: Array, x: Any, centre: Array) -> Array:
     n, m = c.shape
-    return sum_over(lambda rows: product(rows.weights(c.T).T, flat(rows.of(x))), m, block_beside(n, x))
+    return sum_over(lambda rows: product(rows.weights(c.T).T, flat(rows.of(x)) - centre), m, block_beside(n, x))

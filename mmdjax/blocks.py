@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from mmdjax.host import HostReferences
 from mmdjax.particles import Particles
 
 BLOCK = 2048  # rows: two blocks of 2,048 float32 features and what is made of them take some 100 MB
@@ -69,7 +70,8 @@ def num_blocks(n: int, block: int = BLOCK) -> int:
 
 def row_size(x: Any) -> int:
     """How many numbers a row of a pytree of arrays [n, ...] has."""
-    return sum(math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(x))
+    leaves = [x] if isinstance(x, HostReferences) else jax.tree.leaves(x)
+    return sum(math.prod(leaf.shape[1:]) for leaf in leaves)
 
 
 def block_of(x: Any) -> int:

@@ -26,6 +26,7 @@ from mmdjax.barycentric import combinations, fixed_distances, of_distance, pays
 from mmdjax.blocks import PLAIN, row_size
 from mmdjax.direction import balance_at, diffused_pair, neighbours, shift_direction
 from mmdjax.distances import subset
+from mmdjax.host import HostReferences
 from mmdjax.kernels import IMQ, RBF, Kernel, NearestNeighbour, Neighbourhood, Polynomial, as_kernel, check_fitted
 from mmdjax.memory import Memory
 from mmdjax.mmd import check_estimator, cross_term, self_term
@@ -346,6 +347,8 @@ def check_guidance(guidance: Any, refs: Particles, cond: Any) -> None:
             f"guidance is {type(guidance).__name__}; give MMDGuidance(...), or refs=None for plain sampling"
         )
     check_points("refs", refs, floats=True)
+    if isinstance(refs.x, HostReferences) and guidance.at in ("sample", "diffused"):
+        raise ValueError(f'at="{guidance.at}" brings references to each noise level; HostReferences need at="denoised"')
     if guidance.kernel is None or not guidance.kernel.uses_cond:
         return
     if refs.cond is None:
@@ -361,9 +364,18 @@ def check_guidance(guidance: Any, refs: Particles, cond: Any) -> None:
 
 
 def bind(
-    guidance: MMDGuidance, kernel: Kernel, refs: Particles, cond: Any = None, memory: Memory | None = None
+    guidance: MMDGuidance,
+    kernel: Kernel,
+    refs: Particles,
+    cond: Any = None,
+    memory: Memory | None = None,
+    reused: bool = True,
 ) -> BoundGuidance:
-    """The guidance bound to its references (in at least float32), conditions and memory; `kernel` from `fit_kernel`."""
+    """The guidance bound to its references (in at least float32), conditions and memory; `kernel` from `fit_kernel`.
+
+    Args:
+      reused: for many network calls, so that distances among all references are worth their time.
+    """
 
     if not kernel.sees_cond:  # carried along they would have to match in structure for nothing
         cond, refs = None, replace(refs, cond=None)
@@ -379,13 +391,8 @@ def bind(
         memory = memory.reset_when_full() if guidance.published else memory
         held = widen(memory.particles)
         held = held if kernel.sees_cond else replace(held, cond=None)
-    fixed = refs.n + (0 if held is None else held.n)
-    distances = None
-    if (
-        guidance.num_moves > 2
-        and guidance.transform is None
-        and of_distance(kernel)
-        and pays(0, fixed, row_size(refs.x))
-    ):
+    fixed, distances = refs.n + (0 if held is None else held.n), None
+    few = pays(0, fixed, row_size(refs.x)) and not isinstance(refs.x, HostReferences)
+    if reused and few and guidance.num_moves > 2 and guidance.transform is None and of_distance(kernel):
         distances = fixed_distances(refs, held)
     return BoundGuidance(guidance, kernel, refs, refs_term, cond, held, distances)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from mmdjax.host import HostReferences
 from mmdjax.numerics import all_finite
 from mmdjax.tree import is_concrete, pytree, replace
 
@@ -93,6 +94,8 @@ def flat(x: PyTree) -> Float[Array, "n d"]:
       >>> flat({"a": jnp.ones((3, 2, 2)), "b": jnp.zeros(3)}).shape
       (3, 5)
     """
+    if isinstance(x, HostReferences):
+        return x.flat()
     rows = [jnp.reshape(leaf, (leaf.shape[0], -1)) for leaf in jax.tree.leaves(x)]
     return jnp.concatenate([r.astype(wide_dtype(x)) for r in rows], axis=1)
 
@@ -111,11 +114,11 @@ def check_points(name: str, points: Particles, *, floats: bool = False) -> None:
       ValueError: no rows, rows of different number, values that are not finite, or weights that are negative or all
         zero.
     """
-    leaves = jax.tree.leaves(points.x)
+    leaves = [points.x] if isinstance(points.x, HostReferences) else jax.tree.leaves(points.x)
     if not leaves:
         raise ValueError(f"{name} has no arrays; give an array of shape [m, ...] or Particles")
     for leaf in leaves:
-        if floats and not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+        if floats and not jnp.issubdtype(leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf), jnp.floating):
             raise TypeError(
                 f"{name} has dtype {jnp.result_type(leaf)}; the model works on floats, so scale them as its training "
                 f"data was, for 8-bit images {name}.astype('float32') / 127.5 - 1"
