@@ -68,10 +68,14 @@ def test_float32_beside_references(apart, offset, wide):
     y = (rng.normal(size=(30, 4096)) + offset).astype(np.float32)
     x = (y[:6] + apart * rng.normal(size=(6, 4096))).astype(np.float32)
     guidance = MMDGuidance(IMQ(64.0 if wide else 64.0 * apart))
-    found = guided(guidance, (jnp.asarray(x), None), (jnp.asarray(y), None), plain=False)[0] - x
+
+    def shift(dtype, plain):
+        run = jax.jit(lambda x, y: guided(guidance, (x, None), (y, None), plain=plain)[0] - x)
+        return np.asarray(run(jnp.asarray(x, dtype), jnp.asarray(y, dtype)))
+
+    found = shift(jnp.float32, plain=False)
     with jax.enable_x64(True):
-        wide_x, wide_y = (jnp.asarray(v, jnp.float64) for v in (x, y))
-        expected = guided(guidance, (wide_x, None), (wide_y, None), plain=True)[0] - wide_x
+        expected = shift(jnp.float64, plain=True)
     rounding = 2**-23 * (1 + offset) * 64  # of 4096 coordinates about the offset
     assert np.linalg.norm(found - expected) < 1e-3 * np.linalg.norm(expected) + rounding
 
