@@ -20,6 +20,7 @@ from mmdjax.numerics import product
 from mmdjax.particles import flat
 
 CANCELLATION = 1e-3  # of |x|² + |y|²; there a float32 product is off by about 1e-4
+DIRECT = 4  # dimensions up to which distances are sums of squared differences, which lose nothing
 SUBSET = 2000  # references that a bandwidth or a constant is taken from
 
 
@@ -38,7 +39,7 @@ def squared_distance(
       >>> squared_distance(jnp.array([[0.0, 0.0]]), jnp.array([[3.0, 4.0]])).tolist()
       [[25.0]]
     """
-    centre = middle(y)
+    centre = 0.0 if x.shape[1] <= DIRECT else middle(y)
     x = x - centre
     x2 = squares(x)
 
@@ -73,8 +74,8 @@ def centred_distance(
     diagonal: Bool[Array, "n m"] | None = None,
     accurate: bool = False,
 ) -> Float[Array, "n m"]:
-    """`squared_distance` of points about their `middle`, the squares of x known; 0 on the `diagonal`."""
-    if x.shape[1] <= 4:
+    """`squared_distance` of points about their `middle` (in few dimensions: of the points), squares of x known."""
+    if x.shape[1] <= DIRECT:
         return jnp.sum((x[:, None] - y[None]) ** 2, axis=-1)
     norms = x2[:, None] + squares(y)[None, :]
     d2 = norms - 2 * product(x, y.T)

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 
 from mmdjax.bandwidths import Median, Neighbourhood
 from mmdjax.blocks import block_beside, sum_over
-from mmdjax.distances import centred_distance, middle, squared_distance, squares
+from mmdjax.distances import DIRECT, centred_distance, middle, squared_distance, squares
 from mmdjax.numerics import product, reciprocal, safe_sqrt
 from mmdjax.particles import Particles, as_particles, flat, wide_dtype
 from mmdjax.schedules import Level
@@ -141,20 +141,21 @@ class Radial(Kernel):
         x, unflatten = jax.vjp(flat, a.x)
         coef = coef if jnp.ndim(coef) else jnp.broadcast_to(coef, (b.n,))
         centre = middle(b.x)  # a common offset costs no digits
-        x = x - centre
-        x2 = squares(x)
+        origin = 0.0 if x.shape[1] <= DIRECT else centre  # of distances
+        from_origin, x = x - origin, x - centre
+        x2 = squares(from_origin)
 
         def pull(columns):
-            y, c = flat(columns.of(b.x)) - centre, columns.weights(coef.T).T
+            y, c = flat(columns.of(b.x)), columns.weights(coef.T).T
             diagonal = columns.index == jnp.arange(a.n)[:, None] if same else None
-            d2 = centred_distance(x, x2, y, diagonal=diagonal, accurate=True)
+            d2 = centred_distance(from_origin, x2, y - origin, diagonal=diagonal, accurate=True)
             if precondition == "length":
                 weight = sum(jnp.reshape(s * k.length2(a), (-1, 1)) * k.weight(d2) for s, k in self.components())
             else:
                 weight = self.weight(d2)
             pulls = c * weight
             mass = jnp.sum(jnp.abs(c) * weight, axis=1) if precondition == "mass" else jnp.zeros_like(x2)
-            return product(pulls, y), pulls.sum(1), mass
+            return product(pulls, y - centre), pulls.sum(1), mass
 
         # Σ_j pull_ij (y_j − x_i), b read in blocks
         towards, total, mass = sum_over(pull, b.n, block_beside(a.n, b.x))
