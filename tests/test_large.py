@@ -25,6 +25,7 @@ from mmdjax import (
 )
 from mmdjax.guidance import bind, fit_kernel
 from mmdjax.mmd import cross_term
+from mmdjax.tree import replace
 
 N, M, D = 7, 101, 9  # 101 rows are four blocks of 32 at least, the last one overlapping
 KERNELS = [
@@ -87,7 +88,7 @@ def test_blocked_gradient_is_the_plain_one(kernel, small_blocks):
     compare(run, small_blocks)
 
 
-@each_kernel
+@pytest.mark.parametrize("kernel", [KERNELS[i] for i in (3, 5, 6, 8, 9)], ids=lambda k: type(k).__name__)
 def test_derivatives_of_the_blocked_gradient(kernel, small_blocks):
     """Forward, reverse, with respect to the references and the Hessian's action."""
     a, b = points(0, N), points(1, M)
@@ -95,7 +96,7 @@ def test_derivatives_of_the_blocked_gradient(kernel, small_blocks):
 
     def pull(x, y):
         gradient, mass = kernel.gradient(
-            replaced(a, x), replaced(b, y), jnp.ones(M) / M, precondition="mass" if kernel.has_mass else "none"
+            replace(a, x=x), replace(b, x=y), jnp.ones(M) / M, precondition="mass" if kernel.has_mass else "none"
         )
         return gradient / mass[:, None]
 
@@ -111,10 +112,6 @@ def test_derivatives_of_the_blocked_gradient(kernel, small_blocks):
         )
 
     compare(lambda: derivatives(a.x, b.x), small_blocks, rtol=1e-9)
-
-
-def replaced(p, x):
-    return Particles(x, p.cond)
 
 
 @pytest.mark.parametrize("estimator", ["u", "v"])
@@ -148,8 +145,16 @@ def temporary_megabytes(function, *shapes):
     return jax.jit(function).lower(*shapes).compile().memory_analysis().temp_size_in_bytes / 1e6
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("kernel", [IMQ(60.0), Polynomial(), Product(IMQ(60.0), Delta())])
+@pytest.mark.parametrize(
+    ("kernel", "dtype"),
+    [
+        (IMQ(60.0), jnp.float32),
+        (IMQ(60.0), jnp.bfloat16),
+        (IMQ(60.0), jnp.float16),
+        (Polynomial(), jnp.bfloat16),
+        (Product(IMQ(60.0), Delta()), jnp.bfloat16),
+    ],
+)
 def test_memory_does_not_grow_with_the_references(kernel, dtype):
     """64 MB beside 1.6 GB of references, 0.8 GB in half precision; also for the gradient's own derivative."""
     x = jax.ShapeDtypeStruct((LARGE_N, LARGE_D), jnp.float32), jax.ShapeDtypeStruct((LARGE_N,), jnp.int32)
