@@ -8,6 +8,7 @@ from mmdjax.denoisers import DiffusionModel, cfg, from_model
 from mmdjax.digits import load_digits
 from mmdjax.guidance import MMDGuidance
 from mmdjax.guided import guide_denoiser, guide_sampler
+from mmdjax.host import HostReferences
 from mmdjax.kernels import (
     IMQ,
     RBF,
@@ -44,6 +45,7 @@ __all__ = [
     "Energy",
     "EulerMaruyama",
     "Heun",
+    "HostReferences",
     "Laplacian",
     "Level",
     "Linear",

@@ -8,10 +8,11 @@ References:
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mmdjax.distances import nearest_distance, neighbour_distance, pairwise_median
+from mmdjax.distances import nearest_distance, neighbour_distance, pairwise_median, subset
 from mmdjax.numerics import all_finite
 from mmdjax.particles import Particles, as_particles, check_points, flat
 from mmdjax.tree import is_concrete, pytree
@@ -24,7 +25,7 @@ class Median:
     factor: Any = 1.0
 
     def __call__(self, refs: Particles) -> Array:
-        return self.factor * pairwise_median(flat(refs.x), refs.probabilities())
+        return self.factor * pairwise_median(*_some(refs))
 
 
 @pytree
@@ -34,7 +35,7 @@ class NearestNeighbour:
     factor: Any = 2.0
 
     def __call__(self, refs: Particles) -> Array:
-        return self.factor * nearest_distance(flat(refs.x), refs.probabilities())
+        return self.factor * nearest_distance(*_some(refs))
 
 
 @pytree
@@ -49,8 +50,14 @@ class Neighbourhood:
     factor: Any = 1.0
 
     def __call__(self, refs: Particles) -> Array:
-        y, p = flat(refs.x), refs.probabilities()
+        y, p = _some(refs)
         return self.factor * jnp.minimum(0.8 * neighbour_distance(y, p), 3.5 * nearest_distance(y, p))
+
+
+def _some(refs: Particles) -> tuple[Array, Array]:
+    # the rows that are looked at, before they are cast: a cast of all of them would be a copy of the references
+    rows = subset(refs.n)
+    return flat(jax.tree.map(lambda leaf: leaf[rows], refs.x)), refs.probabilities()[rows]
 
 
 def median_bandwidth(refs: Any) -> Float[Array, ""]:

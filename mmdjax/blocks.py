@@ -4,6 +4,7 @@ A set no larger than one block is one plain computation. Sums over pairs can be 
 again on the way back, and the memory is that of one block.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,9 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from mmdjax.host import HostReferences
 from mmdjax.particles import Particles
 
 BLOCK = 2048  # rows: two blocks of 2,048 float32 features and what is made of them take some 100 MB
+PLAIN = 2**22  # numbers in a set of points and its pairs: up to here one plain computation, 16 MB in float32
+CACHED = 2**20  # numbers in a block and its pairs that a processor keeps at hand
 
 
 class Rows(NamedTuple):
@@ -31,9 +35,16 @@ class Rows(NamedTuple):
     def of(self, tree: Any) -> Any:
         """These rows of a pytree of arrays [n, ...]."""
         size = self.index.shape[0]
-        return jax.tree.map(
-            lambda v: v if v.shape[0] == size else jax.lax.dynamic_slice_in_dim(v, self.index[0], size), tree
-        )
+
+        def some(v):
+            if v.shape[0] == size:
+                return v
+            start = self.index[0]
+            if v.dtype.itemsize < 4:  # or XLA would cast all of a bfloat16 array before the loop over its blocks
+                v, start = jax.lax.optimization_barrier((v, start))
+            return jax.lax.dynamic_slice_in_dim(v, start, size)
+
+        return jax.tree.map(some, tree)
 
     def weights(self, v: Array) -> Array:
         """`of` an array, with 0 for the repeated rows."""
@@ -44,43 +55,88 @@ class Rows(NamedTuple):
         return jax.lax.dynamic_update_slice_in_dim(v, values, self.index[0], 0)
 
 
-def rows(n: int, i: Any) -> Rows:
+def rows(n: int, i: Any, block: int = BLOCK) -> Rows:
     """Block i of n rows."""
-    count = num_blocks(n)
+    count = num_blocks(n, block)
     size = -(-n // count)
     index = jnp.minimum(i * size, n - size) + jnp.arange(size)
     return Rows(index, index >= i * size)
 
 
-def num_blocks(n: int) -> int:
+def num_blocks(n: int, block: int = BLOCK) -> int:
     """How many blocks n rows make."""
-    return -(-n // BLOCK)
+    return -(-n // block)
 
 
-def fold(step: Callable, carry: Any, n: int, m: int, pairs: Any) -> Any:
+def row_size(x: Any) -> int:
+    """How many numbers a row of a pytree of arrays [n, ...] has."""
+    leaves = [x] if isinstance(x, HostReferences) else jax.tree.leaves(x)
+    return sum(math.prod(leaf.shape[1:]) for leaf in leaves)
+
+
+def block_of(x: Any) -> int:
+    """Rows of x to take at a time for its own pairs, or those with another set: at most `BLOCK`, and 16 MB of them."""
+    return max(64, min(BLOCK, PLAIN // max(1, row_size(x))))
+
+
+def block_beside(n: int, y: Any) -> int:
+    """Rows of y to take at a time beside n points: all where that is little, else what a processor's cache holds."""
+    each, m = n + row_size(y), jax.tree.leaves(y)[0].shape[0]
+    if each * m <= PLAIN:
+        return m
+    most = CACHED if jax.default_backend() == "cpu" else PLAIN  # elsewhere fewer, larger products are faster
+    return min(m, max(32, most // each))
+
+
+def sum_over(term: Callable, m: int, block: int) -> Any:
+    """Σ term(rows) over the blocks of m rows; every sum over rows in it must give `Rows.weights` their due."""
+    count = num_blocks(m, block)
+    if count == 1:
+        return term(rows(m, 0, block))
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(lambda: term(rows(m, 0, block))))
+
+    def body(total, i):
+        return jax.tree.map(jnp.add, total, term(rows(m, i, block))), None
+
+    return jax.lax.scan(jax.checkpoint(body), zero, jnp.arange(count))[0]
+
+
+def columns_of(term: Callable, m: int, block: int) -> Array:
+    """term(rows) [n, rows] for each block of m rows, side by side: [n, m]."""
+    count = num_blocks(m, block)
+    if count == 1:
+        return term(rows(m, 0, block))
+    body = jax.checkpoint(lambda _, i: (None, term(rows(m, i, block))))
+    parts = jax.lax.scan(body, None, jnp.arange(count))[1]
+    _, n, size = parts.shape
+    whole = jnp.moveaxis(parts[:-1], 0, 1).reshape(n, -1)
+    return jnp.concatenate([whole, parts[-1, :, count * size - m :]], axis=1)
+
+
+def fold(step: Callable, carry: Any, n: int, m: int, pairs: Any, blocks: tuple[int, int] = (BLOCK, BLOCK)) -> Any:
     """carry = step(carry, rows of n, columns of m) for each pair (i, j) of block numbers in turn."""
 
     def body(carry, pair):
-        return step(carry, rows(n, pair[0]), rows(m, pair[1])), None
+        return step(carry, rows(n, pair[0], blocks[0]), rows(m, pair[1], blocks[1])), None
 
     if len(pairs) == 1:
         return body(carry, pairs[0])[0]
     return jax.lax.scan(jax.checkpoint(body), carry, jnp.asarray(pairs))[0]
 
 
-def all_pairs(n: int, m: int) -> np.ndarray:
+def all_pairs(n: int, m: int, blocks: tuple[int, int] = (BLOCK, BLOCK)) -> np.ndarray:
     """Every block of n rows with every block of m."""
-    return np.indices((num_blocks(n), num_blocks(m))).reshape(2, -1).T
+    return np.indices((num_blocks(n, blocks[0]), num_blocks(m, blocks[1]))).reshape(2, -1).T
 
 
-def own_pairs(n: int) -> np.ndarray:
+def own_pairs(n: int, block: int = BLOCK) -> np.ndarray:
     """Each block of n rows with itself."""
-    return np.repeat(np.arange(num_blocks(n))[:, None], 2, axis=1)
+    return np.repeat(np.arange(num_blocks(n, block))[:, None], 2, axis=1)
 
 
-def upper_pairs(n: int) -> np.ndarray:
+def upper_pairs(n: int, block: int = BLOCK) -> np.ndarray:
     """Each two different blocks of n rows, once."""
-    return np.stack(np.triu_indices(num_blocks(n), k=1), axis=1)
+    return np.stack(np.triu_indices(num_blocks(n, block), k=1), axis=1)
 
 
 def sum_across(gram: Callable, term: Callable, p: Particles, q: Particles, u: Array, v: Array) -> Any:
@@ -89,7 +145,8 @@ def sum_across(gram: Callable, term: Callable, p: Particles, q: Particles, u: Ar
     def one(rows, columns):
         return term(gram(rows.of(p), columns.of(q)), rows.weights(u), columns.weights(v))
 
-    return _sum(one, p.n, q.n, all_pairs(p.n, q.n))
+    blocks = block_of(p.x), block_of(q.x)
+    return _sum(one, p.n, q.n, all_pairs(p.n, q.n, blocks), blocks)
 
 
 def sum_within(gram: Callable, term: Callable, p: Particles, u: Array, *, self_pairs: bool) -> Any:
@@ -104,18 +161,19 @@ def sum_within(gram: Callable, term: Callable, p: Particles, u: Array, *, self_p
         k, left, right = gram(rows.of(p), columns.of(p)), rows.weights(u), columns.weights(u)
         return jax.tree.map(jnp.add, term(k, left, right), term(k.T, right, left))
 
-    total = _sum(own, p.n, p.n, own_pairs(p.n))
-    if num_blocks(p.n) == 1:
+    block = block_of(p.x)
+    total = _sum(own, p.n, p.n, own_pairs(p.n, block), (block, block))
+    if num_blocks(p.n, block) == 1:
         return total
-    return jax.tree.map(jnp.add, total, _sum(two, p.n, p.n, upper_pairs(p.n)))
+    return jax.tree.map(jnp.add, total, _sum(two, p.n, p.n, upper_pairs(p.n, block), (block, block)))
 
 
-def _sum(term: Callable, n: int, m: int, pairs: np.ndarray) -> Any:
+def _sum(term: Callable, n: int, m: int, pairs: np.ndarray, blocks: tuple[int, int]) -> Any:
     if len(pairs) == 1:
-        return term(rows(n, pairs[0][0]), rows(m, pairs[0][1]))
-    shapes = jax.eval_shape(lambda: term(rows(n, 0), rows(m, 0)))
+        return term(rows(n, pairs[0][0], blocks[0]), rows(m, pairs[0][1], blocks[1]))
+    shapes = jax.eval_shape(lambda: term(rows(n, 0, blocks[0]), rows(m, 0, blocks[1])))
     zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return fold(lambda total, *blocks: jax.tree.map(jnp.add, total, term(*blocks)), zero, n, m, pairs)
+    return fold(lambda total, *parts: jax.tree.map(jnp.add, total, term(*parts)), zero, n, m, pairs, blocks)
 
 
 def triangle(rows_of: Callable, n: int, d: int) -> Float[Array, "k d"]:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmdjax.distances import subset
+from mmdjax.host import HostReferences
 from mmdjax.kernels import as_kernel, check_fitted
 from mmdjax.particles import Particles, as_particles, check_points, widen
 
@@ -17,6 +18,7 @@ def check_comparable(name_p: str, p: Particles, name_q: str, q: Particles, kerne
         left, right = getattr(p, part), getattr(q, part)
         if part == "cond" and (left is None or right is None or not kernel_uses_cond):
             continue
+        left, right = (_one_leaf(v) for v in (left, right))
         if jax.tree.structure(left) != jax.tree.structure(right) or any(
             np.shape(a)[1:] != np.shape(b)[1:]
             for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
@@ -25,6 +27,11 @@ def check_comparable(name_p: str, p: Particles, name_q: str, q: Particles, kerne
             raise ValueError(
                 f"{name_p}.{part} has shape {shapes[0]} but {name_q}.{part} has {shapes[1]}; samples must match"
             )
+
+
+def _one_leaf(v):
+    # references on the host have the shape of one array
+    return np.broadcast_to(np.float32(0), v.shape) if isinstance(v, HostReferences) else v
 
 
 def as_sets(*, weighted: bool = True, at_least: int = 1, uses_cond: bool = False, **sets: Any) -> list[Particles]:

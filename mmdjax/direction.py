@@ -34,11 +34,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mmdjax.distances import squared_distance
 from mmdjax.kernels import RBF, Kernel, Product, Radial, Sum
 from mmdjax.mmd import pair_norm
 from mmdjax.numerics import product, reciprocal
-from mmdjax.particles import Particles, flat, per_sample, wide_dtype
+from mmdjax.particles import Particles, per_sample, wide_dtype
 from mmdjax.placement import WHOLE, Shards
 from mmdjax.schedules import Level
 from mmdjax.tree import pytree, static
@@ -174,7 +173,7 @@ def neighbours(
     weight = jnp.where(eye, jnp.where(own > 0, own, 1.0)[:, None], weight)
 
     def nearest2(rows):
-        d2 = squared_distance(flat(rows.x), flat(refs.x))
+        d2 = kernel.distance2(rows, refs)
         return jnp.min(jnp.where(refs.probabilities() > 0, d2, jnp.inf), axis=1)
 
     among = 1 / (1 + jnp.minimum(shards.least(nearest2, z, everyone) / spread2, 16.0) ** 8)

@@ -1,6 +1,6 @@
 """Squared distances between rows, right to the last digits that matter.
 
-By matrix products, |x|² + |y|² − 2 xᵀy about the mean of y, in at least float32 at full precision. That cancels for
+By matrix products, |x|² + |y|² − 2 xᵀy about the middle of y, in at least float32 at full precision. That cancels for
 pairs much closer than their norm: 15% off at 1e-3 of it in float32. Where a kernel resolves such distances they are
 computed again by difference; the derivative is that of the polynomial throughout, so it is exact there and at the clip
 at zero, to any order.
@@ -8,25 +8,31 @@ at zero, to any order.
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
+from mmdjax.blocks import PLAIN, block_beside, columns_of, row_size
 from mmdjax.numerics import product
+from mmdjax.particles import flat
 from mmdjax.placement import current
 
 CANCELLATION = 1e-3  # of |x|² + |y|²; there a float32 product is off by about 1e-4
+DIRECT = 4  # dimensions up to which distances are sums of squared differences, which lose nothing
 SUBSET = 2000  # references that a bandwidth or a constant is taken from
 
 
-@functools.partial(jax.jit, static_argnames=("same", "accurate"))  # outside jit, `cond` would compile at each call
+@functools.partial(jax.jit, static_argnames=("same", "accurate"))
 def squared_distance(
-    x: Float[Array, "n d"], y: Float[Array, "m d"], *, same: bool = False, accurate: bool = False
+    x: Float[Array, "n d"], y: Any, *, same: bool = False, accurate: bool = False
 ) -> Float[Array, "n m"]:
     """|x_i − y_j|², never negative.
 
     Args:
+      y: an array or pytree [m, ...], d numbers a row.
       same: x and y are the same points in the same order: the diagonal is exactly 0.
       accurate: recompute pairs that cancellation would spoil.
 
@@ -34,25 +40,69 @@ def squared_distance(
       >>> squared_distance(jnp.array([[0.0, 0.0]]), jnp.array([[3.0, 4.0]])).tolist()
       [[25.0]]
     """
-    if x.shape[1] <= 4:
+    centre = 0.0 if x.shape[1] <= DIRECT else middle(y)
+    x = x - centre
+    x2 = squares(x)
+
+    def block(columns):
+        diagonal = columns.index == jnp.arange(x.shape[0])[:, None] if same else None
+        return centred_distance(x, x2, flat(columns.of(y)) - centre, diagonal=diagonal, accurate=accurate)
+
+    return columns_of(block, jax.tree.leaves(y)[0].shape[0], block_beside(x.shape[0], y))
+
+
+def middle(y: Any) -> Float[Array, " d"]:
+    """A point amid the rows of an array or pytree [m, ...], detached: their mean, of very many that of some 64 rows."""
+    y = jax.lax.stop_gradient(y)
+    m = jax.tree.leaves(y)[0].shape[0]
+    if m * row_size(y) > PLAIN:
+        y = jax.tree.map(lambda leaf: leaf[:: -(-m // 64)], y)
+    y = flat(y)
+    return product(jnp.full(y.shape[0], 1 / y.shape[0], y.dtype), y)  # on CPU 7 times faster than mean(0)
+
+
+def squares(x: Float[Array, "n d"]) -> Float[Array, " n"]:
+    """|x_i|²."""
+    return jnp.sum(x * x, axis=1)
+
+
+@functools.partial(jax.jit, static_argnames=("accurate",))  # outside jit, `cond` would compile at each call
+def centred_distance(
+    x: Float[Array, "n d"],
+    x2: Float[Array, " n"],
+    y: Float[Array, "m d"],
+    *,
+    diagonal: Bool[Array, "n m"] | None = None,
+    accurate: bool = False,
+) -> Float[Array, "n m"]:
+    """`squared_distance` of points about their `middle` (in few dimensions: of the points), squares of x known."""
+    if x.shape[1] <= DIRECT:
         return jnp.sum((x[:, None] - y[None]) ** 2, axis=-1)
-    centre = jax.lax.stop_gradient(y.mean(0))
-    x, y = x - centre, y - centre
-    norms = jnp.sum(x * x, axis=1)[:, None] + jnp.sum(y * y, axis=1)[None, :]
+    norms = x2[:, None] + squares(y)[None, :]
     d2 = norms - 2 * product(x, y.T)
     value = jax.lax.stop_gradient(d2)
-    diagonal = jnp.eye(*d2.shape, dtype=bool) if same else jnp.zeros(d2.shape, bool)
     if accurate:
-        close = (value < CANCELLATION * jax.lax.stop_gradient(norms)) & ~diagonal
-        value = _by_difference(jax.lax.stop_gradient(x), jax.lax.stop_gradient(y), value, close)
-    value = jnp.where(diagonal, 0.0, jnp.maximum(value, 0.0))
+        close = value < CANCELLATION * jax.lax.stop_gradient(norms)
+        close = close if diagonal is None else close & ~diagonal
+        left, right = jax.lax.stop_gradient((x, y))
+        value = by_difference(
+            lambda row, column: jnp.sum((left[row] - right[column]) ** 2, axis=1), value, close, x.shape[1]
+        )
+    value = jnp.maximum(value, 0.0)
+    value = value if diagonal is None else jnp.where(diagonal, 0.0, value)
     return d2 + jax.lax.stop_gradient(value - d2)
 
 
-def _by_difference(x: Array, y: Array, d2: Array, close: Array) -> Array:
-    # d2 with the pairs in `close` computed anew, a block of pairs at a time: costs nothing when there are none
+def by_difference(
+    of_pairs: Callable, d2: Float[Array, "n m"], close: Bool[Array, "n m"], width: int
+) -> Float[Array, "n m"]:
+    """d2 with the pairs in `close` computed anew, a block of pairs at a time: costs nothing when there are none.
+
+    Args:
+      of_pairs: (row [k], column [k]) -> d2 [k], which takes `width` numbers a pair.
+    """
     total = d2.size
-    block = max(1, min(total // 16, 2**18 // x.shape[1]))  # few pairs are close: a large block would be padding
+    block = max(1, min(total // 16, 2**18 // width))  # few pairs are close: a large block would be padding
 
     def recompute(d2):
         (pairs,) = jnp.nonzero(close.reshape(-1), size=total, fill_value=total)
@@ -62,8 +112,7 @@ def _by_difference(x: Array, y: Array, d2: Array, close: Array) -> Array:
             start, values = state
             pair = jax.lax.dynamic_slice(pairs, (start,), (block,))
             row, column = jnp.divmod(jnp.minimum(pair, total - 1), d2.shape[1])
-            exact = jnp.sum((x[row] - y[column]) ** 2, axis=1)
-            return start + block, values.at[pair].set(exact, mode="drop")
+            return start + block, values.at[pair].set(of_pairs(row, column), mode="drop")
 
         count = close.sum()
         _, values = jax.lax.while_loop(lambda state: state[0] < count, one_block, (0, d2.reshape(-1)))

@@ -23,13 +23,16 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
+from mmdjax.barycentric import combinations, fixed_distances, of_distance, pays
+from mmdjax.blocks import PLAIN, row_size
 from mmdjax.direction import balance_at, diffused_pair, neighbours, shift_direction
 from mmdjax.distances import SUBSET, spread2, subset
+from mmdjax.host import HostReferences
 from mmdjax.kernels import IMQ, RBF, Kernel, NearestNeighbour, Neighbourhood, Polynomial, as_kernel, check_fitted
 from mmdjax.memory import Memory
-from mmdjax.mmd import check_estimator, pair_norm, pair_sum
+from mmdjax.mmd import check_estimator, embedding, pair_norm, pair_sum
 from mmdjax.numerics import product
-from mmdjax.particles import Particles, check_points, flat, wide_dtype, widen
+from mmdjax.particles import Particles, check_points, fill_empty, flat, wide_dtype, widen
 from mmdjax.placement import HERE, Placement, fitted_in
 from mmdjax.schedules import Level, diffuse
 from mmdjax.tree import is_concrete, pytree, replace, static
@@ -115,6 +118,13 @@ class MMDGuidance:
         """The precondition, None filled in."""
         return self.precondition or ("field" if self.at == "denoised" else "mass")
 
+    @property
+    def num_moves(self) -> int:
+        """Inner steps among references that stay where they are; 0 where each network call brings other ones."""
+        if self.at == "denoised":
+            return self.inner_steps or DENOISED_STEPS
+        return self.inner_steps or 1 if self.at == "clean" else 0
+
     @classmethod
     def paper(cls, alpha: Any = 0.002) -> "MMDGuidance":
         """The authors' rule: x_s − α ‖x_s‖ g/(‖g‖ + 1e-5), g the raw gradient of the biased MMD² with (xᵀy/D + 1)³.
@@ -171,7 +181,11 @@ class GuidanceState:
 
 @pytree
 class BoundGuidance:
-    """An `MMDGuidance` with its references, kernel fitted: everything but the moving particles. Made by `bind`."""
+    """An `MMDGuidance` with its references, kernel fitted: everything but the moving particles. Made by `bind`.
+
+    Args:
+      distances: squared, among references and memory, where inner steps make use of them; else None.
+    """
 
     guidance: MMDGuidance
     kernel: Kernel
@@ -180,6 +194,7 @@ class BoundGuidance:
     spread2: Any
     cond: Any
     memory: Particles | None
+    distances: Any = None
     placement: Placement = static(default=HERE)
 
     def init(self, x: Array) -> GuidanceState:
@@ -199,7 +214,7 @@ class BoundGuidance:
         self, x0: Array, state: GuidanceState, fraction: Any, level: Level | None = None
     ) -> tuple[Array, GuidanceState]:
         """x̂0 [n, ...] of points at a level, moved against clean references; `fraction` of the steps is done."""
-        steps = self.guidance.inner_steps or DENOISED_STEPS
+        steps = self.guidance.num_moves
         return self._guide(x0, state, fraction, level, self.kernel, self.refs, self.memory, steps, None, self.refs_term)
 
     def after_step(
@@ -238,6 +253,7 @@ class BoundGuidance:
 
         balance = balance_at(self.kernel, level) if rule == "field" else 0.0
         numbers = {"active": self.active(fraction), "scale": scale, "balance": balance, "length": length}
+        numbers["spread2"] = self.spread2
         batch, on_refs = P(self.placement.shards.batch), P(self.placement.shards.refs)
         z, transform_state, norm, mmd2 = self.placement.split(
             functools.partial(self._guide_rows, steps),
@@ -251,14 +267,19 @@ class BoundGuidance:
     def _guide_rows(self, steps, shards, x, cond, transform_state, kernel, refs, memory, numbers):
         """`_guide` for the rows of one device: moved x, state of the transform, mean norm of the shifts, MMD²."""
         guidance, rule, length = self.guidance, self.guidance.rule, numbers["length"]
-        among = kernel[0] if isinstance(kernel, tuple) else kernel
         all_cond = shards.everyone(cond)
+        first, points = x, lambda z: z
+        if self.distances is not None and pays(x.shape[0], self.distances.shape[0], row_size(x)):
+            kernel, z, refs, memory, points = combinations(kernel, Particles(x, cond), refs, memory, self.distances)
+            first = z.x
+        among = kernel[0] if isinstance(kernel, tuple) else kernel
 
         def gather(z):
             return shards.everyone(z) if shards.batch else ()  # to be carried along, and not twice on one device
 
         def particles(z, gathered):
-            return Particles(z, cond), Particles(gathered if shards.batch else z, all_cond)
+            rows = Particles(z, cond)
+            return rows, Particles(gathered, all_cond) if shards.batch else rows
 
         def move(z, gathered, state, average):
             rows, whole = particles(z, gathered)
@@ -284,7 +305,7 @@ class BoundGuidance:
             average = None
             if rule == "field":  # of the points as they come: once a call, not at each inner step
                 rows, whole = particles(z, gathered)
-                average = neighbours(among, rows, refs, self.spread2, everyone=whole, shards=shards)
+                average = neighbours(among, rows, refs, numbers["spread2"], everyone=whole, shards=shards)
 
             def inner(carry, index):
                 if length is None:
@@ -293,15 +314,16 @@ class BoundGuidance:
 
             carry = (z, gathered, state)
             moved = inner(carry, 0)[0] if steps == 1 else jax.lax.scan(inner, carry, jnp.arange(steps))[0]
-            norms = jnp.sqrt(jnp.sum(((moved[0] - z) ** 2).reshape(z.shape[0], -1), axis=1))
-            return *moved, shards.total(norms.sum()) / particles(z, gathered)[1].n
+            there = points(moved[0])
+            norms = jnp.sqrt(jnp.sum(((there - x) ** 2).reshape(x.shape[0], -1), axis=1))
+            return *moved, there, shards.total(norms.sum()) / particles(z, gathered)[1].n
 
         def left(z, gathered, state):
-            return z, gathered, state, jnp.zeros((), z.dtype)
+            return z, gathered, state, x, jnp.zeros((), x.dtype)
 
-        carry = x, gather(x), transform_state
-        z, gathered, transform_state, norm = jax.lax.cond(numbers["active"], guided, left, *carry)
-        return z, transform_state, norm, self._mmd2(kernel, *particles(z, gathered), refs, memory, shards)
+        carry = first, gather(first), transform_state
+        z, gathered, transform_state, there, norm = jax.lax.cond(numbers["active"], guided, left, *carry)
+        return there, transform_state, norm, self._mmd2(kernel, *particles(z, gathered), refs, memory, shards)
 
     def _mmd2(self, kernel, z, everyone, refs, memory, shards):
         """MMD² without the references' own term; each device sums over its own rows, and its part of the memory's."""
@@ -314,7 +336,7 @@ class BoundGuidance:
         self_pairs = self.guidance.estimator == "v"
         own = pair_sum(among, z, u, everyone, all_u, same=True, self_pairs=self_pairs)
         p = shards.probabilities(refs)
-        to_refs = u * shards.pull(lambda rows: product(fixed.gram(rows, refs), p), z, everyone)
+        to_refs = u * shards.pull(lambda rows: embedding(fixed, refs, p, rows), z, everyone)
         across = shards.total(to_refs.sum())
         if memory is not None:
             share, past = shards.share(memory)
@@ -368,6 +390,8 @@ def check_guidance(guidance: Any, refs: Particles, cond: Any) -> None:
             f"guidance is {type(guidance).__name__}; give MMDGuidance(...), or refs=None for plain sampling"
         )
     check_points("refs", refs, floats=True)
+    if isinstance(refs.x, HostReferences) and guidance.at in ("sample", "diffused"):
+        raise ValueError(f'at="{guidance.at}" brings references to each noise level; HostReferences need at="denoised"')
     if guidance.kernel is None or not guidance.kernel.uses_cond:
         return
     if refs.cond is None:
@@ -389,12 +413,19 @@ def bind(
     cond: Any = None,
     memory: Memory | None = None,
     placement: Placement = HERE,
+    reused: bool = True,
 ) -> BoundGuidance:
-    """The guidance bound to its references (in at least float32), conditions and memory; `kernel` from `fit_kernel`."""
+    """The guidance bound to its references (in at least float32), conditions and memory; `kernel` from `fit_kernel`.
+
+    Args:
+      reused: for many network calls, so that distances among all references are worth their time.
+    """
 
     if not kernel.sees_cond:  # carried along they would have to match in structure for nothing
         cond, refs = None, replace(refs, cond=None)
-    refs = placement.references(widen(refs))
+    in_blocks = guidance.at in ("denoised", "clean") and refs.n * row_size(refs.x) > PLAIN
+    refs = fill_empty(refs) if in_blocks else widen(refs)  # blocks are cast as they are read: no copy of all references
+    refs = placement.references(refs)
     refs_term, spread = 0.0, jnp.inf
     if guidance.at in ("denoised", "clean"):
         rows = subset(refs.n)
@@ -411,7 +442,11 @@ def bind(
         memory = memory.reset_when_full() if guidance.published else memory
         held = widen(placement.whole(memory.particles))
         held = held if kernel.sees_cond else replace(held, cond=None)
-    return BoundGuidance(guidance, kernel, refs, refs_term, spread, placement.batch(cond), held, placement)
+    fixed, distances = refs.n + (0 if held is None else held.n), None
+    few = pays(0, fixed, row_size(refs.x)) and not isinstance(refs.x, HostReferences) and placement == HERE
+    if reused and few and guidance.num_moves > 2 and guidance.transform is None and of_distance(kernel):
+        distances = fixed_distances(refs, held)
+    return BoundGuidance(guidance, kernel, refs, refs_term, spread, placement.batch(cond), held, distances, placement)
 
 
 def _refs_term(estimator, shards, kernel, refs):

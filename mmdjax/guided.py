@@ -33,7 +33,8 @@ class GuidedDenoiser:
         if jnp.ndim(level.t) > 0:
             raise ValueError(f"level.t has shape {jnp.shape(level.t)}; a guided denoiser takes one level for the batch")
         _check_shapes(x, self.refs)
-        bound = bind(self.guidance, self.kernel, self.refs, cond)
+        reused = self.refs.n <= 8 * x.shape[0]  # at once: here all of it is made anew at each call
+        bound = bind(self.guidance, self.kernel, self.refs, cond, reused=reused)
         x0 = self.denoiser(params, x, level, cond)
         return bound.denoised(x0, bound.init(x0), 1 - level.t + ROUNDING, level)[0]
 

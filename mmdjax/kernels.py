@@ -177,6 +177,9 @@ class Sum(Kernel):
     def pair_weights(self, a, b, *, same=False):
         return sum(w * k.pair_weights(a, b, same=same) for w, k in zip(self.weights, self.kernels, strict=True))
 
+    def distance2(self, a, b):
+        return self.kernels[0].distance2(a, b)
+
     def reach(self):
         return sum(k.reach() for k in self.kernels) / len(self.kernels)
 
@@ -240,11 +243,14 @@ class Product(Kernel):
         return self.cond.gram(left, left if a.cond is b.cond else Particles(b.cond), same=a.cond is b.cond)
 
     def gradient(self, a, b, coef, *, same=False, precondition="none"):
-        coef = coef * self.cond_gram(a, b)
+        coef = coef * self.cond_gram(a, b)  # [n, m], held whole where the samples themselves are read in blocks
         return self._factor().gradient(a, b, coef, same=same, precondition=precondition)
 
     def pair_weights(self, a, b, *, same=False):
         return self._factor().pair_weights(a, b, same=same) * self.cond_gram(a, b)
+
+    def distance2(self, a, b):
+        return self.x.distance2(a, b)
 
     def reach(self):
         return self.x.reach()

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from mmdjax.blocks import block_beside, sum_across, sum_over, sum_within
 from mmdjax.comparable import with_kernel
 from mmdjax.numerics import product
 from mmdjax.particles import Particles
@@ -40,9 +41,24 @@ def pair_sum(
     kernel: Any, p: Particles, u: Array, q: Particles, v: Array, *, same: bool = False, self_pairs: bool = True
 ) -> Float[Array, ""]:
     """Σ_ij u_i v_j k(x_i, y_j); with `same` x_i and y_i are one point, and the pairs of it may be left out."""
-    gram = kernel.gram(p, q, same=same)
-    if not self_pairs:
-        gram = jnp.where(jnp.eye(*gram.shape, dtype=bool), 0.0, gram)
+    if not same:
+        return sum_across(kernel.gram, _form, p, q, u, v)
+    if p is q:
+        return sum_within(kernel.gram, _form, p, u, self_pairs=self_pairs)
+    gram = kernel.gram(p, q, same=True)
+    return _form(gram if self_pairs else jnp.where(jnp.eye(*gram.shape, dtype=bool), 0.0, gram), u, v)
+
+
+def embedding(kernel: Any, q: Particles, v: Array, points: Particles) -> Float[Array, " n"]:
+    """Σ_j v_j k(z_i, y_j), in blocks of the y_j."""
+
+    def term(rows):
+        return product(kernel.gram(points, rows.of(q)), rows.weights(v))
+
+    return sum_over(term, q.n, block_beside(points.n, q.x))
+
+
+def _form(gram, u, v):
     return product(product(u, gram), v)
 
 

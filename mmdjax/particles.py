@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from mmdjax.host import HostReferences
 from mmdjax.numerics import all_finite
 from mmdjax.tree import is_concrete, pytree, replace
 
@@ -63,22 +64,27 @@ def widen(points: Particles) -> Particles:
 
     Cast once, so that gradients add up before they are rounded. An empty slot may hold anything, NaN included.
     """
-    if points.weight is not None:
-        row = jnp.argmax(jnp.asarray(points.weight) > 0)
-        counts = jnp.asarray(points.weight) > 0
-
-        def fill(v):
-            v = jnp.asarray(v)
-            return jnp.where(per_sample(counts, v), v, v[row])
-
-        x, cond = jax.tree.map(fill, (points.x, points.cond))
-        points = replace(points, x=x, cond=cond)
 
     def cast(x):
         floating = jnp.issubdtype(jnp.result_type(x), jnp.floating)
         return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32)) if floating else x
 
-    return jax.tree.map(cast, points)
+    return jax.tree.map(cast, fill_empty(points))
+
+
+def fill_empty(points: Particles) -> Particles:
+    """The points with what lies in empty slots replaced by a row that counts."""
+    if points.weight is None:
+        return points
+    counts = jnp.asarray(points.weight) > 0
+    row = jnp.argmax(counts)
+
+    def fill(v):
+        v = jnp.asarray(v)
+        return jnp.where(per_sample(counts, v), v, v[row])
+
+    x, cond = jax.tree.map(fill, (points.x, points.cond))
+    return replace(points, x=x, cond=cond)
 
 
 def flat(x: PyTree) -> Float[Array, "n d"]:
@@ -88,6 +94,8 @@ def flat(x: PyTree) -> Float[Array, "n d"]:
       >>> flat({"a": jnp.ones((3, 2, 2)), "b": jnp.zeros(3)}).shape
       (3, 5)
     """
+    if isinstance(x, HostReferences):
+        return x.flat()
     rows = [jnp.reshape(leaf, (leaf.shape[0], -1)) for leaf in jax.tree.leaves(x)]
     return jnp.concatenate([r.astype(wide_dtype(x)) for r in rows], axis=1)
 
@@ -106,11 +114,11 @@ def check_points(name: str, points: Particles, *, floats: bool = False) -> None:
       ValueError: no rows, rows of different number, values that are not finite, or weights that are negative or all
         zero.
     """
-    leaves = jax.tree.leaves(points.x)
+    leaves = [points.x] if isinstance(points.x, HostReferences) else jax.tree.leaves(points.x)
     if not leaves:
         raise ValueError(f"{name} has no arrays; give an array of shape [m, ...] or Particles")
     for leaf in leaves:
-        if floats and not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+        if floats and not jnp.issubdtype(leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf), jnp.floating):
             raise TypeError(
                 f"{name} has dtype {jnp.result_type(leaf)}; the model works on floats, so scale them as its training "
                 f"data was, for 8-bit images {name}.astype('float32') / 127.5 - 1"

@@ -21,9 +21,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from mmdjax.bandwidths import Median, Neighbourhood
-from mmdjax.distances import squared_distance
+from mmdjax.blocks import block_beside, sum_over
+from mmdjax.distances import DIRECT, centred_distance, middle, squared_distance, squares
 from mmdjax.numerics import product, reciprocal, safe_sqrt
-from mmdjax.particles import Particles, as_particles, flat
+from mmdjax.particles import Particles, as_particles, flat, wide_dtype
 from mmdjax.schedules import Level
 from mmdjax.tree import as_component, is_concrete, pytree, replace
 
@@ -75,6 +76,10 @@ class Kernel:
         """w(a_i, b_j), for a kernel with mass."""
         raise ValueError(f'{type(self).__name__} is no kernel of the distance; use precondition="length" or "none"')
 
+    def distance2(self, a: Particles, b: Particles) -> Float[Array, "n m"]:
+        """|a_i − b_j|², for a kernel with mass."""
+        raise ValueError(f'{type(self).__name__} is no kernel of the distance; use precondition="length" or "none"')
+
     def length2(self, a: Particles) -> Any:
         """ℓ², scalar or [n]: what makes ℓ² ∂MMD²/∂x a length."""
         raise ValueError(f'{type(self).__name__} has no length; use precondition="none"')
@@ -96,10 +101,19 @@ class Kernel:
                 f"{type(self).__name__} is not a kernel of the distance, so it has no mass; use "
                 'precondition="length" or "none"'
             )
-        gram, pull_back = jax.vjp(lambda x: self.gram(replace(a, x=x), b, same=same), a.x)
         scale = jnp.reshape(self.length2(a), (-1, 1)) if precondition == "length" else 1.0
-        (gradient,) = pull_back(jnp.broadcast_to(scale * coef, gram.shape).astype(gram.dtype))
-        return gradient, jnp.ones(a.n, gram.dtype)
+        coef = jnp.broadcast_to(coef, (b.n,)) if jnp.ndim(coef) == 0 else coef
+
+        def pull(columns):
+            part = columns.of(b)
+            gram, pull_back = jax.vjp(lambda x: self.gram(replace(a, x=x), part, same=same and part.n == b.n), a.x)
+            c = jnp.broadcast_to(scale * columns.weights(coef.T).T, gram.shape)
+            (gradient,) = pull_back(c.astype(gram.dtype))
+            return jax.tree.map(lambda g: g.astype(gram.dtype), gradient)
+
+        gradient = sum_over(pull, b.n, block_beside(a.n, b.x))
+        gradient = jax.tree.map(lambda g, x: g.astype(jnp.result_type(x)), gradient, a.x)
+        return gradient, jnp.ones(a.n, wide_dtype(a.x))
 
 
 class Radial(Kernel):
@@ -122,25 +136,38 @@ class Radial(Kernel):
         return ((1.0, self),)
 
     def gram(self, a, b, *, same=False):
-        return self.profile(squared_distance(flat(a.x), flat(b.x), same=same, accurate=True))
+        return self.profile(squared_distance(flat(a.x), b.x, same=same, accurate=True))
 
     def pair_weights(self, a, b, *, same=False):
-        return self.weight(squared_distance(flat(a.x), flat(b.x), same=same, accurate=True))
+        return self.weight(squared_distance(flat(a.x), b.x, same=same, accurate=True))
+
+    def distance2(self, a, b):
+        return squared_distance(flat(a.x), b.x)
 
     def gradient(self, a, b, coef, *, same=False, precondition="none"):
         x, unflatten = jax.vjp(flat, a.x)
-        y = flat(b.x)
-        d2 = squared_distance(x, y, same=same, accurate=True)
-        if precondition == "length":
-            weight = sum(jnp.reshape(c * k.length2(a), (-1, 1)) * k.weight(d2) for c, k in self.components())
-        else:
-            weight = self.weight(d2)
-        pull = coef * weight
-        # Σ_j pull_ij (y_j − x_i), about the mean of y so that a common offset costs no digits
-        centre = jax.lax.stop_gradient(y.mean(0))
-        gradient = product(pull, y - centre) - pull.sum(1, keepdims=True) * (x - centre)
-        mass = jnp.sum(jnp.abs(coef) * weight, axis=1) if precondition == "mass" else jnp.ones_like(x[:, 0])
-        return unflatten(gradient)[0], mass
+        coef = coef if jnp.ndim(coef) else jnp.broadcast_to(coef, (b.n,))
+        centre = middle(b.x)  # a common offset costs no digits
+        origin = 0.0 if x.shape[1] <= DIRECT else centre  # of distances
+        from_origin, x = x - origin, x - centre
+        x2 = squares(from_origin)
+
+        def pull(columns):
+            y, c = flat(columns.of(b.x)), columns.weights(coef.T).T
+            diagonal = columns.index == jnp.arange(a.n)[:, None] if same else None
+            d2 = centred_distance(from_origin, x2, y - origin, diagonal=diagonal, accurate=True)
+            if precondition == "length":
+                weight = sum(jnp.reshape(s * k.length2(a), (-1, 1)) * k.weight(d2) for s, k in self.components())
+            else:
+                weight = self.weight(d2)
+            pulls = c * weight
+            mass = jnp.sum(jnp.abs(c) * weight, axis=1) if precondition == "mass" else jnp.zeros_like(x2)
+            return product(pulls, y - centre), pulls.sum(1), mass
+
+        # Σ_j pull_ij (y_j − x_i), b read in blocks
+        towards, total, mass = sum_over(pull, b.n, block_beside(a.n, b.x))
+        gradient = towards - total[:, None] * x
+        return unflatten(gradient)[0], mass if precondition == "mass" else jnp.ones_like(x2)
 
 
 class Scaled(Radial):

@@ -184,6 +184,14 @@ def test_distance_is_never_negative_and_its_derivative_is_right_at_the_clip(d, a
     np.testing.assert_allclose(own, expected, atol=1e-5)  # float32 rounding of 2x − 2y about the mean
 
 
+def test_few_dimensions_lose_nothing_to_a_far_point():
+    """About the mean, 5e7, float32 would see neither 0.5 nor 0.25."""
+    x, y = jnp.array([[0.5], [0.25]]), jnp.array([[0.0], [1e8]])
+    assert squared_distance(x, y)[:, 0].tolist() == [0.25, 0.0625]
+    _, mass = RBF(0.25).gradient(Particles(x), Particles(y), jnp.ones(2), precondition="mass")
+    np.testing.assert_allclose(mass, 16 * np.exp([-2.0, -0.5]), rtol=1e-5)
+
+
 def test_integer_distances_are_exact():
     x = np.random.default_rng(0).integers(-8, 9, (9, 7)).astype(np.float32)
     np.testing.assert_allclose(squared_distance(jnp.asarray(x), jnp.asarray(x), same=True), exact(x, x), atol=1e-4)

@@ -1,0 +1,65 @@
+"""References read from a file give what they give in memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmdjax import IMQ, DiffusionModel, Energy, MMDGuidance, Particles, Polynomial, from_model, guided_sample, mmd2
+from mmdjax.host import HostReferences
+from mmdjax.schedules import RectifiedFlow
+
+M, D = 3000, 2048  # 25 MB: many blocks
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    path = tmp_path_factory.mktemp("refs") / "refs.npy"
+    rows = (np.random.default_rng(0).normal(size=(M, D)) + 1).astype(np.float16)
+    np.save(path, rows)
+    return HostReferences(np.load(path, mmap_mode="r")), jnp.asarray(rows, jnp.float32)
+
+
+@pytest.mark.parametrize("kernel", [IMQ(60.0), Energy(), Polynomial()])
+def test_streamed_is_in_memory(kernel, stored):
+    """Gradient, its derivative by the batch, and MMD²."""
+    z = jnp.asarray(np.random.default_rng(1).normal(size=(8, D)), jnp.float32)
+    coef = jnp.full(M, 1 / M)
+
+    def results(refs):
+        def pull(z):
+            return kernel.gradient(Particles(z), Particles(refs), coef)[0]
+
+        return pull(z), jax.grad(lambda z: (pull(z) ** 2).sum())(z), mmd2(kernel, z, refs)
+
+    for found, expected in zip(*map(jax.jit(results), stored), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6 * jnp.abs(expected).max())
+
+
+def test_guided_sampling_from_a_file(stored):
+    model = DiffusionModel(from_model(lambda params, x, t, cond: params * x, "x0"), RectifiedFlow(), (D,))
+    found, expected = (
+        guided_sample(0.5, jax.random.key(0), refs, model=model, num_samples=4, num_steps=2) for refs in stored
+    )
+    np.testing.assert_allclose(found.x, expected.x, atol=1e-4)
+    np.testing.assert_allclose(found.trace.mmd2, expected.trace.mmd2, atol=1e-5)
+    with pytest.raises(ValueError, match="noise level"):
+        guided_sample(0.5, jax.random.key(0), stored[0], model=model, num_samples=4, guidance=MMDGuidance(at="sample"))
+
+
+def test_the_device_holds_a_block(stored):
+    """Beside the batch, the program needs far less than the references' 25 MB in float32."""
+    z = jax.ShapeDtypeStruct((8, D), jnp.float32)
+
+    def pull(z, refs):
+        return IMQ(60.0).gradient(Particles(z), Particles(refs), jnp.full(M, 1 / M))[0]
+
+    temporary = jax.jit(pull).lower(z, stored[0]).compile().memory_analysis().temp_size_in_bytes
+    assert temporary < 16e6
+
+
+def test_what_cannot_be_references():
+    with pytest.raises(ValueError, match="at least one row"):
+        HostReferences(np.zeros((0, 2)))
+    with pytest.raises(ValueError, match="int64"):
+        HostReferences(np.zeros((2, 2), np.int64))
