@@ -224,6 +224,7 @@ def main():
     start = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
+        jax.clear_caches()  # thousands of programs in one process exhaust its memory mappings
         task = makers[name]()
         print(f"\n{task.name}")
         record = found[task.name] = run(task, args.quick, settings["choosing"], settings["reporting"])
