@@ -30,7 +30,7 @@ from mmdjax.provenance import provenance
 from mmdjax.schedules import VPLinear
 
 RESULTS = Path(__file__).parent / "results" / "faults.json"
-COUNTS = {"kill": 20, "full": 10, "read_only": 5, "vanish": 5, "corrupt": 200, "second": 10, "fuzz": 1000, "api": 300}
+COUNTS = {"kill": 20, "full": 10, "read_only": 5, "vanish": 5, "corrupt": 200, "second": 10, "fuzz": 1000, "api": 1000}
 NAMES = {
     "kill": ("`kill -9` at a random moment, then the same call", "whole"),
     "full": ("disk full, space made, then the same call", "an error that says so, then whole"),
@@ -67,24 +67,20 @@ def child(out: Path, *words: str) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, __file__, "--child", str(out), *words], stdout=subprocess.PIPE, text=True)
 
 
-def finished(out: Path) -> bool:
-    process = child(out)
-    process.communicate()
-    return process.returncode == 0
-
-
 def kill(count: int, whole: list[bytes], folder: Path) -> dict[str, Any]:
-    """At a moment drawn evenly from a whole run's time, its start and its imports included."""
-    start = time.perf_counter()
-    assert finished(folder / "timed")
-    seconds, held, left = time.perf_counter() - start, 0, []
+    """At a moment drawn from the start, imports included, or around any of the batches; this process goes on."""
+    held, left = 0, []
     for trial in range(count):
-        out, process = folder / f"kill{trial}", child(folder / f"kill{trial}")
-        time.sleep(random.Random(trial).uniform(0, seconds))
+        rng, out = random.Random(trial), folder / f"kill{trial}"
+        process, last = child(out), rng.randrange(-3, BATCHES)
+        while last >= 0 and not (out / f"batch-{last:05d}.safetensors").exists() and process.poll() is None:
+            time.sleep(0.0005)
+        time.sleep(rng.uniform(0, 0.03 if last >= 0 else 5))
         process.kill()
         process.communicate()
-        left.append(len(list(out.glob("batch-*.safetensors"))) if out.exists() else -1)
-        held += finished(out) and arrays(out) == whole
+        left.append(len(list(out.glob("batch-*.safetensors"))) if out.exists() else 0)
+        run(out)
+        held += process.returncode == -9 and arrays(out) == whole
     return {"tried": count, "held": held, "batches_left": left, "of_batches": BATCHES}
 
 

@@ -185,17 +185,17 @@ def test_checks_name_the_step_and_the_quantity(at):
             return jnp.where(t.t < 0.5, jnp.nan, 1.0) * x, carry, state
 
     kernel = RBF(1.0) if at == "diffused" else None
-    guidance, scale = MMDGuidance(kernel=kernel, at=at), MMDGuidance(kernel=kernel, at=at, scale=1e38)
+    guidance, scale = (MMDGuidance(kernel=kernel, at=at, inner_steps=1, scale=scale) for scale in (1, 1e38))
     watched(r"x0_hat is not finite at step 6 of 10 \(t = 0.4\)", breaks, guidance=guidance)
     watched(r"^x is not finite at step 6 of 10 \(t = 0.4\)", sampler=Breaks(), guidance=guidance)
     watched(r"the guidance's shift is not finite at step 0 of 10 \(t = 1\)", guidance=scale)
     memory = Memory.empty(4, (3, 2)).push(Particles(jnp.full((1, 3, 2), jnp.inf)))
     watched(r"memory\.x \(shape \(4, 3, 2\)\) is not finite, before the first step", memory=memory, guidance=guidance)
-    run(num_steps=10, guidance=guidance, checks=True, memory=4)
-    run(None, num_steps=10, checks=True)
+    run(num_steps=10, guidance=guidance, checks=True)
 
 
 def test_checks_name_what_was_given():
+    run(None, num_steps=10, checks=True)
     model = DiffusionModel(shrink, VPLinear(), (3, 2))
     params = {"out": {"bias": np.array([0, np.nan])}}
     with pytest.raises(FloatingPointError, match=r"params\.out\.bias \(shape \(2,\)\) is not finite, before the first"):
