@@ -284,7 +284,7 @@ class BoundGuidance:
             if rule == "field":  # of the points as they come: once a call, not at each inner step
                 average = neighbours(among, *particles(z, gathered))
 
-            def inner(carry, index):
+            def inner(carry: tuple, index):
                 if length is None:
                     return move(*carry, average), None
                 return jax.lax.cond(index < jnp.ceil(length), lambda c: move(*c, average), lambda c: c, carry), None
