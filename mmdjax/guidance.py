@@ -259,7 +259,7 @@ class BoundGuidance:
         def particles(z, gathered):
             return Particles(z, cond), Particles(gathered if shards.batch else z, all_cond)
 
-        def move(z, gathered, state, average):
+        def move(average, z, gathered, state):
             rows, whole = particles(z, gathered)
             direction = shift_direction(
                 kernel,
@@ -284,10 +284,10 @@ class BoundGuidance:
             if rule == "field":  # of the points as they come: once a call, not at each inner step
                 average = neighbours(among, *particles(z, gathered))
 
-            def inner(carry: tuple, index):
+            def inner(carry, index):
                 if length is None:
-                    return move(*carry, average), None
-                return jax.lax.cond(index < jnp.ceil(length), lambda c: move(*c, average), lambda c: c, carry), None
+                    return move(average, *carry), None
+                return jax.lax.cond(index < jnp.ceil(length), lambda c: move(average, *c), lambda c: c, carry), None
 
             carry = (z, gathered, state)
             moved = inner(carry, 0)[0] if steps == 1 else jax.lax.scan(inner, carry, jnp.arange(steps))[0]
