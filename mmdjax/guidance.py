@@ -281,7 +281,7 @@ class BoundGuidance:
             rows = Particles(z, cond)
             return rows, Particles(gathered, all_cond) if shards.batch else rows
 
-        def move(z, gathered, state, average):
+        def move(average, z, gathered, state):
             rows, whole = particles(z, gathered)
             direction = shift_direction(
                 kernel,
@@ -309,8 +309,8 @@ class BoundGuidance:
 
             def inner(carry, index):
                 if length is None:
-                    return move(*carry, average), None
-                return jax.lax.cond(index < jnp.ceil(length), lambda c: move(*c, average), lambda c: c, carry), None
+                    return move(average, *carry), None
+                return jax.lax.cond(index < jnp.ceil(length), lambda c: move(average, *c), lambda c: c, carry), None
 
             carry = (z, gathered, state)
             moved = inner(carry, 0)[0] if steps == 1 else jax.lax.scan(inner, carry, jnp.arange(steps))[0]

@@ -3,7 +3,11 @@
 The batch is split by rows over the mesh axes that `guided_sample(sharding=)` names. The network runs as XLA splits it;
 the guidance, which compares all pairs, runs in `jax.shard_map`: each device moves its own rows and sees all others
 through an all-gather of the batch. References are whole on every device, or split by rows over mesh axes of their own
-choice; then each device pulls with its part, and the sum is scattered back to the rows' owners.
+choice; then each device pulls with its part, and the sum is scattered back to the rows' owners. So a step sends the
+batch and sums of its size, whatever the number of references: an all-gather before the inner steps, and two in each
+where shifts are averaged over neighbours (the shifts, the moved batch), one elsewhere. Only the bandwidth's fit, once a
+call, sends the references that it is taken from (at most 2,000) and their distances. "sample" draws noise for the
+references: whole ones get it on every device alike, split ones each on its own.
 
 A mesh may have Auto or Explicit axes. Inside, all are Auto: under Explicit ones, operations whose result could be split
 in several ways raise.
@@ -23,7 +27,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from mmdjax.particles import Particles, wide_dtype
-from mmdjax.tree import replace
+from mmdjax.tree import is_traced, replace
 
 Axes = tuple[str, ...]
 
@@ -259,7 +263,7 @@ def _check(sharding: Any, num_samples: int) -> tuple[Any, Axes]:
 
 def _lies(leaf: Any) -> NamedSharding | None:
     # a tracer's type tells for Explicit axes only
-    sharding = getattr(jax.typeof(leaf) if isinstance(leaf, jax.core.Tracer) else leaf, "sharding", None)
+    sharding = getattr(jax.typeof(leaf) if is_traced(leaf) else leaf, "sharding", None)
     return sharding if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None
 
 

@@ -229,8 +229,8 @@ def _run(
         jax.tree.map(lambda v: v[1:], levels),
     )
     body = jax.checkpoint(one_step) if remat else one_step
-    first = x, placed.rows(sampler.init(x), num_samples)
-    (x, sampler_carry), (trace, finite) = jax.lax.scan(body, first, steps)
+    start = x, placed.rows(sampler.init(x), num_samples)
+    (x, sampler_carry), (trace, finite) = jax.lax.scan(body, start, steps)
 
     if memory is not None:
         published = refs is not None and guidance.published
