@@ -27,9 +27,9 @@ class HostReferences:
     once for its trace at each network call, so that a network call should take longer than that, or a
     `mmdjax.compression.coreset` take their place. Rows come as float32.
 
-    Limits: kernels of distances and inner products (`Mapped`, `Cosine` and functions read all rows at once where they
-    are few); no derivative with respect to the references; one process; nothing checks the values. Make one object and
-    use it for all calls: a second one compiles anew.
+    Limits: kernels of distances and inner products (not `Mapped`, nor functions of one's own, which ask for arrays); no
+    derivative with respect to the references; one process; nothing checks the values. Make one object and use it for
+    all calls: a second one compiles anew.
 
     Args:
       array: anything of shape [m, ...] whose rows numpy can take by number: `np.load(path, mmap_mode="r")`, an array.
