@@ -52,7 +52,7 @@ def targets() -> list[tuple[str, float, float, float, bool]]:
         what = f"digits, guided over unguided ({small['ms of guidance a step']:.2f} ms of guidance a step)"
         add(what, small["guided over unguided"], 1.6, 1.15)
     if full := read("full_size").get("cost"):
-        ratio = full["ratio_cpu"]['MMDGuidance(), "denoised"']["U-Net on 4"]
+        ratio = full["ratio"]['MMDGuidance(), "denoised"']["U-Net on 4"]
         add("SD 1.5, batch 4, 150 references: guided over unguided step", 1 + ratio, 1.02, 1.005)
     speed = read("model_speed")
     if unet := speed.get("unet"):
