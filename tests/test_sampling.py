@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -334,3 +335,25 @@ heavy = {"matplotlib", "diffrax", "sklearn", "torch", "flax", "tqdm"} & set(sys.
 assert not heavy, heavy
 """
     run_python(code)
+
+
+def test_the_program_does_not_grow_with_the_steps():
+    """Steps are in a scan, whose times are an argument: 1,000 compile in what 10 take."""
+
+    def length(num_steps):
+        return len(jax.jit(lambda times: run(times=times).x).lower(jnp.linspace(1.0, 0.0, num_steps + 1)).as_text())
+
+    assert length(1000) < 1.01 * length(10)  # longer by the digits of the count, here and there
+
+
+def test_export():
+    """A guided sampler written by jax.export, for machines of three kinds, gives the same samples when read again."""
+
+    def sample(key_data, refs):
+        key = jax.random.wrap_key_data(key_data)
+        return guided_sample(0.3, key, refs, model=MODEL, num_samples=5, num_steps=6).x
+
+    inputs = jax.random.key_data(jax.random.key(7)), REFS
+    written = jax.export.export(jax.jit(sample), platforms=("cpu", "cuda", "tpu"))(*inputs).serialize()
+    read = jax.export.deserialize(written)
+    np.testing.assert_allclose(read.call(*inputs), jax.jit(sample)(*inputs), rtol=2e-6)  # float32, fused otherwise
