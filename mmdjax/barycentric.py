@@ -73,7 +73,7 @@ class Barycentric(Radial):
             weight = sum(s * k.length2(a) * k.weight(d2) for s, k in self.components())
         else:
             weight = self.weight(d2)
-        pull = coef * weight
+        pull = (coef * weight).astype(a.x.dtype)
         if b.x.ndim == 1:
             towards = jax.lax.dynamic_update_slice_in_dim(jnp.zeros_like(a.x), pull, b.x[0].astype(int), 1)
         else:

@@ -101,6 +101,16 @@ def sum_over(term: Callable, m: int, block: int) -> Any:
     return jax.lax.scan(jax.checkpoint(body), zero, jnp.arange(count))[0]
 
 
+def least_over(term: Callable, m: int, block: int) -> Array:
+    """The elementwise least of term(rows), an array, over the blocks of m rows."""
+    count = num_blocks(m, block)
+    if count == 1:
+        return term(rows(m, 0, block))
+    body = jax.checkpoint(lambda least, i: (jnp.minimum(least, term(rows(m, i, block))), None))
+    shape = jax.eval_shape(lambda: term(rows(m, 0, block)))
+    return jax.lax.scan(body, jnp.full(shape.shape, jnp.inf, shape.dtype), jnp.arange(count))[0]
+
+
 def columns_of(term: Callable, m: int, block: int) -> Array:
     """term(rows) [n, rows] for each block of m rows, side by side: [n, m]."""
     count = num_blocks(m, block)

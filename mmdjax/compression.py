@@ -19,13 +19,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mmdjax.blocks import block_of, columns_of, sum_over
+from mmdjax.blocks import block_of, columns_of, row_size, sum_over
 from mmdjax.comparable import with_kernel
+from mmdjax.host import HostReferences
 from mmdjax.kernels import IMQ, RBF, Kernel, Laplacian, Linear, Mapped, RationalQuadratic
 from mmdjax.mmd import Estimator, check_estimator, mmd2, pair_norm
 from mmdjax.numerics import product
 from mmdjax.particles import Particles, as_particles, flat, wide_dtype
-from mmdjax.tree import pytree, static
+from mmdjax.tree import pytree, replace, static
 
 HELD = 10_000  # references whose Gram is held by "thinning": 400 MB
 
@@ -72,7 +73,7 @@ def coreset(kernel: Any, refs: Any, size: int, *, method: str = "herding", rewei
     if method == "thinning" and refs.n > HELD:
         raise ValueError(f'"thinning" holds the Gram of all references and {refs.n} are too many; use "herding"')
     chosen = jax.jit(_herd if method == "herding" else _thin, static_argnums=2)(kernel, refs, int(size))
-    few = Particles(*jax.tree.map(lambda leaf: jnp.asarray(leaf)[chosen], (refs.x, refs.cond)))
+    few = _on_device(Particles(*jax.tree.map(lambda leaf: jnp.asarray(leaf)[chosen], (refs.x, refs.cond))))
     weight = jnp.full(size, 1 / size, wide_dtype(refs.x))
     if reweight:
         weight = jax.jit(_best_weights)(kernel, refs, few)
@@ -99,8 +100,17 @@ def _row(refs, index):
     return jax.tree.map(lambda leaf: leaf[index][None], refs)
 
 
+def _on_device(points):
+    x = points.x
+    return replace(points, x=flat(x).reshape(x.shape)) if isinstance(x, HostReferences) else points
+
+
 def _self_values(kernel, refs):
-    return jax.lax.map(lambda i: kernel.gram(_row(refs, i), _row(refs, i), same=True)[0, 0], jnp.arange(refs.n))
+    def one(point):
+        point = jax.tree.map(lambda v: v[None], point)
+        return kernel.gram(point, point, same=True)[0, 0]
+
+    return columns_of(lambda rows: jax.vmap(one)(_on_device(rows.of(refs)))[None], refs.n, block_of(refs.x))[0]
 
 
 def _herd(kernel, refs, size):
@@ -153,7 +163,7 @@ def _best_weights(kernel, refs, few):
         return (new, new + t / (t + 3) * (new - w)), None
 
     equal = jnp.full(few.n, 1 / few.n, mean.dtype)
-    return jax.lax.scan(one, (equal, equal), jnp.arange(500.0))[0][0]
+    return jax.lax.scan(one, (equal, equal), jnp.arange(500, dtype=mean.dtype))[0][0]
 
 
 def _on_simplex(v):
@@ -220,7 +230,7 @@ def random_features(kernel: Any, key: Array, refs: Any, num: int) -> RandomFeatu
     Source: Rahimi & Recht 2007; mixtures of Gaussian widths for the kernels other than RBF.
     """
     kernel, refs = with_kernel(kernel, refs=refs)
-    d = sum(math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(refs.x))
+    d = row_size(refs.x)
     dtype = wide_dtype(refs.x)
     key_normal, key_width, key_choice = jax.random.split(key, 3)
     normal = jax.random.normal(key_normal, (num, d), dtype)
@@ -296,7 +306,7 @@ def nystroem(kernel: Any, refs: Any, landmarks: Any) -> Nystroem:
     def residual(rows):
         some = Particles(rows.of(refs.x))
         phi = product(kernel.gram(some, few), root)
-        own = jax.vmap(lambda x: kernel.gram(Particles(one := x[None]), Particles(one), same=True)[0, 0])(some.x)
+        own = _self_values(kernel, some)
         return jnp.sum(rows.weights(refs.probabilities()) * jnp.maximum(own - jnp.sum(phi**2, axis=1), 0.0))
 
     mean = sum_over(residual, refs.n, block_of(refs.x))

@@ -34,6 +34,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from mmdjax.blocks import block_beside, least_over
 from mmdjax.kernels import RBF, Kernel, Product, Radial, Sum
 from mmdjax.mmd import pair_norm
 from mmdjax.numerics import product, reciprocal
@@ -172,11 +173,18 @@ def neighbours(
     own = jnp.maximum(jnp.diagonal(weight), jnp.max(jnp.where(eye, 0.0, weight), axis=1))
     weight = jnp.where(eye, jnp.where(own > 0, own, 1.0)[:, None], weight)
 
-    def nearest2(rows):
-        d2 = kernel.distance2(rows, refs)
-        return jnp.min(jnp.where(refs.probabilities() > 0, d2, jnp.inf), axis=1)
+    p = refs.probabilities()
 
-    among = 1 / (1 + jnp.minimum(shards.least(nearest2, z, everyone) / spread2, 16.0) ** 8)
+    def nearest2(particles):
+        def in_block(rows):
+            d2 = kernel.distance2(particles, rows.of(refs))
+            return jnp.min(jnp.where(rows.of(p) > 0, d2, jnp.inf), axis=1)
+
+        return least_over(in_block, refs.n, block_beside(particles.n, refs.x))
+
+    # 1 inside, ½ at the edge, 0 outside; bounded, as the power of a large number would have no derivative
+    far = jnp.where(jnp.isfinite(spread2), shards.least(nearest2, z, everyone) / spread2, 0.0)
+    among = 1 / (1 + jnp.minimum(far, 16.0) ** 8)
     return jnp.where(eye, (1 - among)[:, None], 0.0) + (among / weight.sum(1))[:, None] * weight
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from mmdjax.blocks import PLAIN, block_beside, columns_of, row_size
@@ -121,9 +122,9 @@ def by_difference(
     return jax.lax.cond(close.any(), recompute, lambda d2: d2, d2)
 
 
-def subset(m: int) -> Array | slice:
-    """Indices of at most `SUBSET` of m rows, spread evenly."""
-    return slice(None) if m <= SUBSET else jnp.linspace(0, m - 1, SUBSET).round().astype(int)
+def subset(m: int, most: int = SUBSET) -> np.ndarray | slice:
+    """Indices of at most so many of m rows, spread evenly."""
+    return slice(None) if m <= most else np.linspace(0, m - 1, most).round().astype(int)
 
 
 def pairwise_median(y: Float[Array, "m d"], weight: Float[Array, " m"], *, above: float = -1.0) -> Float[Array, ""]:

@@ -254,6 +254,9 @@ class BoundGuidance:
         balance = balance_at(self.kernel, level) if rule == "field" else 0.0
         numbers = {"active": self.active(fraction), "scale": scale, "balance": balance, "length": length}
         numbers["spread2"] = self.spread2
+        x_dtype, wide = x.dtype, wide_dtype(x)  # of the levels and references x takes no precision
+        floats = {name: jnp.asarray(v, wide) for name, v in numbers.items() if name != "active" and v is not None}
+        numbers |= floats
         batch, on_refs = P(self.placement.shards.batch), P(self.placement.shards.refs)
         z, transform_state, norm, mmd2 = self.placement.split(
             functools.partial(self._guide_rows, steps),
@@ -262,7 +265,9 @@ class BoundGuidance:
             out=(batch, batch, P(), P()),
         )
         mmd2, norm = jax.lax.stop_gradient((mmd2 + refs_term, norm))
-        return z.astype(x.dtype), GuidanceState(transform_state, mmd2, norm, x if guidance.published else ())
+        transform_state = jax.tree.map(lambda new, old: new.astype(old.dtype), transform_state, state.transform)
+        mmd2, norm = mmd2.astype(wide), norm.astype(wide)
+        return z.astype(x_dtype), GuidanceState(transform_state, mmd2, norm, x if guidance.published else ())
 
     def _guide_rows(self, steps, shards, x, cond, transform_state, kernel, refs, memory, numbers):
         """`_guide` for the rows of one device: moved x, state of the transform, mean norm of the shifts, MMD²."""
@@ -298,7 +303,7 @@ class BoundGuidance:
                 direction = product(average, flat(shards.everyone(direction))).reshape(z.shape)
             if guidance.transform is not None:
                 direction, state = jax.vmap(guidance.transform.update)(direction, state, z)
-            z = z - numbers["scale"] * direction
+            z = (z - numbers["scale"] * direction).astype(z.dtype)
             return z, gather(z), state
 
         def guided(z, gathered, state):
@@ -414,11 +419,13 @@ def bind(
     memory: Memory | None = None,
     placement: Placement = HERE,
     reused: bool = True,
+    spread: Any = None,
 ) -> BoundGuidance:
     """The guidance bound to its references (in at least float32), conditions and memory; `kernel` from `fit_kernel`.
 
     Args:
       reused: for many network calls, so that distances among all references are worth their time.
+      spread: `spread_of` these references where that is known.
     """
 
     if not kernel.sees_cond:  # carried along they would have to match in structure for nothing
@@ -426,7 +433,7 @@ def bind(
     in_blocks = guidance.at in ("denoised", "clean") and refs.n * row_size(refs.x) > PLAIN
     refs = fill_empty(refs) if in_blocks else widen(refs)  # blocks are cast as they are read: no copy of all references
     refs = placement.references(refs)
-    refs_term, spread = 0.0, jnp.inf
+    refs_term = 0.0
     if guidance.at in ("denoised", "clean"):
         rows = subset(refs.n)
         some = placement.whole(jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf[rows]), refs))
@@ -434,9 +441,7 @@ def bind(
             functools.partial(_refs_term, guidance.estimator), (kernel, some), specs=(P(), P()), out=P()
         )
         refs_term = jax.lax.stop_gradient(refs_term)
-        if guidance.rule == "field":
-            with fitted_in(placement):
-                spread = spread2(flat(some.x), some.probabilities())
+        spread = spread_of(guidance, refs, placement) if spread is None else spread
     held = None
     if memory is not None:
         memory = memory.reset_when_full() if guidance.published else memory
@@ -446,13 +451,24 @@ def bind(
     few = pays(0, fixed, row_size(refs.x)) and not isinstance(refs.x, HostReferences) and placement == HERE
     if reused and few and guidance.num_moves > 2 and guidance.transform is None and of_distance(kernel):
         distances = fixed_distances(refs, held)
+    spread = jnp.inf if spread is None else spread
     return BoundGuidance(guidance, kernel, refs, refs_term, spread, placement.batch(cond), held, distances, placement)
+
+
+def spread_of(guidance: MMDGuidance, refs: Particles, placement: Placement = HERE) -> Any:
+    """`spread2` of the references, or of some 16 MB of them, for a guidance that asks for it; detached."""
+    if guidance.rule != "field":
+        return jnp.inf
+    rows = subset(refs.n, max(64, min(SUBSET, PLAIN // row_size(refs.x))))
+    some = placement.whole(widen(jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf[rows]), refs)))
+    with fitted_in(placement):
+        return spread2(flat(some.x), some.probabilities())
 
 
 def _refs_term(estimator, shards, kernel, refs):
     # `self_term`, each device having its part of the rows
     share, whole = shards.share(refs)
-    total = whole.weight.sum()
+    total = jnp.where(whole.weight.sum() > 0, whole.weight.sum(), 1.0)  # the subset may have hit empty slots only
     u, v = share.weight / total, whole.weight / total
     own = pair_sum(kernel, share, u, whole, v, same=True, self_pairs=estimator == "v")
     return shards.total(own) / pair_norm(v, estimator)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from mmdjax.comparable import check_comparable
 from mmdjax.denoisers import Denoiser
-from mmdjax.guidance import BoundGuidance, MMDGuidance, bind, check_guidance, fit_kernel
+from mmdjax.guidance import BoundGuidance, MMDGuidance, bind, check_guidance, fit_kernel, spread_of
 from mmdjax.memory import Memory
 from mmdjax.particles import Particles, as_particles
 from mmdjax.samplers import Sampler, as_sampler
@@ -28,13 +28,14 @@ class GuidedDenoiser:
     guidance: MMDGuidance
     kernel: Any
     refs: Particles
+    spread: Any
 
     def __call__(self, params, x, level, cond):
         if jnp.ndim(level.t) > 0:
             raise ValueError(f"level.t has shape {jnp.shape(level.t)}; a guided denoiser takes one level for the batch")
         _check_shapes(x, self.refs)
         reused = self.refs.n <= 8 * x.shape[0]  # at once: here all of it is made anew at each call
-        bound = bind(self.guidance, self.kernel, self.refs, cond, reused=reused)
+        bound = bind(self.guidance, self.kernel, self.refs, cond, reused=reused, spread=self.spread)
         x0 = self.denoiser(params, x, level, cond)
         return bound.denoised(x0, bound.init(x0), 1 - level.t + ROUNDING, level)[0]
 
@@ -67,7 +68,8 @@ def guide_denoiser(denoiser: Denoiser, guidance: MMDGuidance, refs: Any) -> Guid
             f'at="{guidance.at}" moves x after a step, which a denoiser never sees; use guide_sampler, or at="denoised"'
         )
     check_guidance(guidance, refs, refs.cond)
-    return GuidedDenoiser(as_component(denoiser), guidance, fit_kernel(guidance, refs), refs)
+    kernel, spread = fit_kernel(guidance, refs), spread_of(guidance, refs)
+    return GuidedDenoiser(as_component(denoiser), guidance, kernel, refs, spread)
 
 
 def _check_shapes(x, refs):

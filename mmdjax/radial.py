@@ -142,7 +142,7 @@ class Radial(Kernel):
         return self.weight(squared_distance(flat(a.x), b.x, same=same, accurate=True))
 
     def distance2(self, a, b):
-        return squared_distance(flat(a.x), b.x)
+        return squared_distance(flat(a.x), b.x, accurate=True)
 
     def gradient(self, a, b, coef, *, same=False, precondition="none"):
         x, unflatten = jax.vjp(flat, a.x)
@@ -167,7 +167,7 @@ class Radial(Kernel):
         # Σ_j pull_ij (y_j − x_i), b read in blocks
         towards, total, mass = sum_over(pull, b.n, block_beside(a.n, b.x))
         gradient = towards - total[:, None] * x
-        return unflatten(gradient)[0], mass if precondition == "mass" else jnp.ones_like(x2)
+        return unflatten(gradient.astype(x.dtype))[0], mass if precondition == "mass" else jnp.ones_like(x2)
 
 
 class Scaled(Radial):

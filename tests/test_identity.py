@@ -3,6 +3,7 @@
 import functools
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +87,7 @@ def test_a_function_that_closes_over_itself():
 def test_described_alike_in_another_process():
     code = "import test_identity as t; print(t.describe(t.model()), t.describe(t.MMDGuidance.paper()))"
     done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {sys.path[0]!r}); {code}"],
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); {code}"],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert done.stdout.strip() == f"{describe(model())} {describe(MMDGuidance.paper())}"

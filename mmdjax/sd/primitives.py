@@ -39,7 +39,7 @@ def attend(
       limit: logits held at once, by default `SCORES_IN_MEMORY` or, on a CPU, `SCORES_IN_CACHE`. Causal attention is
         not blocked.
     """
-    dim, dtype = q.shape[-1], q.dtype
+    dim = q.shape[-1]
     if upcast:
         q, k, v = (a.astype(jnp.float32) for a in (q, k, v))
     half = q.dtype in (jnp.bfloat16, jnp.float16)
@@ -55,7 +55,7 @@ def attend(
         v,
         cpu=functools.partial(_by_head, limit=limit or SCORES_IN_CACHE),
         default=functools.partial(_all_heads, limit=limit or SCORES_IN_MEMORY),
-    ).astype(q.dtype if upcast else dtype)
+    )
 
 
 def _all_heads(q, k, v, limit):
@@ -81,7 +81,7 @@ def _by_head(q, k, v, limit):
         return _in_blocks(block, q, limit // k.shape[0])
 
     apart = [jnp.moveaxis(a.astype(jnp.float32), 2, 1).reshape(n * heads, -1, dim) for a in (q, k, v)]
-    return jnp.moveaxis(jax.lax.map(one, apart).reshape(n, heads, length, dim), 1, 2)
+    return jnp.moveaxis(jax.lax.map(one, apart).reshape(n, heads, length, dim), 1, 2).astype(q.dtype)
 
 
 def _in_blocks(f: Callable[[Array], Array], q: Array, rows: int) -> Array:

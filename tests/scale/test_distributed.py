@@ -22,7 +22,7 @@ FLAGS = "--xla_backend_optimization_level=0"
 def start(name, *args, devices=1):
     environment = os.environ | {
         "XLA_FLAGS": f"{FLAGS} --xla_force_host_platform_device_count={devices}",
-        "PYTHONPATH": str(SCRIPT.parents[1]),
+        "PYTHONPATH": str(SCRIPT.parents[2]),
         "JAX_PLATFORMS": "cpu",
     }
     command = [sys.executable, str(SCRIPT), name, *map(str, args)]
