@@ -18,7 +18,7 @@ from mmdjax.particles import Particles
 
 BLOCK = 2048  # rows: two blocks of 2,048 float32 features and what is made of them take some 100 MB
 PLAIN = 2**22  # numbers in a set of points and its pairs: up to here one plain computation, 16 MB in float32
-CACHED = 2**20  # numbers in a block and its pairs that a processor keeps at hand
+CACHED = 5 * 2**20  # numbers in a block beside others on a CPU: 20 MB, long enough for products at full speed
 
 
 class Rows(NamedTuple):
