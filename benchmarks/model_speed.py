@@ -76,6 +76,10 @@ def in_turns(calls: dict[str, Any], rounds: int) -> dict[str, list[float]]:
     return times
 
 
+def wait(result: Any) -> None:
+    jax.block_until_ready(result)
+
+
 def medians(times: dict[str, list[float]], ours: str = "ours") -> dict[str, Any]:
     found = {name: statistics.median(values) for name, values in times.items()}
     ratios = {name: found[ours] / value for name, value in found.items() if name != ours}
@@ -115,7 +119,7 @@ def unet(rounds: int, flax: Path | None) -> dict[str, Any]:
 
         return call
 
-    calls = {"ours": lambda: jax.block_until_ready(compiled(params, *arguments)) and None}
+    calls: dict[str, Any] = {"ours": lambda: wait(compiled(params, *arguments))}
     calls |= {f"torch, {name}": theirs(name) for name in last}
     peer = None
     if flax is not None:

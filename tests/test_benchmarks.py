@@ -19,6 +19,7 @@ import alignment  # noqa: E402  # scripts, found through the line above
 import alternatives  # noqa: E402
 import methods  # noqa: E402
 import scores  # noqa: E402
+import speed  # noqa: E402
 import targets  # noqa: E402
 import tasks  # noqa: E402
 
@@ -193,3 +194,7 @@ def test_alternatives_do_what_they_say():
     nearest = np.abs(flat(first)[:, None] - flat(refs.x)[None]).sum(-1).argmin(1)
     assert (refs.cond[nearest] == prompted.cond).all()
     assert (np.bincount(nearest, minlength=100) == 2).all()
+
+
+def test_readme_has_the_speed_table():
+    assert speed.table() in (ROOT / "README.md").read_text()
