@@ -127,7 +127,9 @@ def picture(path: Path, results: dict[str, Any]) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.4 * len(results), 3.2), layout="constrained")
-    for axes, (name, record) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True):
+    for axes, (name, record) in zip(
+        figure.subplots(1, len(results), squeeze=False, sharey=True)[0], results.items(), strict=True
+    ):
         by_dimension = name == "dimension"  # each value is a task of its own
         curves: dict[str, list] = {}
         for row in record["rows"]:
