@@ -16,7 +16,7 @@ from mmdjax.checkpoint import CheckpointError, open_safetensors
 from mmdjax.sd.files import open_file
 from mmdjax.sd.models import load_models
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import faults  # noqa: E402  # scripts, found through the line above

@@ -13,7 +13,7 @@ from mmdjax.digits import splits
 from mmdjax.metrics import energy_distance
 from mmdjax.sd import encode_references, load
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.append(str(EXAMPLES))
 from prompt_aware_digits import FOLDER, styled_digits  # noqa: E402
 
