@@ -49,6 +49,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from common import table
 from methods import DEFAULT, PLAIN, RULE, TUNED, Method, methods
 from pictures import picture
 from scores import COPIES, fresh_energy, judge, redraw_excess, redraw_tv
@@ -146,11 +147,11 @@ def markdown(results: dict[str, Any]) -> str:
         return f"{left.mean():.1f} ± {_error(left):.1f}{copies}"
 
     tables = [
-        _table(
+        table(
             ["", *(SHOWN[name] for name in shown)],
             [[task, *(energy(record, name) for name in shown)] for task, record in tasks.items()],
         ),
-        _table(
+        table(
             ["%", *tasks],
             [[name, *(share(record, name) for record in tasks.values())] for name in names if name != "unguided"],
         ),
@@ -162,15 +163,10 @@ def markdown(results: dict[str, Any]) -> str:
 
 def target_table(rows: list[Target]) -> str:
     """One row a target and task."""
-    return _table(
+    return table(
         ["target", "task", "measured", "must", "goal", "met"],
         [[row.name, row.task, row.measured, row.must, row.goal, row.met] for row in rows],
     )
-
-
-def _table(head, rows):
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def show(name: str, record: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 
 import fuzz
 import jax
+from common import table
 
 from mmdjax import DiffusionModel, load_samples, sample_many
 from mmdjax.checkpoint import CheckpointError
@@ -213,11 +214,9 @@ CASES = {f.__name__: f for f in (kill, full, read_only, vanish, corrupt, second)
 
 def markdown(results: dict[str, Any]) -> str:
     """The README's table."""
-    lines = ["| fault | must | held |", "| --- | --- | --- |"]
-    for name, (fault, must) in NAMES.items():
-        found = results["cases"][name]
-        lines.append(f"| {fault} | {must} | {found['held']:,} of {found['tried']:,} |")
-    return "\n".join(lines)
+    cases = results["cases"]
+    held = {name: f"{cases[name]['held']:,} of {cases[name]['tried']:,}" for name in NAMES}
+    return table(["fault", "must", "held"], [[*said, held[name]] for name, said in NAMES.items()])
 
 
 def main():

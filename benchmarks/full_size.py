@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import sd15
+from common import normal
 
 from mmdjax import DiffusionModel, MMDGuidance, Particles, from_model, guided_sample
 from mmdjax.guidance import bind, fit_kernel
@@ -46,10 +47,6 @@ GUIDANCE = {
     'with prompts, at="sample"': MMDGuidance(prompt_kernel(), at="sample"),
 }
 GUIDANCE_CALLS = 20  # to one call of the U-Net
-
-
-def normal(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
 def conditions(seed: int, n: int) -> dict[str, jax.Array]:

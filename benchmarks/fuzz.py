@@ -22,6 +22,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from common import memory
+
 BOMBS = (b"Nr\xff\xff\xff\x7f", b"\x96" + b"\xff" * 5 + bytes(3))  # a memo of 2³¹ places; a string of 2⁴⁰ bytes
 FUNCTIONS = ("mmd2", "witness", "memory", "guided_sample", "median_bandwidth", "energy_distance")
 SECONDS, ALLOWED = 30, 32 * 2**20
@@ -291,11 +293,6 @@ def agrees(file: Path) -> bool:
 # --- watching ---
 
 
-def status(name: str) -> int:
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(f"{name}:"))
-
-
 def in_child(folder: str, first: int, last: int) -> None:
     """Load mutants first … last − 1; a line of JSON before and after each."""
     import gc
@@ -319,7 +316,7 @@ def in_child(folder: str, first: int, last: int) -> None:
         file.write_bytes(data)
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")
-        before, start, result = status("VmRSS"), time.perf_counter(), 0
+        before, start, result = memory("VmRSS"), time.perf_counter(), 0
         try:
             result = load_one(sound, kind, file, data)
             said["outcome"] = "loaded" if file.suffix != ".safetensors" or agrees(file) else "loaded wrongly"
@@ -329,7 +326,7 @@ def in_child(folder: str, first: int, last: int) -> None:
         except BaseException as error:
             said["outcome"] = f"undocumented: {type(error).__name__}: {str(error)[:200]}"
         said["seconds"] = round(time.perf_counter() - start, 3)
-        said["memory"] = status("VmHWM") - before
+        said["memory"] = memory("VmHWM") - before
         said["allowed"] = 2 * max(len(data), result) + ALLOWED
         file.write_bytes(whole)
         print(json.dumps(said), flush=True)

@@ -14,7 +14,6 @@ longer to come by.
 import argparse
 import json
 import os
-import re
 import shutil
 import statistics
 import subprocess
@@ -23,6 +22,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from common import memory
 
 PEAK, TIME = 1.3, 2.5  # at most
 CASES = {  # how it lies on disk, the dtype there, the dtype that it is cast to
@@ -122,22 +123,13 @@ def run(*arguments: str) -> tuple[dict[str, Any], int]:
     peak = 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         while process.poll() is None:
-            peak = max(peak, anonymous(process.pid))
+            peak = max(peak, memory("RssAnon", process.pid))
             time.sleep(0.002)
         assert process.stdout is not None
         said = process.stdout.read()
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} failed")
     return json.loads(said), peak
-
-
-def anonymous(pid: int) -> int:
-    """Bytes of a process's anonymous memory; 0 once it has ended."""
-    try:
-        found = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return int(found[1]) * 1024 if found else 0
 
 
 def child(kind: str, name: str, cast: str | None = None):
@@ -149,7 +141,7 @@ def child(kind: str, name: str, cast: str | None = None):
         from mmdjax.sd import load
 
         jnp.zeros(1).block_until_ready()  # the backend's start is not loading
-        said["anonymous_before"] = anonymous(os.getpid())
+        said["anonymous_before"] = memory("RssAnon")
     start, start_cpu = time.perf_counter(), time.process_time()
     if kind == "load":
         _, params = jax.block_until_ready(load(path, param_dtype=cast))

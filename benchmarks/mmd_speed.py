@@ -35,6 +35,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from common import in_turns, memory, normal
 
 from mmdjax import IMQ, RBF, DiffusionModel, MMDGuidance, Particles, Polynomial, guided_sample, load_digits
 from mmdjax.direction import shift_direction
@@ -45,19 +46,9 @@ from mmdjax.tree import replace
 PACKAGES = ("torch", "geomloss", "pykeops")
 
 
-def normal(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape, np.float32)
-
-
-def in_turns(calls: dict[str, Callable], rounds: int) -> dict[str, float]:
-    """Median seconds of each call; the first of all, which compiles, does not count."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            jax.block_until_ready(call())
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values[1:]) for name, values in times.items()}
+def medians(calls: dict[str, Callable], rounds: int) -> dict[str, float]:
+    """Seconds of each call."""
+    return {name: statistics.median(seconds) for name, seconds in in_turns(calls, rounds).items()}
 
 
 def ours(kernel: Any, x: Any, y: Any, estimator: str = "v") -> Callable:
@@ -148,7 +139,7 @@ def latents(n: int, m: int, d: int, rounds: int) -> dict[str, Any]:
     np.testing.assert_allclose(
         calls["ours"](), calls["autograd, products"](), rtol=1e-3, atol=1e-6
     )  # the same quantity
-    seconds = in_turns(calls, rounds)
+    seconds = medians(calls, rounds)
     mine = seconds["ours"]
     ratio = {name: seconds[name] / mine for name in ("autograd, cdist", "autograd, products")}
     ratio["sequential"] = n * seconds["sequential, one sample"] / seconds["ours, cubic kernel"]
@@ -171,7 +162,7 @@ def points(n: int, m: int, d: int, rounds: int) -> dict[str, Any]:
         mine = np.asarray(calls["ours"]())
         np.testing.assert_allclose(2 * found, mine, rtol=1e-2, atol=1e-3 * np.abs(mine).max())  # theirs is MMD²/2
         calls[name] = run
-    seconds = in_turns(calls, rounds)
+    seconds = medians(calls, rounds)
     ratio = {name: value / seconds["ours"] for name, value in seconds.items() if name != "ours"}
     return {"n": n, "m": m, "d": d, "seconds": seconds, "ratio": ratio, "missing": missing}
 
@@ -193,7 +184,7 @@ def guidance(n: int, m: int, d: int, rounds: int) -> dict[str, Any]:
         "guidance": lambda: step(bound, x),
         "guidance, no distances kept": lambda: step(plainly, x),
     }
-    seconds = in_turns(calls, rounds)
+    seconds = medians(calls, rounds)
     steps = default.num_moves
     each = {name: value / seconds["plain gradient"] / steps for name, value in seconds.items()}
     shape = {"n": n, "m": m, "d": d, "inner steps": steps, "distances kept": bound.distances is not None}
@@ -213,18 +204,13 @@ def digits(rounds: int, n: int = 200, m: int = 100, num_steps: int = 50) -> dict
         )
         return lambda: run(params, jax.random.key(0), refs)
 
-    seconds = in_turns({"unguided": sample(None), "guided": sample(refs)}, rounds)
+    seconds = medians({"unguided": sample(None), "guided": sample(refs)}, rounds)
     ratio = seconds["guided"] / seconds["unguided"]
     extra = 1e3 * (seconds["guided"] - seconds["unguided"]) / num_steps
     return {"n": n, "m": m, "seconds": seconds, "guided over unguided": ratio, "ms of guidance a step": extra}
 
 
 # --- memory, each case in a process of its own ---
-
-
-def status(field: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def peak(dtype: str, n: int, m: int, d: int) -> dict[str, float]:
@@ -235,12 +221,12 @@ def peak(dtype: str, n: int, m: int, d: int) -> dict[str, float]:
     compiled = run.lower(x, y).compile()
     time.sleep(1)
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    before = status("VmRSS")
+    before = memory("VmRSS")
     jax.block_until_ready(compiled(x, y))
-    return {"extra": status("VmHWM") - before, "references": float(y.nbytes)}
+    return {"extra": float(memory("VmHWM") - before), "references": float(y.nbytes)}
 
 
-def memory(n: int, m: int, d: int) -> dict[str, Any]:
+def peaks(n: int, m: int, d: int) -> dict[str, Any]:
     found = {}
     for dtype in ("float32", "bfloat16", "float16"):
         command = [sys.executable, __file__, "--peak", dtype, str(n), str(m), str(d)]
@@ -298,7 +284,7 @@ def main():
             guidance(*sizes, rounds)
             for sizes in ([(4, 50, 1024)] if quick else [(64, 5000, 16384), (4, 150, 16384), (200, 100, 64)])
         ],
-        "memory": memory(*((16, 2000, 1024) if quick else (64, 100_000, 4096))),
+        "memory": peaks(*((16, 2000, 1024) if quick else (64, 100_000, 4096))),
         "digits": digits(rounds, num_steps=5 if quick else 50),
     }
     print(table(results))

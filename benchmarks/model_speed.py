@@ -28,9 +28,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import sd15
-from full_size import SHAPE, TOKENS, WIDTH, nchw, normal
+from common import in_turns, normal
+from full_size import REFS, SAMPLES, SHAPE, TOKENS, WIDTH, nchw, network, sampler
 
-from mmdjax import DDIM, guided_sample
+from mmdjax import DDIM, Particles, guided_sample
 from mmdjax.provenance import provenance
 from mmdjax.sd import load
 from mmdjax.sd.convert import to_device
@@ -62,22 +63,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
 SCHEDULER = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 SCHEDULER |= {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
 PROMPTS, STEPS, SCALE = ["a cat", "a dog", "a cat and a dog", "two dogs"], 50, 7.5
-
-
-def in_turns(calls: dict[str, Any], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call, `rounds` times, after one that is not counted. A call returns its own seconds, or None."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            said = call()
-            if turn:
-                times[name].append(time.perf_counter() - start if said is None else said)
-    return times
-
-
-def wait(result: Any) -> None:
-    jax.block_until_ready(result)
 
 
 def medians(times: dict[str, list[float]], ours: str = "ours") -> dict[str, Any]:
@@ -119,7 +104,7 @@ def unet(rounds: int, flax: Path | None) -> dict[str, Any]:
 
         return call
 
-    calls: dict[str, Any] = {"ours": lambda: wait(compiled(params, *arguments))}
+    calls: dict[str, Any] = {"ours": lambda: compiled(params, *arguments)}
     calls |= {f"torch, {name}": theirs(name) for name in last}
     peer = None
     if flax is not None:
@@ -224,8 +209,6 @@ def pipeline(rounds: int) -> dict[str, Any]:
 
 
 def compilation() -> dict[str, Any]:
-    from full_size import REFS, SAMPLES, Particles, network, sampler
-
     module, _, _ = sd15.component("unet")
     shapes = jax.eval_shape(
         lambda: module.init(jax.random.key(0), jnp.zeros((1, *SHAPE)), jnp.zeros(1), jnp.zeros((1, TOKENS, WIDTH)))

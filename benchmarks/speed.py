@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from common import table as markdown
+
 HERE = Path(__file__).parent
 SCRIPTS = (
     "import_time.py", "mmd_speed.py", "compressed_refs.py", "model_speed.py", "full_size.py", "full_size.py --parity",
@@ -78,13 +80,13 @@ def targets() -> list[tuple[str, float, float, float, bool]]:
 
 
 def table() -> str:
-    lines = ["| target | measured | must | goal | met |", "| --- | --- | --- | --- | --- |"]
+    rows = []
     for what, measured, must, goal, above in targets():
         reached = [measured >= bound if above else measured <= bound for bound in (must, goal)]
         met = "goal" if reached[1] else "must" if reached[0] else "no"
         sign = "≥" if above else "≤"
-        lines.append(f"| {what} | {measured:.4g} | {sign} {must:.4g} | {sign} {goal:.4g} | {met} |")
-    return "\n".join(lines)
+        rows.append([what, f"{measured:.4g}", f"{sign} {must:.4g}", f"{sign} {goal:.4g}", met])
+    return markdown(["target", "measured", "must", "goal", "met"], rows)
 
 
 def main():
