@@ -58,21 +58,8 @@ class Barycentric(Radial):
     def reach(self):
         return self.kernel.reach()
 
-    def gram(self, a, b, *, same=False):
-        return self.profile(self._squared_distance(a.x, b.x, same))
-
-    def pair_weights(self, a, b, *, same=False):
-        return self.weight(self._squared_distance(a.x, b.x, same))
-
-    def distance2(self, a, b):
-        return self._squared_distance(a.x, b.x, False)
-
     def gradient(self, a, b, coef, *, same=False, precondition="none"):
-        d2 = self._squared_distance(a.x, b.x, same)
-        if precondition == "length":
-            weight = sum(s * k.length2(a) * k.weight(d2) for s, k in self.components())
-        else:
-            weight = self.weight(d2)
+        weight = self.preconditioned_weight(a, self.distance2(a, b, same=same), precondition)
         pull = (coef * weight).astype(a.x.dtype)
         if b.x.ndim == 1:
             towards = jax.lax.dynamic_update_slice_in_dim(jnp.zeros_like(a.x), pull, b.x[0].astype(int), 1)
@@ -81,7 +68,8 @@ class Barycentric(Radial):
         mass = jnp.sum(jnp.abs(coef) * weight, axis=1) if precondition == "mass" else jnp.ones_like(pull[:, 0])
         return towards - pull.sum(1, keepdims=True) * a.x, mass
 
-    def _squared_distance(self, a: Array, b: Array, same: bool) -> Float[Array, "n m"]:
+    def distance2(self, a, b, *, same=False):
+        a, b = a.x, b.x
         to_known, half = self._to_known(a)
         if b.ndim == 1:
             there, its_half = jax.lax.dynamic_slice_in_dim(to_known, b[0].astype(int), b.shape[0], 1), 0.0
@@ -128,7 +116,13 @@ def of_distance(kernel: Kernel) -> bool:
 
 def fixed_distances(refs: Particles, memory: Particles | None) -> Float[Array, "k k"]:
     """Squared distances among references and memory, in this order."""
-    return _distances([refs.x] if memory is None else [refs.x, memory.x])
+    x = flat(refs.x)
+    among = squared_distance(x, x, same=True, accurate=True)
+    if memory is None:
+        return among
+    z = flat(memory.x)
+    across = squared_distance(z, x, accurate=True)
+    return jnp.block([[among, across.T], [across, squared_distance(z, z, same=True, accurate=True)]])
 
 
 def pays(n: int, fixed: int, d: int) -> bool:
@@ -149,8 +143,8 @@ def combinations(
     x = flat(z.x)
     across = [squared_distance(x, p.x, accurate=True) for p in (refs, memory) if p is not None]
     own = squared_distance(x, x, same=True, accurate=True)
-    top = jnp.concatenate([own, *across], axis=1)
-    distances = jnp.concatenate([top, jnp.concatenate([top[:, n:].T, fixed], axis=1)])
+    to_fixed = jnp.concatenate(across, axis=1)
+    distances = jnp.block([[own, to_fixed], [to_fixed.T, fixed]])
     known = jnp.eye(n, total, dtype=x.dtype)
 
     centre = middle(refs.x)  # of no consequence but for rounding
@@ -161,11 +155,11 @@ def combinations(
             moved += _combine(c[:, n + m :], memory.x, centre)
         return z.x + moved.reshape(z.x.shape)
 
-    corners = replace(refs, x=n + jnp.arange(m, dtype=x.dtype))
+    corners, remembered = replace(refs, x=n + jnp.arange(m, dtype=x.dtype)), None
     if memory is not None:
         memory_rows = jnp.eye(memory.n, total, k=n + m, dtype=x.dtype)
-        return _known(kernel, distances), replace(z, x=known), corners, replace(memory, x=memory_rows), points
-    return _known(kernel, distances), replace(z, x=known), corners, None, points
+        remembered = replace(memory, x=memory_rows)
+    return _known(kernel, distances), replace(z, x=known), corners, remembered, points
 
 
 def _known(kernel: Kernel, distances: Array) -> Kernel:
@@ -175,16 +169,6 @@ def _known(kernel: Kernel, distances: Array) -> Kernel:
         case Product(x=x):
             return replace(kernel, x=_known(x, distances))
     return Barycentric(kernel, distances)
-
-
-def _distances(sets: list) -> Array:
-    rows = []
-    for i, x in enumerate(sets):
-        left = [squared_distance(flat(x), y, accurate=True) for y in sets[:i]]
-        rows.append([*left, squared_distance(flat(x), x, same=True, accurate=True)])
-    square = [[rows[max(i, j)][min(i, j)] for j in range(len(sets))] for i in range(len(sets))]
-    square = [[d if j <= i else d.T for j, d in enumerate(row)] for i, row in enumerate(square)]
-    return jnp.block(square)
 
 
 def _combine(c: Array, x: Any, centre: Array) -> Array:

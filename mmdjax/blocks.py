@@ -1,4 +1,5 @@
-"""Passes over all pairs of rows, a block of rows against a block of rows, so that no n × m matrix is ever in memory.
+"""Passes over all pairs of rows, a block of rows against a block of rows, so that sums over
+pairs never hold an n × m matrix.
 
 A set no larger than one block is one plain computation. Sums over pairs can be differentiated: the blocks are computed
 again on the way back, and the memory is that of one block.

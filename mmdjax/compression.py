@@ -23,7 +23,7 @@ from mmdjax.blocks import block_of, columns_of, row_size, sum_over
 from mmdjax.comparable import with_kernel
 from mmdjax.host import HostReferences
 from mmdjax.kernels import IMQ, RBF, Kernel, Laplacian, Linear, Mapped, RationalQuadratic
-from mmdjax.mmd import Estimator, check_estimator, mmd2, pair_norm
+from mmdjax.mmd import Estimator, check_estimator, embedding, mmd2, pair_norm
 from mmdjax.numerics import product
 from mmdjax.particles import Particles, as_particles, flat, wide_dtype
 from mmdjax.tree import pytree, replace, static
@@ -85,15 +85,7 @@ def _mean_kernel(kernel, points, refs):
     """E_y k(p, y) for each point, in blocks of points and of references."""
     v = refs.probabilities()
 
-    def of_rows(rows):
-        some = rows.of(points)
-
-        def term(columns):
-            return product(kernel.gram(some, columns.of(refs)), columns.weights(v))
-
-        return sum_over(term, refs.n, block_of(refs.x))[None]
-
-    return columns_of(of_rows, points.n, block_of(points.x))[0]
+    return columns_of(lambda rows: embedding(kernel, refs, v, rows.of(points))[None], points.n, block_of(points.x))[0]
 
 
 def _row(refs, index):
@@ -334,7 +326,8 @@ class MeanEmbedding:
         u = z.probabilities()
         phi = self.features(z.x)
         mean = product(u, phi)
-        return (_square(mean, phi, u, self.estimator) - 2 * product(mean, self.mean)) / phi.shape[1] + self.own
+        own = _square(mean, _squares(phi, u), u, self.estimator)
+        return (own - 2 * product(mean, self.mean)) / phi.shape[1] + self.own
 
     def gradient(self, z: Any) -> Any:
         """∂MMD²/∂z_i / u_i, as `mmdjax.direction` has it with precondition "none"; descend it."""
@@ -368,16 +361,17 @@ def embed(features: Any, refs: Any, *, estimator: Estimator = "u") -> MeanEmbedd
 
     def term(rows):
         phi, w = features(rows.of(refs.x)), rows.weights(v)
-        return product(w, phi), jnp.sum(w**2 * jnp.sum(phi**2, axis=1))
+        return product(w, phi), _squares(phi, w)
 
     mean, squares = sum_over(term, refs.n, block_of(refs.x))
-    own = product(mean, mean)
-    own = own if estimator == "v" else (own - squares) / pair_norm(v, "u")
-    return MeanEmbedding(features, mean, own / mean.shape[0], estimator)
+    return MeanEmbedding(features, mean, _square(mean, squares, v, estimator) / mean.shape[0], estimator)
 
 
-def _square(mean, phi, u, estimator):
+def _squares(phi, u):
+    # the pairs of each point with itself
+    return jnp.sum(u**2 * jnp.sum(phi**2, axis=1))
+
+
+def _square(mean, squares, u, estimator):
     square = product(mean, mean)
-    if estimator == "v":
-        return square
-    return (square - jnp.sum(u**2 * jnp.sum(phi**2, axis=1))) / pair_norm(u, "u")
+    return square if estimator == "v" else (square - squares) / pair_norm(u, "u")

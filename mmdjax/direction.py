@@ -7,7 +7,7 @@ For particles z_i of weight u_i (batch and memory together) and references y_j o
 and a precondition P_i. "mass" is one over twice the larger of the particle's kernel masses, from references and from
 particles: for a kernel of the distance the mean-shift step to the references less the one to the other particles, a
 majorise-minimise step, bounded, with no scale to tune. With p_i and q_i the masses from references and from particles,
-"field" changes three things. With a product kernel the push is multiplied by the density of the particle's condition
+"field" changes four things. With a product kernel the push is multiplied by the density of the particle's condition
 among the references over that among the particles: x is compared at each condition, whatever the conditions' shares on
 either side, which guidance cannot change. The push is weakened by
 
@@ -20,8 +20,9 @@ surplus out to where there is no data. And the steps are averaged over neighbour
 
 so that the batch moves as a smooth field: what sets single references apart is noise of a small sample, and it moves
 particles apart from their neighbours; what the target is, moves them together. Details below h stay the model's.
-A particle farther from every reference than nine in ten of these are from their nearest other one is none of the
-target's yet, and moves by its own step: an average would leave it with the neighbours that it came with.
+Where references are clean, a particle farther from every one of them than nine in ten of these are from their nearest
+other one is none of the target's yet, and moves by its own step: an average would leave it with the neighbours that it
+came with.
 
 References:
   Gretton et al. 2012, eq. 3 and 5. Cheng 1995 (mean shift as majorise-minimise). Liu & Wang 2016 (a

@@ -176,9 +176,7 @@ def _check_axis(mesh: Mesh, axis: str) -> None:
 
 
 def _put(leaf: Any, sharding: NamedSharding) -> Any:
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        return jax.device_put(leaf, sharding)
-    if isinstance(leaf, jax.Array) and jax.process_count() == 1:
+    if isinstance(leaf, jax.Array) and (jax.process_count() == 1 or not leaf.is_fully_addressable):
         return jax.device_put(leaf, sharding)
     values = np.asarray(leaf)  # no process asks the others whether they have the same
     return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])

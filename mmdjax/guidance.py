@@ -184,6 +184,9 @@ class BoundGuidance:
     """An `MMDGuidance` with its references, kernel fitted: everything but the moving particles. Made by `bind`.
 
     Args:
+      refs_term: E k(y, y') over the references, of MMD² in the trace; 0 where they are noisy.
+      spread2: `spread_of` the references.
+      cond: the samples', placed as the batch is.
       distances: squared, among references and memory, where inner steps make use of them; else None.
     """
 
@@ -252,22 +255,19 @@ class BoundGuidance:
             scale = scale * (memory.weight.sum() > 0)  # the published loop leaves the first sample alone
 
         balance = balance_at(self.kernel, level) if rule == "field" else 0.0
-        numbers = {"active": self.active(fraction), "scale": scale, "balance": balance, "length": length}
-        numbers["spread2"] = self.spread2
-        x_dtype, wide = x.dtype, wide_dtype(x)  # of the levels and references x takes no precision
-        floats = {name: jnp.asarray(v, wide) for name, v in numbers.items() if name != "active" and v is not None}
-        numbers |= floats
+        wide = wide_dtype(x)  # of levels and references x takes no precision
+        numbers = {"scale": scale, "balance": balance, "length": length, "spread2": self.spread2}
+        numbers = jax.tree.map(lambda v: jnp.asarray(v, wide), numbers) | {"active": self.active(fraction)}
         batch, on_refs = P(self.placement.shards.batch), P(self.placement.shards.refs)
         z, transform_state, norm, mmd2 = self.placement.split(
             functools.partial(self._guide_rows, steps),
-            (x.astype(wide_dtype(x)), self.cond, state.transform, kernel, refs, memory, numbers),
+            (x.astype(wide), self.cond, state.transform, kernel, refs, memory, numbers),
             specs=(batch, batch, batch, P(), on_refs, P(), P()),
             out=(batch, batch, P(), P()),
         )
-        mmd2, norm = jax.lax.stop_gradient((mmd2 + refs_term, norm))
+        mmd2, norm = (jax.lax.stop_gradient(v).astype(wide) for v in (mmd2 + refs_term, norm))
         transform_state = jax.tree.map(lambda new, old: new.astype(old.dtype), transform_state, state.transform)
-        mmd2, norm = mmd2.astype(wide), norm.astype(wide)
-        return z.astype(x_dtype), GuidanceState(transform_state, mmd2, norm, x if guidance.published else ())
+        return z.astype(x.dtype), GuidanceState(transform_state, mmd2, norm, x if guidance.published else ())
 
     def _guide_rows(self, steps, shards, x, cond, transform_state, kernel, refs, memory, numbers):
         """`_guide` for the rows of one device: moved x, state of the transform, mean norm of the shifts, MMD²."""
@@ -319,7 +319,7 @@ class BoundGuidance:
 
             carry = (z, gathered, state)
             moved = inner(carry, 0)[0] if steps == 1 else jax.lax.scan(inner, carry, jnp.arange(steps))[0]
-            there = points(moved[0])
+            there = points(moved[0]).astype(x.dtype)
             norms = jnp.sqrt(jnp.sum(((there - x) ** 2).reshape(x.shape[0], -1), axis=1))
             return *moved, there, shards.total(norms.sum()) / particles(z, gathered)[1].n
 
@@ -441,7 +441,6 @@ def bind(
             functools.partial(_refs_term, guidance.estimator), (kernel, some), specs=(P(), P()), out=P()
         )
         refs_term = jax.lax.stop_gradient(refs_term)
-        spread = spread_of(guidance, refs, placement) if spread is None else spread
     held = None
     if memory is not None:
         memory = memory.reset_when_full() if guidance.published else memory
@@ -451,13 +450,13 @@ def bind(
     few = pays(0, fixed, row_size(refs.x)) and not isinstance(refs.x, HostReferences) and placement == HERE
     if reused and few and guidance.num_moves > 2 and guidance.transform is None and of_distance(kernel):
         distances = fixed_distances(refs, held)
-    spread = jnp.inf if spread is None else spread
-    return BoundGuidance(guidance, kernel, refs, refs_term, spread, placement.batch(cond), held, distances, placement)
+    spread = spread_of(guidance, refs, placement) if spread is None else spread
+    return BoundGuidance(guidance, kernel, refs, refs_term, spread, cond, held, distances, placement)
 
 
 def spread_of(guidance: MMDGuidance, refs: Particles, placement: Placement = HERE) -> Any:
-    """`spread2` of the references, or of some 16 MB of them, for a guidance that asks for it; detached."""
-    if guidance.rule != "field":
+    """`spread2` of clean references, or of some 16 MB of them, for a guidance that asks for it, else ∞; detached."""
+    if guidance.rule != "field" or guidance.at not in ("denoised", "clean"):
         return jnp.inf
     rows = subset(refs.n, max(64, min(SUBSET, PLAIN // row_size(refs.x))))
     some = placement.whole(widen(jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf[rows]), refs)))

@@ -177,8 +177,8 @@ class Sum(Kernel):
     def pair_weights(self, a, b, *, same=False):
         return sum(w * k.pair_weights(a, b, same=same) for w, k in zip(self.weights, self.kernels, strict=True))
 
-    def distance2(self, a, b):
-        return self.kernels[0].distance2(a, b)
+    def distance2(self, a, b, *, same=False):
+        return self.kernels[0].distance2(a, b, same=same)
 
     def reach(self):
         return sum(k.reach() for k in self.kernels) / len(self.kernels)
@@ -249,8 +249,8 @@ class Product(Kernel):
     def pair_weights(self, a, b, *, same=False):
         return self._factor().pair_weights(a, b, same=same) * self.cond_gram(a, b)
 
-    def distance2(self, a, b):
-        return self.x.distance2(a, b)
+    def distance2(self, a, b, *, same=False):
+        return self.x.distance2(a, b, same=same)
 
     def reach(self):
         return self.x.reach()

@@ -5,9 +5,10 @@ the guidance, which compares all pairs, runs in `jax.shard_map`: each device mov
 through an all-gather of the batch. References are whole on every device, or split by rows over mesh axes of their own
 choice; then each device pulls with its part, and the sum is scattered back to the rows' owners. So a step sends the
 batch and sums of its size, whatever the number of references: an all-gather before the inner steps, and two in each
-where shifts are averaged over neighbours (the shifts, the moved batch), one elsewhere. Only the bandwidth's fit, once a
-call, sends the references that it is taken from (at most 2,000) and their distances. "sample" draws noise for the
-references: whole ones get it on every device alike, split ones each on its own.
+where shifts are averaged over neighbours (the shifts, the moved batch), one elsewhere; and, with split references,
+each device's distances to its nearest ones. Only what is taken from the references once a call (the bandwidth, their
+own term and spread) sends at most 2,000 of them and their distances. "sample" draws noise for the references: whole
+ones get it on every device alike, split ones each on its own.
 
 A mesh may have Auto or Explicit axes. Inside, all are Auto: under Explicit ones, operations whose result could be split
 in several ways raise.
@@ -95,13 +96,22 @@ class Shards:
         mass = jnp.asarray(refs.n, p.dtype) if refs.weight is None else jnp.asarray(refs.weight, p.dtype).sum()
         return p * mass / jax.lax.psum(mass, self.refs)
 
+    def in_order(self, z: Particles, everyone: Particles) -> Particles:
+        """Everyone in the order of the devices, not this one's first."""
+        if not self.batch:
+            return everyone
+        return jax.tree.map(lambda v: jnp.roll(v, self._start(z), axis=0), everyone)
+
+    def _start(self, z: Particles) -> Array:
+        # the number of this device's first row in that order
+        return z.n * jax.lax.axis_index(self.batch)
+
     def pull(self, of_refs: Callable, z: Particles, everyone: Particles) -> Any:
         """of_refs(z), a pytree of [n, ...] that is a sum over references, summed over the devices that hold them."""
         common = tuple(axis for axis in self.refs if axis in self.batch)
         others = tuple(axis for axis in self.refs if axis not in self.batch)
-        if common and common == self.batch:  # in the order of the devices
-            start = z.n * jax.lax.axis_index(common)
-            z = jax.tree.map(lambda v: jnp.roll(v, start, axis=0), everyone)
+        if common and common == self.batch:
+            z = self.in_order(z, everyone)
         elif common:
             z = jax.tree.map(lambda v: jax.lax.all_gather(v, common, tiled=True), z)
         sums = of_refs(z)
@@ -113,10 +123,9 @@ class Shards:
         """of_refs(z), [n], the least of what the devices that hold references find."""
         if not self.refs:
             return of_refs(z)
-        start = z.n * jax.lax.axis_index(self.batch) if self.batch else 0
-        found = of_refs(jax.tree.map(lambda v: jnp.roll(v, start, axis=0), everyone))  # in the order of the devices
-        found = jax.lax.all_gather(found, self.refs).min(0)
-        return jax.lax.dynamic_slice_in_dim(found, start, z.n)
+        found = of_refs(self.in_order(z, everyone))
+        found = jax.lax.all_gather(found, self.refs).min(0)  # `pmin` has no derivative
+        return found if not self.batch else jax.lax.dynamic_slice_in_dim(found, self._start(z), z.n)
 
 
 WHOLE = Shards()

@@ -30,7 +30,10 @@ from mmdjax.tree import as_component, is_concrete, pytree, replace
 
 
 class Kernel:
-    """What the guidance asks of a kernel; a subclass writes `gram`, and `mass` where the kernel has one."""
+    """What the guidance asks of a kernel; a subclass writes `gram`.
+
+    One with mass also has a `gradient` that gives it, `pair_weights`, `distance2` and `reach`.
+    """
 
     def __call__(self, a: Particles, b: Particles) -> Float[Array, "n m"]:
         """The Gram matrix k(a_i, b_j)."""
@@ -76,7 +79,7 @@ class Kernel:
         """w(a_i, b_j), for a kernel with mass."""
         raise ValueError(f'{type(self).__name__} is no kernel of the distance; use precondition="length" or "none"')
 
-    def distance2(self, a: Particles, b: Particles) -> Float[Array, "n m"]:
+    def distance2(self, a: Particles, b: Particles, *, same: bool = False) -> Float[Array, "n m"]:
         """|a_i − b_j|², for a kernel with mass."""
         raise ValueError(f'{type(self).__name__} is no kernel of the distance; use precondition="length" or "none"')
 
@@ -136,30 +139,33 @@ class Radial(Kernel):
         return ((1.0, self),)
 
     def gram(self, a, b, *, same=False):
-        return self.profile(squared_distance(flat(a.x), b.x, same=same, accurate=True))
+        return self.profile(self.distance2(a, b, same=same))
 
     def pair_weights(self, a, b, *, same=False):
-        return self.weight(squared_distance(flat(a.x), b.x, same=same, accurate=True))
+        return self.weight(self.distance2(a, b, same=same))
 
-    def distance2(self, a, b):
-        return squared_distance(flat(a.x), b.x, accurate=True)
+    def distance2(self, a, b, *, same=False):
+        return squared_distance(flat(a.x), b.x, same=same, accurate=True)
+
+    def preconditioned_weight(self, a: Particles, d2: Float[Array, "n m"], precondition: str) -> Any:
+        """w(d²) [n, m]; with "length" each component's times its ℓ²."""
+        if precondition != "length":
+            return self.weight(d2)
+        return sum(jnp.reshape(s * k.length2(a), (-1, 1)) * k.weight(d2) for s, k in self.components())
 
     def gradient(self, a, b, coef, *, same=False, precondition="none"):
-        x, unflatten = jax.vjp(flat, a.x)
+        points, unflatten = jax.vjp(flat, a.x)
         coef = coef if jnp.ndim(coef) else jnp.broadcast_to(coef, (b.n,))
         centre = middle(b.x)  # a common offset costs no digits
-        origin = 0.0 if x.shape[1] <= DIRECT else centre  # of distances
-        from_origin, x = x - origin, x - centre
+        origin = 0.0 if points.shape[1] <= DIRECT else centre  # of distances
+        from_origin, x = points - origin, points - centre
         x2 = squares(from_origin)
 
         def pull(columns):
             y, c = flat(columns.of(b.x)), columns.weights(coef.T).T
             diagonal = columns.index == jnp.arange(a.n)[:, None] if same else None
             d2 = centred_distance(from_origin, x2, y - origin, diagonal=diagonal, accurate=True)
-            if precondition == "length":
-                weight = sum(jnp.reshape(s * k.length2(a), (-1, 1)) * k.weight(d2) for s, k in self.components())
-            else:
-                weight = self.weight(d2)
+            weight = self.preconditioned_weight(a, d2, precondition)
             pulls = c * weight
             mass = jnp.sum(jnp.abs(c) * weight, axis=1) if precondition == "mass" else jnp.zeros_like(x2)
             return product(pulls, y - centre), pulls.sum(1), mass
@@ -167,7 +173,7 @@ class Radial(Kernel):
         # Σ_j pull_ij (y_j − x_i), b read in blocks
         towards, total, mass = sum_over(pull, b.n, block_beside(a.n, b.x))
         gradient = towards - total[:, None] * x
-        return unflatten(gradient.astype(x.dtype))[0], mass if precondition == "mass" else jnp.ones_like(x2)
+        return unflatten(gradient.astype(points.dtype))[0], mass if precondition == "mass" else jnp.ones_like(x2)
 
 
 class Scaled(Radial):

@@ -23,7 +23,7 @@ from mmdjax import (
     mmd2,
 )
 from mmdjax.direction import balance_at, diffused_pair, neighbours, shift_direction
-from mmdjax.distances import spread2
+from mmdjax.distances import spread2, subset
 from mmdjax.guidance import bind, fit_kernel
 from mmdjax.guided import ROUNDING
 from mmdjax.kernels import NearestNeighbour, Neighbourhood
@@ -436,3 +436,42 @@ def test_guide_denoiser_refuses_other_placements():
 def test_bad_choices(arguments, message):
     with pytest.raises(ValueError, match=message):
         MMDGuidance(**arguments)
+
+
+@pytest.mark.parametrize("refs_dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("dimensions", [5, 60])  # 60: inner steps among known distances
+def test_float32_points_under_x64(refs_dtype, dimensions):
+    """Neither references nor levels of more digits change what the points are."""
+    with jax.enable_x64(True):
+        refs = jax.random.normal(jax.random.key(1), (9, dimensions), refs_dtype)
+        x = jax.random.normal(jax.random.key(2), (4, dimensions), jnp.float32)
+        same = lambda params, x, level, cond: x
+        moved = mmdjax.guide_denoiser(same, MMDGuidance(), refs)(None, x, VPLinear()(0.5), None)
+        assert moved.dtype == jnp.float32
+        gradient, mass = IMQ(1.0).gradient(Particles(x), Particles(refs), jnp.full(9, 1 / 9), precondition="mass")
+        assert gradient.dtype == jnp.float32
+        assert float(mass.min()) > 0
+
+
+def test_weights_that_a_subset_misses_leave_the_trace_finite():
+    """4,000 references of which three count, none of them among the 2,000 that constants are taken from."""
+    rows = np.array([1001, 1003, 1005])
+    kept = np.arange(4000)[subset(4000)]
+    assert not set(rows) & set(kept)
+    refs = Particles(jax.random.normal(jax.random.key(1), (4000, 2)), weight=jnp.zeros(4000).at[rows].set(1.0))
+    guidance = MMDGuidance(kernel=RBF(1.0))
+    bound = bind(guidance, fit_kernel(guidance, refs), refs)
+    moved, state = bound.denoised(Z[:, :2], bound.init(Z[:, :2]), 0.5)
+    assert bool(jnp.isfinite(moved).all())
+    assert bool(jnp.isfinite(state.mmd2))
+
+
+def test_far_from_tight_references_is_told_by_exact_distances():
+    """Two modes a tenth of a thousandth wide, a distance 3 apart: float32 products would see no distance within one."""
+    mode = 1e-4 * jax.random.normal(jax.random.key(1), (10, 8))
+    refs = Particles(jnp.concatenate([mode, mode + 1.0]))
+    spread = spread2(refs.x, jnp.ones(20))
+    z = Particles(jnp.concatenate([mode[:1] + 1e-3, mode[:1]]))  # far beyond the mode, and in it
+    average = neighbours(IMQ(1.0), z, refs, spread)
+    assert float(average[0, 1]) < 1e-3
+    assert float(average[1, 0]) > 0.1

@@ -188,6 +188,13 @@ def test_attention_in_blocks(form, length, limit):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), whole, blocks)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_attention_under_jit_keeps_the_dtype(dtype):
+    """Inside `jit` both platforms' forms are traced, and must agree."""
+    q = jnp.ones((1, 6, 2, 8), dtype)
+    assert jax.jit(lambda q: primitives.attend(q, q, q))(q).dtype == dtype
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_attention_in_blocks_bounds_memory(form):
     """No array of the computation, forwards or back, is larger than the limit: it is 64 times that in one block."""

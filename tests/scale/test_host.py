@@ -5,9 +5,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmdjax import IMQ, DiffusionModel, Energy, MMDGuidance, Particles, Polynomial, from_model, guided_sample, mmd2
+from mmdjax import (
+    IMQ,
+    RBF,
+    DiffusionModel,
+    Energy,
+    MMDGuidance,
+    Particles,
+    Polynomial,
+    from_model,
+    guide_denoiser,
+    guided_sample,
+    mmd2,
+)
+from mmdjax.compression import coreset, nystroem, random_features
 from mmdjax.host import HostReferences
-from mmdjax.schedules import RectifiedFlow
+from mmdjax.schedules import RectifiedFlow, VPLinear
 
 M, D = 3000, 2048  # 25 MB: many blocks
 
@@ -63,3 +76,28 @@ def test_what_cannot_be_references():
         HostReferences(np.zeros((0, 2)))
     with pytest.raises(ValueError, match="int64"):
         HostReferences(np.zeros((2, 2), np.int64))
+
+
+def test_closed_over_in_jit():
+    """More rows than a bandwidth is taken from, inside a `jit` of the user's own: from the host, and a plain array."""
+    array = np.random.default_rng(2).normal(size=(2500, 3)).astype(np.float32)
+    denoiser = lambda params, x, level, cond: level.alpha * x
+    x, level = jnp.ones((4, 3)), VPLinear()(0.5)
+
+    def moved(refs):
+        return jax.jit(lambda x: guide_denoiser(denoiser, MMDGuidance(IMQ(1.0)), refs)(None, x, level, None))(x)
+
+    np.testing.assert_allclose(moved(HostReferences(array)), moved(array), rtol=1e-5)  # float32, other blocks
+
+
+def test_compressed():
+    """Each compression of references on the host is that of the same references in memory; a coreset is in memory."""
+    array = np.random.default_rng(3).normal(size=(60, 3)).astype(np.float32)
+    host, kernel = HostReferences(array), RBF(1.0)
+    few, same = coreset(kernel, host, 7), coreset(kernel, array, 7)
+    assert isinstance(few.particles.x, jax.Array)
+    np.testing.assert_array_equal(few.particles.x, same.particles.x)
+    errors = [float(nystroem(kernel, refs, same.particles).error) for refs in (host, array)]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-4)
+    features = [random_features(kernel, jax.random.key(0), refs, 5).frequencies for refs in (host, array)]
+    np.testing.assert_array_equal(*features)
