@@ -1,6 +1,6 @@
 """Scripts of test_distributed: each runs in a process of its own, with the devices that it needs.
 
-python tests/scale/sharded.py NAME [ARGUMENT ...]
+python tests/slow/sharded.py NAME [ARGUMENT ...]
 """
 
 import contextlib
