@@ -353,13 +353,14 @@ def _rows(cond: Any, start: int, count: int, num_samples: int) -> Any:
 def _arrays(samples: Any, guidance: MMDGuidance, refs: Any, start: int, stop: int) -> dict[str, np.ndarray]:
     """What a batch's file holds."""
     count = stop - start
-    arrays = {"x": samples.x[:count], "mmd2": samples.trace.mmd2, "shift_norm": samples.trace.shift_norm}
+    arrays = {"x": samples.x, "mmd2": samples.trace.mmd2, "shift_norm": samples.trace.shift_norm}
     if samples.memory is not None and refs is not None and guidance.published:  # it remembers x before its last shift
         held, size = samples.memory, len(samples.x)
         kept = min(size, held.capacity)
         slots = (int(held.next) - kept + np.arange(kept)) % held.capacity
         arrays["remembered"] = held.particles.x[slots]
     arrays = {name: on_host(x) for name, x in arrays.items()}
+    arrays["x"] = arrays["x"][:count]  # not before: devices may share the batch equally only
     if not np.isfinite(arrays["x"]).all():
         finite = np.isfinite(arrays["x"]).reshape(count, -1).all(1)
         raise FloatingPointError(

@@ -37,9 +37,11 @@ from mmdjax import (
     guided_sample,
 )
 from mmdjax.distributed import batch_mesh, batch_sharding, initialize, local_rows, replicate, shard_params
+from mmdjax.long_run import sample_many
 from mmdjax.schedules import VPLinear
 
 D, N, M, STEPS = 6, 16, 24, 3
+RUN = 9 * N + 5  # samples of a long run
 DRAW = np.random.default_rng(0)
 PARAMS = {"in": DRAW.standard_normal((D, 4096), np.float32), "out": DRAW.standard_normal((4096, D), np.float32) / 4096}
 REFS = DRAW.standard_normal((M, D), np.float32) + 1
@@ -217,6 +219,23 @@ def process(rank, size, port, out):
     index, rows = local_rows(made.x)
     assert len(index) == N // int(size)
     np.savez(Path(out) / f"{rank}.npz", index=index, rows=rows, mmd2=made.trace.mmd2)
+
+
+def many(rank, size, port, out):
+    """One of several processes at a long run: says the first row of each batch that it has on disk."""
+    mesh = join(rank, size, port)
+    refs = jax.make_array_from_process_local_data(batch_sharding(mesh), np.split(REFS, int(size))[int(rank)])
+    run(refs, shard_params(PARAMS, mesh), out, sharding=batch_sharding(mesh))
+
+
+def run(refs, params, out, **settings):
+    return sample_many(
+        params,
+        jax.random.key(0),
+        refs,
+        **{"model": MODEL, "num_samples": RUN, "batch_size": N, "times": TIMES, "memory": 10, "out": out, **settings},
+        each=lambda start, x: print(start, flush=True),
+    )
 
 
 def process_without_end(rank, size, port):

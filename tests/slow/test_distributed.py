@@ -14,6 +14,7 @@ import pytest
 import sharded
 
 from mmdjax.distributed import batch_mesh, batch_sharding, initialize, shard_params
+from mmdjax.long_run import load_samples
 
 SCRIPT = Path(__file__).with_name("sharded.py")
 FLAGS = "--xla_backend_optimization_level=0"
@@ -33,6 +34,12 @@ def start(name, *args, devices=1):
 def finish(process, timeout=600):
     output, _ = process.communicate(timeout=timeout)
     assert process.returncode == 0, output
+
+
+def stop(processes):
+    for process in processes:
+        process.kill()
+        process.communicate()
 
 
 def free_port():
@@ -77,8 +84,40 @@ def test_killed_process_ends_the_others(victim):
                 assert "another task died" in output
         assert time.monotonic() - killed < 60
     finally:
+        stop(processes)
+
+
+def test_long_run_of_processes(tmp_path):
+    # each writes its share of the batches; after one is killed, the same four calls make what it lacks
+    names = [f"batch-{i:05d}.safetensors" for i in range(10)]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+
+    def begin(out):
+        port = free_port()
+        return [start("many", rank, 4, port, out) for rank in range(4)]
+
+    for process in begin(whole):
+        finish(process)
+    processes = begin(killed)
+    try:
+        while (line := processes[2].stdout.readline()).strip() != "32":  # has written batch 2, the first of its own
+            assert line, processes[2].wait()
+        processes[2].send_signal(signal.SIGKILL)
         for process in processes:
-            process.kill()
+            process.communicate(timeout=60)
+            assert process.returncode != 0
+    finally:
+        stop(processes)
+    made = {path.name: path.stat().st_mtime_ns for path in killed.glob("batch-*.safetensors")}
+    assert names[2] in made
+    assert len(made) < len(names)
+    for process in begin(killed):
+        finish(process)
+    assert {name: (killed / name).stat().st_mtime_ns for name in made} == made  # those were not made again
+    assert [(killed / name).read_bytes() for name in names] == [(whole / name).read_bytes() for name in names]
+    assert len(load_samples(killed)) == sharded.RUN
+    alone = sharded.run(sharded.REFS, sharded.PARAMS, tmp_path / "alone")
+    sharded.assert_equal(np.asarray(alone), np.asarray(load_samples(killed)))
 
 
 def test_bad_input():
