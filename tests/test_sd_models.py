@@ -420,6 +420,22 @@ def test_unet_is_a_denoiser():
     assert hash(equal) == hash(module)
 
 
+def test_remat():
+    """The same gradient; of a U-Net's blocks only what goes in is kept for it."""
+    x, t, context = jnp.ones((2, 16, 16, 4)), jnp.arange(2.0), jnp.ones((2, 3, 16))
+
+    def gradient(remat):
+        module, params, _ = sd_tiny.component(sd_tiny.UNET, remat=remat)
+        _, pull = jax.vjp(lambda x: (module.apply({"params": params}, x, t, context) ** 2).sum(), x)
+        kept = {id(leaf): leaf.nbytes for leaf in jax.tree.leaves(pull)}
+        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+        return pull(1.0)[0], sum(kept.values()) - weights
+
+    (one, memory), (other, less) = gradient(False), gradient(True)
+    np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-5 * np.abs(one).max())
+    assert 0 < less < 0.2 * memory, (less, memory)
+
+
 def test_wrong_conditions_are_named():
     module, params, _ = sd_tiny.component(sd_tiny.UNET)
     x, t = jnp.ones((1, 4, 4, 4)), jnp.ones(1)

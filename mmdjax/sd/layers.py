@@ -27,11 +27,13 @@ class Block(nn.Module, kw_only=True):
       dtype: of the computation.
       param_dtype: of the parameters that `init` makes.
       flash: cuDNN's fused attention where it applies (a GPU, half precision, heads of at most 128, no upcast).
+      remat: in a U-Net, keep what goes into each block for the backward pass and compute the rest of it again.
     """
 
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     flash: bool = False
+    remat: bool = False
 
     @property
     def compute_dtype(self) -> Any:

@@ -54,11 +54,18 @@ class _How(NamedTuple):
     dtype: Any
     param_dtype: Any
     flash: bool
+    remat: bool
     put: Callable
     progress: bool
 
     def module(self, raw: Mapping[str, Any]) -> Any:
-        return module_from_config(raw, dtype=self.dtype, param_dtype=self.param_dtype or jnp.float32, flash=self.flash)
+        return module_from_config(
+            raw,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype or jnp.float32,
+            flash=self.flash,
+            remat=self.remat,
+        )
 
     def of(self, name: str) -> "_How":
         """For one component: `param_dtype` may be by component."""
@@ -91,6 +98,7 @@ def load_models(
     dtype: Any = jnp.float32,
     param_dtype: Any = None,
     flash: bool = False,
+    remat: bool = False,
     put: Callable = convert.to_device,
     ema: bool = False,
     configs: Mapping[str, Mapping] | None = None,
@@ -104,7 +112,7 @@ def load_models(
       dtype: that the modules compute in.
       param_dtype: that the parameters are cast to, for all or by component, such as {"unet": jnp.bfloat16}; None keeps
         the file's.
-      flash: see `mmdjax.sd.layers.Block`.
+      flash, remat: see `mmdjax.sd.layers.Block`.
       put: what becomes of each array of parameters; a `jax.device_put` to a sharding, say.
       ema: the moving average of a single file's U-Net, instead of the last step's weights.
       configs: of a single file's components, in place of what its shapes say.
@@ -115,7 +123,7 @@ def load_models(
         that `param_dtype` cannot hold.
       ValueError: a config.json of a network, or with settings, that are not implemented.
     """
-    how = _How(dtype, param_dtype, flash, put, progress)
+    how = _How(dtype, param_dtype, flash, remat, put, progress)
     path = local_path(path, variant)
     if path.is_file():
         return _load_single(open_file(path), how, ema, configs)
@@ -140,11 +148,12 @@ def load_component(
     dtype: Any = jnp.float32,
     param_dtype: Any = None,
     flash: bool = False,
+    remat: bool = False,
     put: Callable = convert.to_device,
     progress: bool = False,
 ) -> Component:
     """One network's folder, config.json and its weights. See `load_models`."""
-    return _load_folder(Path(folder), variant, _How(dtype, param_dtype, flash, put, progress))
+    return _load_folder(Path(folder), variant, _How(dtype, param_dtype, flash, remat, put, progress))
 
 
 def local_path(path: str | Path, variant: str | None = None) -> Path:
@@ -161,7 +170,12 @@ def local_path(path: str | Path, variant: str | None = None) -> Path:
 
 
 def module_from_config(
-    raw: Mapping[str, Any], *, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32, flash: bool = False
+    raw: Mapping[str, Any],
+    *,
+    dtype: Any = jnp.float32,
+    param_dtype: Any = jnp.float32,
+    flash: bool = False,
+    remat: bool = False,
 ) -> nn.Module:
     """The module that a parsed config.json describes.
 
@@ -171,7 +185,7 @@ def module_from_config(
     name = class_name(raw)
     for config, module in MODULES:
         if name in config.CLASSES:
-            return module(config.from_json(raw), dtype=dtype, param_dtype=param_dtype, flash=flash)
+            return module(config.from_json(raw), dtype=dtype, param_dtype=param_dtype, flash=flash, remat=remat)
     known = ", ".join(config.CLASSES[0] for config, _ in MODULES)
     raise ValueError(f"config.json is of {name!r}, which is not implemented; implemented: {known}")
 

@@ -33,6 +33,7 @@ def load(
     param_dtype: Any = None,
     variant: str | None = None,
     flash: bool = False,
+    remat: bool = False,
     put: Callable = to_device,
     ema: bool = False,
     configs: Mapping[str, Mapping] | None = None,
@@ -48,7 +49,7 @@ def load(
       param_dtype: that the parameters are cast to, for all or by component, such as {"unet": jnp.bfloat16}; None keeps
         the file's.
       variant: "fp16" for the half-precision files of a folder.
-      flash: see `mmdjax.sd.layers.Block`.
+      flash, remat: see `mmdjax.sd.layers.Block`.
       put: what becomes of each array of parameters; a `jax.device_put` to a sharding, say.
       ema: the moving average of a single file's U-Net.
       configs: of a single file's components, in place of what its shapes say.
@@ -67,6 +68,7 @@ def load(
         dtype=dtype,
         param_dtype=param_dtype,
         flash=flash,
+        remat=remat,
         put=put,
         ema=ema,
         configs=configs,

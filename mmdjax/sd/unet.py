@@ -145,6 +145,10 @@ class UNet(Block):
 
     config: Any
 
+    def part(self, cls, name, *args, **kwargs):
+        """A submodule that computes as this one, one block of `remat`."""
+        return super().part(nn.remat(cls) if self.remat else cls, name, *args, **kwargs)
+
     def level(self, name, i, x, context):
         """Attention at level i, [n, h, w, c] -> [n, h, w, c]."""
         raise NotImplementedError
