@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from common import memory
 
 from mmdjax import RBF, Cosine, Energy
 from mmdjax.metrics import (
@@ -52,12 +53,6 @@ METRICS: dict[str, Callable[[Any, Any], Any]] = {
     "vendi (Cosine)": lambda x, y: vendi(Cosine(), x),
     "rke (RBF)": lambda x, y: rke(RBF(60.0), x),
 }
-
-
-def memory(field: str) -> float:
-    """VmRSS, what the process holds now, or VmHWM, the most since `measure` reset it; in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def features(seed: int, n: int) -> jax.Array:
@@ -98,6 +93,8 @@ def main():
         print(json.dumps(measure(args.one, n, repeat=not args.full)))
         return
 
+    out = args.out or Path(__file__).parent / "results" / ("metrics_full.json" if args.full else "metrics.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
     results = {}
     print(f"features [{n}, {DIMENSIONS}]\n{'':28}{'features':>10}{'peak':>10}{'first':>10}{'again':>10}  value")
     for name in args.only or METRICS:
@@ -109,11 +106,9 @@ def main():
         print(
             f"{name:28}{row['features'] / 1e9:7.2f} GB{row['peak'] / 1e9:7.2f} GB{seconds}  {numbers}{over}", flush=True
         )
-    out = args.out or Path(__file__).parent / "results" / ("metrics_full.json" if args.full else "metrics.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    load = os.getloadavg()[2]  # above the number of cores, others shared them and the times are too long
-    report = {**provenance(), "load": load, "rows": n, "dimensions": DIMENSIONS, "metrics": results}
-    out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        load = os.getloadavg()[2]  # above the number of cores, others shared them and the times are too long
+        report = {**provenance(), "load": load, "rows": n, "dimensions": DIMENSIONS, "metrics": results}
+        out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     print(f"\n{out}")
 
 
