@@ -4,7 +4,7 @@
 point (compilation included): 2 GB is the limit at 50,000 rows. `first` is with compilation, `again` without.
 
     python benchmarks/metrics.py            # 10,000 rows: minutes
-    python benchmarks/metrics.py --full     # 50,000 rows: hours on two cores
+    python benchmarks/metrics.py --full     # 50,000 rows: 20 minutes on two cores
 
 Linux only: the peak is read from /proc.
 """
