@@ -1,5 +1,4 @@
-"""Passes over all pairs of rows, a block of rows against a block of rows, so that sums over
-pairs never hold an n × m matrix.
+"""Passes over all pairs of rows, a block against a block, so that sums over pairs never hold an n × m matrix.
 
 A set no larger than one block is one plain computation. Sums over pairs can be differentiated: the blocks are computed
 again on the way back, and the memory is that of one block.

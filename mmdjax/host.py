@@ -23,8 +23,8 @@ class HostReferences:
     """References [m, ...] of which the device never holds more than a block, of some 16 MB.
 
     Give it in place of an array of references to `guided_sample`, `MMDGuidance` at "denoised" or "clean", `mmd2`, or a
-    kernel's `gradient`, inside `jit` or outside. The default guidance reads all rows eleven times at each network call
-    (once for distances, eight for its inner steps, two for its trace), so that a network call should take longer than
+    kernel's `gradient`, inside `jit` or outside. The default guidance reads all rows ten times at each network call
+    (once for distances, eight for its inner steps, once for its trace), so that a network call should take longer than
     that, or a `mmdjax.compression.coreset` take their place. Rows come as float32.
 
     Limits: kernels of distances and inner products (not `Mapped`, nor functions of one's own, which ask for arrays); no
