@@ -57,6 +57,7 @@ from targets import PAIRED, Target, targets, variations
 from tasks import CHOOSING, NUM_REFS, NUM_SAMPLES, NUM_STEPS, REPORTING, TASKS, Task
 
 from mmdjax.provenance import provenance
+from mmdjax.whole import write_json
 
 RESULTS = Path(__file__).parent / "results"
 QUICK_TASKS = ("ring", "digits_prompted")
@@ -218,7 +219,6 @@ def main():
     found = old.get("tasks", {})
     names = args.only or (QUICK_TASKS if args.quick else makers)
     start = time.perf_counter()
-    folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         jax.clear_caches()  # thousands of programs in one process exhaust its memory mappings
         task = makers[name]()
@@ -227,9 +227,7 @@ def main():
         order = [make().name for make in TASKS]  # the tasks' own, whatever was run last
         found = {key: found[key] for key in order if key in found}
         results = {**settings, "tasks": found, "targets": [dataclasses.asdict(row) for row in targets(found)]}
-        unfinished = path.with_suffix(".part")
-        unfinished.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-        unfinished.replace(path)
+        write_json(path, results)
         picture(folder / f"{name}.png", task, record, settings["reporting"][0])
         show(task.name, record)
     print(target_table(targets(found)))

@@ -1,6 +1,7 @@
 """What several benchmarks need: drawn inputs, calls timed in turns, a process's memory, Markdown."""
 
 import re
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,6 +29,11 @@ def in_turns(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list
     return times
 
 
+def medians(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """The median seconds of each call, in turns."""
+    return {name: statistics.median(seconds) for name, seconds in in_turns(calls, rounds).items()}
+
+
 def memory(field: str, process: int | str = "self") -> int:
     """Bytes of a field of /proc/…/status, such as VmRSS; 0 once the process has ended."""
     try:
@@ -35,6 +41,11 @@ def memory(field: str, process: int | str = "self") -> int:
     except (FileNotFoundError, ProcessLookupError):
         return 0
     return int(found[1]) * 1024 if found else 0
+
+
+def reset_peak() -> None:
+    """Begin VmHWM, the most that this process has held, anew."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

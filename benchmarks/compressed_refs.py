@@ -14,10 +14,8 @@ one (relative, and the mean cosine a sample), and the time of one gradient over 
 """
 
 import argparse
-import json
 import math
 import os
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,11 +24,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from common import medians
 
 from mmdjax import RBF, Particles, median_bandwidth, mmd2
 from mmdjax.compression import coreset, embed, nystroem, random_features
 from mmdjax.direction import shift_direction
 from mmdjax.provenance import provenance
+from mmdjax.whole import write_json
 
 N, D, CLUSTERS = 64, 64, 10
 
@@ -42,13 +42,7 @@ def clusters(seed: int, n: int, spread: float) -> jax.Array:
 
 
 def seconds(call: Callable, rounds: int = 20) -> float:
-    jax.block_until_ready(call())
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return medians({"call": call}, rounds)["call"]
 
 
 def compare(m: int, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -123,9 +117,8 @@ def main():
     m, sizes = (500, (20, 100)) if args.quick else (5000, (50, 200, 1000))
     rows = compare(m, sizes)
     if not args.quick:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         report = provenance() | {"load_average": os.getloadavg(), "m": m, "n": N, "d": D, "rows": rows}
-        args.out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        write_json(args.out, report)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from mmdjax import DiffusionModel, load_samples, sample_many
 from mmdjax.checkpoint import CheckpointError
 from mmdjax.provenance import provenance
 from mmdjax.schedules import VPLinear
+from mmdjax.whole import write_json
 
 RESULTS = Path(__file__).parent / "results" / "faults.json"
 COUNTS = {"kill": 20, "full": 10, "read_only": 5, "vanish": 5, "corrupt": 200, "second": 10, "fuzz": 1000, "api": 1000}
@@ -243,7 +244,7 @@ def main():
             cases[case]["seconds"] = round(time.perf_counter() - start, 1)
             print(case, cases[case], flush=True)
             found = {name: cases[name] for name in COUNTS if name in cases}
-            RESULTS.write_text(json.dumps({**provenance(), "cases": found}, indent=1) + "\n")
+            write_json(RESULTS, {**provenance(), "cases": found})
     if len(cases) == len(COUNTS):
         print(markdown({"cases": cases}))
 

@@ -37,6 +37,7 @@ from mmdjax.sd import load_models
 from mmdjax.sd.convert import to_device
 from mmdjax.sd.prompts import prompt_kernel
 from mmdjax.sd.scheduler import Scheduler
+from mmdjax.whole import write_json
 
 SAMPLES, REFS, SHAPE, WIDTH, TOKENS = 4, 150, (64, 64, 4), 768, 77
 AT_MOST = 0.02  # guidance over U-Net
@@ -237,9 +238,8 @@ def main():
         found = {"parity": provenance() | packages | {"relative_error": parity()}}
     else:
         found = {"cost": provenance() | {"load_average": os.getloadavg()} | cost(args.rounds)}
-    args.out.parent.mkdir(exist_ok=True)
     before = json.loads(args.out.read_text()) if args.out.exists() else {}
-    args.out.write_text(json.dumps(before | found, indent=1) + "\n")
+    write_json(args.out, before | found)
 
 
 if __name__ == "__main__":

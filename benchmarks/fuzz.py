@@ -22,7 +22,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from common import memory
+from common import memory, reset_peak
 
 BOMBS = (b"Nr\xff\xff\xff\x7f", b"\x96" + b"\xff" * 5 + bytes(3))  # a memo of 2³¹ places; a string of 2⁴⁰ bytes
 FUNCTIONS = ("mmd2", "witness", "memory", "guided_sample", "median_bandwidth", "energy_distance")
@@ -315,7 +315,7 @@ def in_child(folder: str, first: int, last: int) -> None:
         said: dict[str, Any] = {"bytes": len(data)}
         file.write_bytes(data)
         gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")
+        reset_peak()
         before, start, result = memory("VmRSS"), time.perf_counter(), 0
         try:
             result = load_one(sound, kind, file, data)

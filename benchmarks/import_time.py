@@ -3,7 +3,6 @@
 python benchmarks/import_time.py
 """
 
-import json
 import statistics
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import time
 from pathlib import Path
 
 from mmdjax.provenance import provenance
+from mmdjax.whole import write_json
 
 
 def seconds(statement: str) -> float:
@@ -25,9 +25,8 @@ def main():
     extra = statistics.median(b - a for a, b in pairs)
     print(f"import jax {jax_alone:.2f} s, import mmdjax {with_mmdjax:.2f} s, beyond jax {extra:.2f} s (at most 1)")
     out = Path(__file__).parent / "results" / "import_time.json"
-    out.parent.mkdir(exist_ok=True)
     seconds_of = {"jax": jax_alone, "mmdjax": with_mmdjax, "beyond_jax": extra}
-    out.write_text(json.dumps({**provenance(), "seconds": seconds_of}, indent=1) + "\n")
+    write_json(out, {**provenance(), "seconds": seconds_of})
 
 
 if __name__ == "__main__":

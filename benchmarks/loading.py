@@ -47,6 +47,7 @@ def main():
     if args.child:
         return child(*args.child)
     from mmdjax.provenance import provenance
+    from mmdjax.whole import write_json
 
     results, at = {}, None
     print(f"{'':30}{'size':>8}{'memory':>8}{'':>8}{'read':>8}{'load':>8}{'ratio':>8}{'cpu':>8}{'passed':>8}")
@@ -64,9 +65,8 @@ def main():
                 times = f"{read:7.2f}s{load:7.2f}s{load / read:8.2f}{cpu[1] / cpu[0]:8.2f}{passed:7.2f}s"
                 print(f"{head:46}{state:>8}{times}", flush=True)
     print(f"at most: memory {PEAK}, ratio {TIME}")
-    args.out.parent.mkdir(exist_ok=True)
     load = {"load_average": os.getloadavg()}
-    args.out.write_text(json.dumps({**provenance(), **load, "cases": results}, indent=1) + "\n")
+    write_json(args.out, {**provenance(), **load, "cases": results})
 
 
 def write(path: Path, layout: str, dtype: str) -> Path:

@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from common import memory
+from common import memory, reset_peak
 
 from mmdjax import RBF, Cosine, Energy
 from mmdjax.metrics import (
@@ -38,6 +38,7 @@ from mmdjax.metrics import (
     vendi,
 )
 from mmdjax.provenance import provenance
+from mmdjax.whole import write_json
 
 DIMENSIONS, LIMIT = 2048, 2e9
 
@@ -71,7 +72,7 @@ def measure(name: str, n: int, repeat: bool) -> dict[str, Any]:
     gc.collect()  # the arrays that they were copied from
     time.sleep(2)
     held = memory("VmRSS") - before
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    reset_peak()
     seconds = {}
     for run in ("first", "again")[: 2 if repeat else 1]:
         start = time.perf_counter()
@@ -94,7 +95,6 @@ def main():
         return
 
     out = args.out or Path(__file__).parent / "results" / ("metrics_full.json" if args.full else "metrics.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
     results = {}
     print(f"features [{n}, {DIMENSIONS}]\n{'':28}{'features':>10}{'peak':>10}{'first':>10}{'again':>10}  value")
     for name in args.only or METRICS:
@@ -108,7 +108,7 @@ def main():
         )
         load = os.getloadavg()[2]  # above the number of cores, others shared them and the times are too long
         report = {**provenance(), "load": load, "rows": n, "dimensions": DIMENSIONS, "metrics": results}
-        out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        write_json(out, report)
     print(f"\n{out}")
 
 

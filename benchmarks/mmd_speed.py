@@ -23,7 +23,6 @@ Linux only: memory is read from /proc.
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -35,20 +34,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import in_turns, memory, normal
+from common import medians, memory, normal, reset_peak
 
 from mmdjax import IMQ, RBF, DiffusionModel, MMDGuidance, Particles, Polynomial, guided_sample, load_digits
 from mmdjax.direction import shift_direction
 from mmdjax.guidance import bind, fit_kernel
 from mmdjax.provenance import provenance
 from mmdjax.tree import replace
+from mmdjax.whole import write_json
 
 PACKAGES = ("torch", "geomloss", "pykeops")
-
-
-def medians(calls: dict[str, Callable], rounds: int) -> dict[str, float]:
-    """Seconds of each call."""
-    return {name: statistics.median(seconds) for name, seconds in in_turns(calls, rounds).items()}
 
 
 def ours(kernel: Any, x: Any, y: Any, estimator: str = "v") -> Callable:
@@ -220,7 +215,7 @@ def peak(dtype: str, n: int, m: int, d: int) -> dict[str, float]:
     run = jax.jit(lambda x, y: kernel.gradient(Particles(x), Particles(y), jnp.full(m, 1 / m), precondition="mass"))
     compiled = run.lower(x, y).compile()
     time.sleep(1)
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    reset_peak()
     before = memory("VmRSS")
     jax.block_until_ready(compiled(x, y))
     return {"extra": float(memory("VmHWM") - before), "references": float(y.nbytes)}
@@ -290,9 +285,8 @@ def main():
     print(table(results))
     out = args.out or (None if quick else Path(__file__).parent / "results" / "mmd_speed.json")
     if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
         report = provenance() | versions() | {"load_average": os.getloadavg()} | results
-        out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        write_json(out, report)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from mmdjax.provenance import provenance
 from mmdjax.sd import load
 from mmdjax.sd.convert import to_device
 from mmdjax.sd.tiny import write_vocabulary
+from mmdjax.whole import write_json
 
 TARGETS = {"unet": 1.15, "flax": 0.65, "pipeline": 0.8, "pipeline, compilation included": 1.5, "compile": 1.3}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -244,8 +245,7 @@ def main():
     for name in args.only:
         print(f"\n{name}")
         found[name] = provenance() | packages | {"load_average": os.getloadavg()} | runs[name]()
-        args.out.parent.mkdir(exist_ok=True)
-        args.out.write_text(json.dumps(found | {"at_most": TARGETS}, indent=1) + "\n")
+        write_json(args.out, found | {"at_most": TARGETS})
 
 
 if __name__ == "__main__":

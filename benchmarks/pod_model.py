@@ -14,7 +14,6 @@ assumed:
 
 import argparse
 import functools
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from full_size import SHAPE, TOKENS, WIDTH
 from mmdjax import IMQ, MMDGuidance, Particles
 from mmdjax.direction import neighbours, shift_direction
 from mmdjax.provenance import provenance
+from mmdjax.whole import write_json
 
 RESULTS = Path(__file__).parent / "results"
 REFS, UTILISATION, CFG = 150, 0.4, 2
@@ -117,7 +117,7 @@ def main():
         found.append({**asdict(machine), "predicted": rows})
     report = {**provenance(), "unet_flops": unet, "per_device": args.per_device, "references": REFS,
               "utilisation": UTILISATION, "machines": found}  # fmt: skip
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
+    write_json(args.out, report)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import normal
 from flax.traverse_util import unflatten_dict
 
 from mmdjax.checkpoint import write_safetensors
@@ -51,7 +52,7 @@ def draw(key: str, shape: tuple[int, ...]) -> np.ndarray:
     Weights have variance one over the fan-in, norms' scales are 1 ± .3 and biases ± .2: activations keep their size and
     no layer is without effect.
     """
-    noise = np.random.default_rng(zlib.crc32(key.encode())).standard_normal(shape, np.float32)
+    noise = normal(zlib.crc32(key.encode()), *shape)
     if len(shape) > 1 and "embeddings" not in key:
         noise *= np.prod(shape[1:]) ** -0.5
     elif len(shape) == 1:

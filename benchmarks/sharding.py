@@ -8,7 +8,6 @@ step, outside and inside of the loop over inner steps: they must not grow with t
 """
 
 import functools
-import json
 import os
 import re
 from collections.abc import Callable
@@ -20,12 +19,14 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 import jax
 import numpy as np
+from common import normal
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mmdjax import MMDGuidance, guided_sample, load_digits
 from mmdjax.distributed import batch_mesh, batch_sharding, replicate
 from mmdjax.provenance import provenance
+from mmdjax.whole import write_json
 
 DEVICES, STEPS, INNER_STEPS = 8, 2, 8
 MUST, GOAL = 1.05, 1.01
@@ -56,7 +57,7 @@ def program(num_samples: int, num_refs: int, guidance: Any, devices: int, split_
     mesh = batch_mesh(jax.devices()[:devices])
     refs = None
     if guidance is not None:
-        refs = np.random.default_rng(0).standard_normal((num_refs, *model.shape), np.float32)
+        refs = normal(0, num_refs, *model.shape)
         refs = jax.device_put(refs, NamedSharding(mesh, P("batch" if split_refs else None)))
     settings: dict[str, Any] = {"num_samples": num_samples, "num_steps": STEPS, "sharding": batch_sharding(mesh)}
     if guidance is not None:
@@ -108,7 +109,7 @@ def main():
     batch = 64 * 64 * 4
     out = Path(__file__).parent / "results" / "sharding.json"
     results = {**provenance(), "devices": DEVICES, "batch_bytes": batch, "flops": shares, "collectives": sent}
-    out.write_text(json.dumps(results, indent=1) + "\n")
+    write_json(out, results)
 
 
 if __name__ == "__main__":

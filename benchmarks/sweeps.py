@@ -28,6 +28,7 @@ from scores import fresh_energy, judge
 from tasks import NUM_REFS, REPORTING, Task, digits_thick, mixture_16d, mixture_of_dimension, ring
 
 from mmdjax.provenance import provenance
+from mmdjax.whole import write_json
 
 PLACEMENTS = ("denoised", "sample")
 TOTAL = 1024  # samples of the batch sweep
@@ -152,7 +153,6 @@ def main():
     args = parser.parse_args()
     folder = args.out or (Path("out") if args.quick else RESULTS)
     path = folder / "sweeps.json"
-    folder.mkdir(parents=True, exist_ok=True)
     results = json.loads(path.read_text()) if args.only and path.exists() else {}
     seeds = tuple(REPORTING)[: 1 if args.quick else None]
     start = time.perf_counter()
@@ -166,9 +166,7 @@ def main():
         for point in points:
             results[name]["rows"].append(measure(point, seeds))
             print(show(results[name]["rows"][-1]), flush=True)
-            unfinished = path.with_suffix(".part")
-            unfinished.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-            unfinished.replace(path)
+            write_json(path, results)
     picture(path.with_suffix(".png"), results)
     print(f"\n{path}   ({time.perf_counter() - start:.0f} s)")
 
