@@ -35,9 +35,9 @@ from mmdjax import (
     Particles,
     Product,
     guided_sample,
+    sample_many,
 )
 from mmdjax.distributed import batch_mesh, batch_sharding, initialize, local_rows, replicate, shard_params
-from mmdjax.long_run import sample_many
 from mmdjax.schedules import VPLinear
 
 D, N, M, STEPS = 6, 16, 24, 3

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import sharded
 
+from mmdjax import load_samples
 from mmdjax.distributed import batch_mesh, batch_sharding, initialize, shard_params
-from mmdjax.long_run import load_samples
 
 SCRIPT = Path(__file__).with_name("sharded.py")
 FLAGS = "--xla_backend_optimization_level=0"
@@ -88,7 +88,7 @@ def test_killed_process_ends_the_others(victim):
 
 
 def test_long_run_of_processes(tmp_path):
-    # each writes its share of the batches; after one is killed, the same four calls make what it lacks
+    """Each writes its share of the batches; after one is killed, the same four calls make what is lacking."""
     names = [f"batch-{i:05d}.safetensors" for i in range(10)]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
 
