@@ -19,10 +19,10 @@ surplus out to where there is no data. And the steps are averaged over neighbour
     shift_i ← Σ_j w(z_i, z_j) shift_j / Σ_j w(z_i, z_j),
 
 so that the batch moves as a smooth field: what sets single references apart is noise of a small sample, and it moves
-particles apart from their neighbours; what the target is, moves them together. Details below h stay the model's.
-Where references are clean, a particle farther from every one of them than nine in ten of these are from their nearest
-other one is none of the target's yet, and moves by its own step: an average would leave it with the neighbours that it
-came with.
+particles apart from their neighbours; what the target is, moves them together. Details below h stay the model's. Two
+kinds of particle move by their own step, as an average would leave them with the neighbours that they came with: one
+with a surplus around it, q_i above p_i by more than a fraction of the spread of the references' weights there; and,
+where references are clean, a stray, farther from every one of them than these are from each other.
 
 References:
   Gretton et al. 2012, eq. 3 and 5. Cheng 1995 (mean shift as majorise-minimise). Liu & Wang 2016 (a
@@ -35,14 +35,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mmdjax.blocks import block_beside, least_over
+from mmdjax.blocks import block_beside, least_over, sum_over
 from mmdjax.kernels import RBF, Kernel, Product, Radial, Sum
 from mmdjax.mmd import pair_norm
-from mmdjax.numerics import product, reciprocal
+from mmdjax.numerics import product, reciprocal, safe_sqrt
 from mmdjax.particles import Particles, per_sample, wide_dtype
 from mmdjax.placement import WHOLE, Shards
 from mmdjax.schedules import Level
 from mmdjax.tree import pytree, static
+
+SURPLUS = 5  # how soon a particle leaves the average where the batch outweighs the references
+FAR = 0.7  # how far from them, squared, in their spread
 
 
 def shift_direction(
@@ -155,38 +158,89 @@ def balance_at(kernel: Kernel, level: Level | None) -> Any:
 
 
 def neighbours(
-    kernel: Kernel,
+    kernel: Kernel | tuple[Kernel, Kernel],
     z: Particles,
     refs: Particles,
-    spread2: Any = jnp.inf,
+    memory: Particles | None = None,
     *,
+    spread2: Any = jnp.inf,
     everyone: Particles | None = None,
     shards: Shards = WHOLE,
 ) -> Float[Array, "n all"]:
-    """The average over neighbours: w(z_i, z_j)/Σ_j w(z_i, z_j), for a particle among the references.
+    """The average over neighbours: w(z_i, z_j)/Σ_j w(z_i, z_j), for a particle that is no surplus and no stray.
 
-    Row i of the identity for one farther from all references than √spread2, with a smooth step between. A weight that
-    is infinite at distance 0 counts there as the row's largest other. `everyone` and `shards`: see `shift_direction`.
+    Row i of the identity for one that is, with a smooth step between. A weight that is infinite at distance 0 counts
+    there as the row's largest other. `spread2`: of the references, squared. The rest: see `shift_direction`.
     """
+    among, fixed = kernel if isinstance(kernel, tuple) else (kernel, kernel)
     everyone = z if everyone is None else everyone
-    weight = jnp.maximum(kernel.pair_weights(z, everyone, same=True), 0.0)  # a product with Cosine may be negative
+    weight = jnp.maximum(among.pair_weights(z, everyone, same=True), 0.0)  # a product with Cosine may be negative
     eye = jnp.eye(*weight.shape, dtype=bool)
-    own = jnp.maximum(jnp.diagonal(weight), jnp.max(jnp.where(eye, 0.0, weight), axis=1))
+    others = jnp.where(eye, 0.0, weight)
+    own = jnp.maximum(jnp.diagonal(weight), jnp.max(others, axis=1))
     weight = jnp.where(eye, jnp.where(own > 0, own, 1.0)[:, None], weight)
 
-    p = refs.probabilities()
+    averaged = _in_balance(fixed, z, refs, memory, others, everyone, shards)
+    averaged *= _in_reach(among, z, refs, spread2, everyone, shards)
+    return jnp.where(eye, (1 - averaged)[:, None], 0.0) + (averaged / weight.sum(1))[:, None] * weight
+
+
+def _in_balance(
+    kernel: Kernel,
+    z: Particles,
+    refs: Particles,
+    memory: Particles | None,
+    others: Float[Array, "n all"],
+    everyone: Particles,
+    shards: Shards,
+) -> Float[Array, " n"]:
+    """1 where the particles have at most the kernel mass of the references, falling to 0 where they have more.
+
+    1/(1 + t⁴), t = SURPLUS (q − p)₊/√(Σ_j v_j w(z_i, y_j)² − p²), p and q the means of the weights w(z_i, ·) over the
+    references and over the other particles, `others` those of the batch. t is cut: the power of a large number would
+    have no derivative.
+    """
+    past = jnp.zeros(0, others.dtype) if memory is None else memory.weight.astype(others.dtype)
+    each = 1 / jnp.maximum(everyone.n - 1 + past.sum(), 1)
+    mean = shards.total(others.sum()) / (everyone.n * max(everyone.n - 1, 1))
+    unit = jax.lax.stop_gradient(reciprocal(mean))  # squares of weights may overflow, and their units are no matter
+    q = others.sum(1)
+    if memory is not None:
+        q += product(jnp.maximum(kernel.pair_weights(z, memory), 0.0), past)
+    q *= each * unit
+    if isinstance(kernel, Product):
+        own = jnp.where(jnp.eye(*others.shape, dtype=bool), 0.0, each)
+        q *= _condition_ratio(kernel, z, everyone, refs, memory, own, each * past, shards)
+    v = shards.probabilities(refs).astype(others.dtype)
+
+    def moments(points):
+        def in_block(rows):
+            w = unit * jnp.maximum(kernel.pair_weights(points, rows.of(refs)), 0.0)
+            return jnp.stack([product(w, rows.weights(v)), product(w**2, rows.weights(v))], axis=1)
+
+        return sum_over(in_block, refs.n, block_beside(points.n, refs.x))
+
+    p, p2 = shards.pull(moments, z, everyone).T
+    least = (1e-3 * jnp.maximum(p, q)) ** 2  # where all references weigh the same
+    t = SURPLUS * jnp.maximum(q - p, 0.0) * reciprocal(safe_sqrt(jnp.maximum(p2 - p**2, least)))
+    return 1 / (1 + jnp.minimum(t, 16.0) ** 4)
+
+
+def _in_reach(
+    kernel: Kernel, z: Particles, refs: Particles, spread2: Any, everyone: Particles, shards: Shards
+) -> Float[Array, " n"]:
+    """1 near a reference, 0 far from all: 1/(1 + (d²/FAR s²)⁸), d to the nearest one and s² = `spread2`; cut too."""
+    present = refs.probabilities() > 0
 
     def nearest2(particles):
         def in_block(rows):
             d2 = kernel.distance2(particles, rows.of(refs))
-            return jnp.min(jnp.where(rows.of(p) > 0, d2, jnp.inf), axis=1)
+            return jnp.min(jnp.where(rows.of(present), d2, jnp.inf), axis=1)
 
         return least_over(in_block, refs.n, block_beside(particles.n, refs.x))
 
-    # 1 inside, ½ at the edge, 0 outside; bounded, as the power of a large number would have no derivative
-    far = jnp.where(jnp.isfinite(spread2), shards.least(nearest2, z, everyone) / spread2, 0.0)
-    among = 1 / (1 + jnp.minimum(far, 16.0) ** 8)
-    return jnp.where(eye, (1 - among)[:, None], 0.0) + (among / weight.sum(1))[:, None] * weight
+    far = jnp.where(jnp.isfinite(spread2), shards.least(nearest2, z, everyone) / (FAR * spread2), 0.0)
+    return 1 / (1 + jnp.minimum(far, 16.0) ** 8)
 
 
 @pytree

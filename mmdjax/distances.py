@@ -165,17 +165,23 @@ def neighbour_distance(y: Float[Array, "m d"], weight: Float[Array, " m"]) -> Fl
     return _median_distance(chosen, jnp.isfinite(chosen))
 
 
-def spread2(y: Float[Array, "m d"], weight: Float[Array, " m"], share: float = 0.9) -> Float[Array, ""]:
-    """The squared distance within which a share of the rows has its nearest distinct other one; ∞ if all are equal.
+def spread2(y: Float[Array, "m d"], weight: Float[Array, " m"]) -> Float[Array, ""]:
+    """The squared distance within which nearly all rows have their nearest distinct other one; ∞ if all are equal.
 
-    Of rows of positive weight; detached, on at most `SUBSET` rows.
+    q₉₀²/q₅₀, with q the quantiles of squared nearest distances: as far beyond nine in ten as these are beyond half. In
+    the plane, where nearest distances vary much, some 4 q₉₀, in 64 dimensions 1.7. Of rows of positive weight;
+    detached, on at most `SUBSET` rows.
     """
     if y.shape[0] < 2:
         return jnp.full((), jnp.inf, y.dtype)
     d2, valid = _valid_pairs(y, weight, "spread")
     ordered = jnp.sort(jnp.min(jnp.where(valid & (d2 > 0), d2, jnp.inf), axis=1))
     count = jnp.isfinite(ordered).sum()
-    return ordered[jnp.maximum(jnp.ceil(share * count).astype(int) - 1, 0)]
+
+    def within(share):
+        return ordered[jnp.maximum(jnp.ceil(share * count).astype(int) - 1, 0)]
+
+    return jnp.where(count > 0, within(0.9) * (within(0.9) / within(0.5)), jnp.inf)
 
 
 def _valid_pairs(y: Array, weight: Array, what: str) -> tuple[Array, Array]:

@@ -277,7 +277,6 @@ class BoundGuidance:
         if self.distances is not None and pays(x.shape[0], self.distances.shape[0], row_size(x)):
             kernel, z, refs, memory, points = combinations(kernel, Particles(x, cond), refs, memory, self.distances)
             first = z.x
-        among = kernel[0] if isinstance(kernel, tuple) else kernel
 
         def gather(z):
             return shards.everyone(z) if shards.batch else ()  # to be carried along, and not twice on one device
@@ -310,7 +309,9 @@ class BoundGuidance:
             average = None
             if rule == "field":  # of the points as they come: once a call, not at each inner step
                 rows, whole = particles(z, gathered)
-                average = neighbours(among, rows, refs, numbers["spread2"], everyone=whole, shards=shards)
+                average = neighbours(
+                    kernel, rows, refs, memory, spread2=numbers["spread2"], everyone=whole, shards=shards
+                )
 
             def inner(carry, index):
                 if length is None:

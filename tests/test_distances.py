@@ -217,8 +217,7 @@ def test_rules_leave_out_duplicates_and_empty_slots():
     assert pairwise_median(y, weight) == 1.5  # of 0, 1, 1, 2, 3, 3
     assert jnp.isnan(pairwise_median(y[:2], weight[:2]))
     assert jnp.isnan(nearest_distance(y, weight.at[1:].set(0.0)))
-    assert spread2(y, weight) == 4.0  # of 1, 1, 1, 4
-    assert spread2(y, weight, 0.75) == 1.0
+    assert spread2(y, weight) == 16.0  # of 1, 1, 1, 4: four times beyond half, and as far beyond 90%
     assert spread2(y[:2], weight[:2]) == spread2(y[:1], weight[:1]) == jnp.inf
 
 

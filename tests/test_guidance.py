@@ -22,7 +22,7 @@ from mmdjax import (
     Sum,
     mmd2,
 )
-from mmdjax.direction import balance_at, diffused_pair, neighbours, shift_direction
+from mmdjax.direction import FAR, SURPLUS, balance_at, diffused_pair, neighbours, shift_direction
 from mmdjax.distances import spread2, subset
 from mmdjax.guidance import bind, fit_kernel
 from mmdjax.guided import ROUNDING
@@ -93,7 +93,7 @@ def test_mass_step_is_the_published_prototype_rule():
 
 
 def test_field_step_in_loops():
-    """The push is weakened where particles outweigh references, and the average weighs neighbours by the kernel."""
+    """Where particles outweigh references the push is weakened, and the average over neighbours fades."""
     z, y, c, b = np.asarray(Z, np.float64), np.asarray(Y, np.float64), 1.3, 0.6
     w = lambda a, others: (((a - others) ** 2).sum(1) + c**2) ** -1.5
     expected, average = np.zeros_like(z), np.zeros((len(z), len(z)))
@@ -102,6 +102,8 @@ def test_field_step_in_loops():
         w_ref, w_gen = w(z[i], y) / len(y), w(z[i], z) / (len(z) - 1)
         average[i] = w_gen / w_gen.sum()
         w_gen[i] = 0
+        t = SURPLUS * max(0, w_gen.sum() - w_ref.sum()) / (len(y) * w_ref).std()
+        average[i] = (average[i] + t**4 * np.eye(len(z))[i]) / (1 + t**4)
         f = min(1.0, (w_ref.sum() / w_gen.sum()) ** b)
         weakened += f < 1
         pull = (w_ref[:, None] * (y - z[i])).sum(0) - f * (w_gen[:, None] * (z - z[i])).sum(0)
@@ -109,7 +111,7 @@ def test_field_step_in_loops():
     assert weakened > 0
     step = -shift_direction(IMQ(c), Particles(Z), Particles(Y), None, precondition="field", balance=b)
     np.testing.assert_allclose(step, expected, rtol=2e-5, atol=2e-6)  # float32 against float64
-    np.testing.assert_allclose(neighbours(IMQ(c), Particles(Z), Particles(Y)), average, rtol=2e-5)
+    np.testing.assert_allclose(neighbours(IMQ(c), Particles(Z), Particles(Y)), average, rtol=2e-4)  # t⁴
 
 
 def test_balance_is_on_when_noise_is_below_the_kernels_reach():
@@ -135,11 +137,12 @@ def test_a_surplus_is_not_pushed_where_there_is_no_data():
 def test_neighbours_average(name):
     """Rows are weights; equal shifts stay; a sample alone is its own average."""
     cond = jnp.zeros(7, int)
-    average = neighbours(KERNELS[name], Particles(Z, cond), Particles(Y))
+    refs = Particles(Y, jnp.zeros(11, int))
+    average = neighbours(KERNELS[name], Particles(Z, cond), refs)
     assert bool((average >= 0).all())
     np.testing.assert_allclose(average.sum(1), 1, rtol=1e-5)  # float32
     assert bool((jnp.diagonal(average) >= average.max(1) * (1 - 1e-6)).all())
-    assert neighbours(KERNELS[name], Particles(Z[:1], cond[:1]), Particles(Y)).tolist() == [[1.0]]
+    assert neighbours(KERNELS[name], Particles(Z[:1], cond[:1]), refs).tolist() == [[1.0]]
 
 
 def test_what_is_far_from_all_references_moves_on_its_own():
@@ -148,11 +151,57 @@ def test_what_is_far_from_all_references_moves_on_its_own():
     spread = spread2(refs.x, refs.weight)
     assert spread == 1.0
     z = Particles(jnp.array([[3.5], [9.0], [9.5], [1e9]]))  # 9 is the empty slot's
-    average, plain = (neighbours(IMQ(1.0), z, refs, s) for s in (spread, jnp.inf))
+    average, plain = (neighbours(IMQ(1.0), z, refs, spread2=s) for s in (spread, jnp.inf))
     np.testing.assert_allclose(average.sum(1), 1, rtol=1e-5)  # float32
     share = (average - jnp.eye(4))[:, 0] / (plain - jnp.eye(4))[:, 0]
-    np.testing.assert_allclose(share, [1 / (1 + 0.25**8), 0.5, 1 / (1 + 2.25**8), 0.0], rtol=1e-4, atol=1e-6)
-    assert bool(jnp.isfinite(jax.grad(lambda x: neighbours(IMQ(1.0), Particles(x), refs, spread).sum())(z.x)).all())
+    np.testing.assert_allclose(share, 1 / (1 + (np.array([0.25, 1, 2.25, 1e18]) / FAR) ** 8), rtol=1e-4, atol=1e-6)
+
+    def total(x):
+        return neighbours(IMQ(1.0), Particles(x), refs, spread2=spread).sum()
+
+    assert bool(jnp.isfinite(jax.grad(total)(z.x)).all())
+
+
+SURPLUS_Z = jnp.array([[0.1 * i, 0.0] for i in range(9)] + [[10.0, 0.1 * i] for i in range(3)])
+SURPLUS_REFS = jnp.array([[0.1 * i, 0.3] for i in range(5)] + [[10.0, 0.1 * i] for i in range(5)])
+
+
+def averaged(kernel, z, refs, memory=None):
+    """What is left of the average's weight between each particle and its neighbours."""
+    average = neighbours(kernel, z, refs, memory)
+    plain = jnp.maximum(kernel.pair_weights(z, z, same=True), 0)
+    return (1 - jnp.diagonal(average)) / (1 - jnp.diagonal(plain) / plain.sum(1))
+
+
+def test_a_surplus_moves_on_its_own():
+    """A mode with 9 of 12 particles and half of the references, and one with 3: its particles alone are averaged."""
+    share = averaged(IMQ(1.0), Particles(SURPLUS_Z), Particles(SURPLUS_REFS))
+    assert float(share[:9].max()) < 0.3
+    np.testing.assert_allclose(share[9:], 1, rtol=1e-5)  # float32
+
+
+@pytest.mark.parametrize("unit", [1e-12, 1e-3, 1e6])
+def test_the_average_is_the_same_in_any_units(unit):
+    one = neighbours(IMQ(1.0), Particles(SURPLUS_Z), Particles(SURPLUS_REFS))
+    other = neighbours(IMQ(unit), Particles(unit * SURPLUS_Z), Particles(unit * SURPLUS_REFS))
+    np.testing.assert_allclose(other, one, rtol=1e-3, atol=1e-6)  # float32 distances
+
+
+def test_a_surplus_counts_memory_and_compares_at_each_condition():
+    """Memory makes up for what the batch lacks; conditions of other shares than the references' make no surplus."""
+    z, refs = Particles(SURPLUS_Z), Particles(SURPLUS_REFS)
+    memory = Particles(jnp.array([[10.0, 0.02 * i] for i in range(20)]), weight=jnp.ones(20).at[16:].set(0.0))
+    share = averaged(IMQ(1.0), z, refs, memory)
+    np.testing.assert_allclose(share[:9], 1, rtol=1e-5)  # float32; 9 of 28 now
+    assert float(share[9:].max()) < 0.3
+
+    kernel = Product(x=IMQ(1.0), cond=Delta())
+    rows = jax.random.normal(jax.random.key(0), (40, 3))
+    labels = jnp.arange(40) % 4 == 0  # a quarter of the batch, half of the references
+    share = averaged(kernel, Particles(rows, labels), Particles(rows + 0.1, jnp.arange(40) % 2 == 0))
+    alike = averaged(kernel, Particles(rows, labels), Particles(rows + 0.1, labels))
+    assert float(jnp.abs(share - alike).max()) > 0
+    assert float(share[~labels].mean()) > 0.5 * float(alike[~labels].mean())
 
 
 def test_few_references_are_not_copied():
@@ -398,7 +447,8 @@ def test_guide_denoiser_is_the_denoised_shift():
     level = VPLinear()(0.3)
     z = level.alpha * Z
     kernel = fit_kernel(guidance, Particles(Y))
-    average = neighbours(kernel, Particles(z), Particles(Y), spread2(Y, jnp.ones(len(Y))))  # of the points as they come
+    # of the points as they come
+    average = neighbours(kernel, Particles(z), Particles(Y), spread2=spread2(Y, jnp.ones(len(Y))))
     for _ in range(4):
         balance = balance_at(kernel, level)
         z = z - average @ shift_direction(
@@ -471,7 +521,8 @@ def test_far_from_tight_references_is_told_by_exact_distances():
     mode = 1e-4 * jax.random.normal(jax.random.key(1), (10, 8))
     refs = Particles(jnp.concatenate([mode, mode + 1.0]))
     spread = spread2(refs.x, jnp.ones(20))
-    z = Particles(jnp.concatenate([mode[:1] + 1e-3, mode[:1]]))  # far beyond the mode, and in it
-    average = neighbours(IMQ(1.0), z, refs, spread)
+    # far beyond the mode and in it; no surplus, as two more are in the other
+    z = Particles(jnp.concatenate([mode[:1] + 1e-3, mode[:1], mode[:2] + 1.0]))
+    average = neighbours(IMQ(1.0), z, refs, spread2=spread)
     assert float(average[0, 1]) < 1e-3
     assert float(average[1, 0]) > 0.1

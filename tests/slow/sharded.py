@@ -169,14 +169,16 @@ def sent():
     assert of(800, False)[1:] == [step, inner]
     _, step, inner = of(104, True)
     nearest = 8 * rows  # what each device finds to be the nearest of its references
-    assert large(step) == [("all-gather", nearest), ("all-gather", batch), ("reduce-scatter", rows // 8)]
+    moments = ("reduce-scatter", 2 * rows // 8)  # of the references' weights at each sample
+    trace = ("reduce-scatter", rows // 8)
+    assert large(step) == [("all-gather", nearest), ("all-gather", batch), trace, moments]
     assert large(inner) == [("all-gather", batch)] * 2 + [("reduce-scatter", rows // 8), ("reduce-scatter", batch // 8)]
     once, *loop = of(800, True)
     assert loop == [step, inner]
     # the bandwidth's own, once: the references that it is taken from, at most 2,000, and their distances
     assert sum(size for _, size in once) < 4 * 800 * (800 + 3 * 64)
     _, step, inner = of(104, True, at="sample")
-    assert large(step) == [("all-gather", batch), ("reduce-scatter", rows // 8)]
+    assert large(step) == [("all-gather", batch), trace, moments]
     assert of(800, True, at="sample")[1:] == [step, inner]
 
 
