@@ -35,6 +35,13 @@ median distance of a reference to its nearest other one, r_√m that to its √m
     the average of all particles, also of those far        digits' classes: total variation .26; .10 without average
       from every reference                                   (but copies), .14 as it is
     "far" by 1.2 or 1.5 of the median nn, or 80%           moons' ratio .72 to .77
+    "far" by 90% of nn, nothing else left out              moons' ratio .81, 16-D .942 in-mode
+    "far" by 3 q90 of nn² in all dimensions                digits' classes: total variation .18
+    "far" by .4 or .3 q90²/q50                             with conditions and 20 references: ratio .67, .63
+    a surplus counted 2, 10, 20 times in place of 5        total variation .21, .16, .16; moons' ratio not better
+    a surplus in standard errors, of all weights           changes where references are given twice
+    a surplus by its ratio, q > 1.4 p                      digits' classes: total variation .21
+    averaged at low noise only                             copies more, classes no better
     averaged at high noise only                            copies as without
     20 inner steps, or scale 1.5                           ring, 20 references: ratio .57 to .70
     the same rule at "sample"                              16-D .90, 1,024-D .76 in-mode

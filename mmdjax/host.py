@@ -23,9 +23,9 @@ class HostReferences:
     """References [m, ...] of which the device never holds more than a block, of some 16 MB.
 
     Give it in place of an array of references to `guided_sample`, `MMDGuidance` at "denoised" or "clean", `mmd2`, or a
-    kernel's `gradient`, inside `jit` or outside. The default guidance reads all rows ten times at each network call
-    (once for distances, eight for its inner steps, once for its trace), so that a network call should take longer than
-    that, or a `mmdjax.compression.coreset` take their place. Rows come as float32.
+    kernel's `gradient`, inside `jit` or outside. The default guidance reads all rows eleven times at each
+    network call (for distances, for weights, for each of eight inner steps, for its trace), so that a network call
+    should take longer than that, or a `mmdjax.compression.coreset` take their place. Rows come as float32.
 
     Limits: kernels of distances and inner products (not `Mapped`, nor functions of one's own, which ask for arrays); no
     derivative with respect to the references; one process; nothing checks the values. Make one object and use it for

@@ -6,9 +6,9 @@ through an all-gather of the batch. References are whole on every device, or spl
 choice; then each device pulls with its part, and the sum is scattered back to the rows' owners. So a step sends the
 batch and sums of its size, whatever the number of references: an all-gather before the inner steps, and two in each
 where shifts are averaged over neighbours (the shifts, the moved batch), one elsewhere; and, with split references,
-each device's distances to its nearest ones. Only what is taken from the references once a call (the bandwidth, their
-own term and spread) sends at most 2,000 of them and their distances. "sample" draws noise for the references: whole
-ones get it on every device alike, split ones each on its own.
+each device's distances to its nearest ones and two moments. Only what is taken from the references once a call (the
+bandwidth, their own term and spread) sends at most 2,000 of them and their distances. "sample" draws noise for the
+references: whole ones get it on every device alike, split ones each on its own.
 
 A mesh may have Auto or Explicit axes. Inside, all are Auto: under Explicit ones, operations whose result could be split
 in several ways raise.
