@@ -161,7 +161,8 @@ def test_permuting_the_batch_permutes_the_samples(float64):
     x, refs = start(), references()
     order = jnp.array([3, 0, 5, 1, 7, 4, 2, 6])
     samples, permuted = (flow(z, 1e-5, refs) for z in (x, x[order]))
-    np.testing.assert_allclose(permuted.x, samples.x[order], rtol=1e-9)
+    # rounding changes the sizes of adaptive steps, and these the samples: by far less than the tolerance of 1e-5
+    np.testing.assert_allclose(permuted.x, samples.x[order], rtol=1e-7)
     assert permuted.num_steps == samples.num_steps
     other = flow(x.at[1].add(1.0), 1e-5, refs)
     assert jnp.abs(other.x[0] - samples.x[0]).max() > 1e-3  # the batch is one coupled state
