@@ -8,11 +8,10 @@ References:
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mmdjax.distances import nearest_distance, neighbour_distance, pairwise_median, subset
+from mmdjax.distances import nearest_distance, neighbour_distance, pairwise_median, subset_of
 from mmdjax.numerics import all_finite
 from mmdjax.particles import Particles, as_particles, check_points, flat
 from mmdjax.tree import is_concrete, pytree
@@ -56,8 +55,8 @@ class Neighbourhood:
 
 def _some(refs: Particles) -> tuple[Array, Array]:
     # the rows that are looked at, before they are cast: a cast of all of them would be a copy of the references
-    rows = subset(refs.n)
-    return flat(jax.tree.map(lambda leaf: leaf[rows], refs.x)), refs.probabilities()[rows]
+    looked_at = subset_of(Particles(refs.x, weight=refs.weight))
+    return flat(looked_at.x), looked_at.probabilities()
 
 
 def median_bandwidth(refs: Any) -> Float[Array, ""]:

@@ -18,8 +18,9 @@ from jaxtyping import Array, Bool, Float
 
 from mmdjax.blocks import PLAIN, block_beside, columns_of, row_size
 from mmdjax.numerics import product
-from mmdjax.particles import flat
+from mmdjax.particles import Particles, flat
 from mmdjax.placement import current
+from mmdjax.tree import is_traced
 
 CANCELLATION = 1e-3  # of |x|² + |y|²; there a float32 product is off by about 1e-4
 DIRECT = 4  # dimensions up to which distances are sums of squared differences, which lose nothing
@@ -122,9 +123,33 @@ def by_difference(
     return jax.lax.cond(close.any(), recompute, lambda d2: d2, d2)
 
 
-def subset(m: int, most: int = SUBSET) -> np.ndarray | slice:
-    """Indices of at most so many of m rows, spread evenly."""
-    return slice(None) if m <= most else np.linspace(0, m - 1, most).round().astype(int)
+def subset(m: int, weight: Any = None, most: int = SUBSET) -> Any:
+    """Indices of at most so many of m rows, spread evenly over those of positive weight.
+
+    Where fewer have one, all of these come first, and rows of weight 0 fill up.
+
+    Args:
+      weight: [m], or None: every row counts.
+
+    Example:
+      >>> subset(6, jnp.array([0, 1, 0, 1, 1, 0]), most=2).tolist()
+      [1, 4]
+    """
+    if m <= most:
+        return slice(None)
+    if weight is None:
+        return np.linspace(0, m - 1, most).round().astype(int)
+    counts = jnp.asarray(weight) > 0
+    present, k = counts.sum(), jnp.arange(most)
+    whole, rest = jnp.divmod(present - 1, most - 1)  # k (present − 1) alone could exceed an int32
+    even = k * whole + (2 * k * rest + most - 1) // (2 * (most - 1))
+    return jnp.argsort(~counts, stable=True)[jnp.where(present <= most, k, even)]
+
+
+def subset_of(points: Particles, most: int = SUBSET) -> Particles:
+    """The rows of a point set that `subset` picks; all of it where it has no more."""
+    rows = subset(points.n, points.weight, most)
+    return jax.tree.map(lambda leaf: (jnp.asarray(leaf) if is_traced(rows) else leaf)[rows], points)
 
 
 def pairwise_median(y: Float[Array, "m d"], weight: Float[Array, " m"], *, above: float = -1.0) -> Float[Array, ""]:
@@ -159,7 +184,7 @@ def neighbour_distance(y: Float[Array, "m d"], weight: Float[Array, " m"]) -> Fl
     valid &= d2 > 0
     most = max(1, round(math.sqrt(d2.shape[0])))
     nearest = -jax.lax.top_k(jnp.where(valid, -d2, -jnp.inf), min(most, d2.shape[0]))[0]
-    present = (weight[subset(y.shape[0])] > 0).sum()
+    present = jnp.minimum((weight > 0).sum(), SUBSET)
     k = jnp.minimum(jnp.round(jnp.sqrt(present)).astype(int), valid.sum(1))
     chosen = jnp.take_along_axis(nearest, jnp.maximum(k - 1, 0)[:, None], axis=1)
     return _median_distance(chosen, jnp.isfinite(chosen))
@@ -189,7 +214,7 @@ def _valid_pairs(y: Array, weight: Array, what: str) -> tuple[Array, Array]:
         raise ValueError(
             f"one reference has no {what}; give the kernel's bandwidth as a number, such as IMQ(1.0), or more refs"
         )
-    rows = subset(y.shape[0])
+    rows = subset(y.shape[0], weight)
     y, present = jax.lax.stop_gradient(y[rows]), weight[rows] > 0
     y = jnp.where(present[:, None], y, y[jnp.argmax(present)])  # what lies in an empty slot must not move the centre
     d2 = current.get().by_rows(functools.partial(squared_distance, same=True, accurate=True), y)

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmdjax.denoisers import DiffusionModel
-from mmdjax.distances import squared_distance, subset
+from mmdjax.distances import squared_distance, subset, subset_of
 from mmdjax.guidance import MMDGuidance, check_guidance, default_kernel, fit_kernel
 from mmdjax.kernels import IMQ, Product, Scaled
 from mmdjax.mmd import pair_norm, self_term
@@ -354,10 +354,10 @@ def _reason(scores, chosen):
 @partial(jax.jit, static_argnames="folds")
 def _split(key, kernel, refs, present, folds):
     """[folds, m] masks of the references held out."""
-    n, rows, some = refs.n, subset(refs.n), _some(refs)
-    p = refs.probabilities()[rows]
-    gram = kernel.gram(some, some, same=True)
-    gram = jnp.where(jnp.eye(some.n, dtype=bool), 0.0, gram)
+    n, rows, looked_at = refs.n, subset(refs.n, refs.weight), subset_of(refs)
+    p = looked_at.probabilities()
+    gram = kernel.gram(looked_at, looked_at, same=True)
+    gram = jnp.where(jnp.eye(looked_at.n, dtype=bool), 0.0, gram)
 
     def deal(key):
         fold = jax.random.permutation(key, present.shape[0]) % folds
@@ -377,12 +377,7 @@ def _split(key, kernel, refs, present, folds):
 @jax.jit
 def _own(kernel, refs):
     """E k(y, y'), on at most 2,000 references."""
-    return self_term(kernel, _some(refs), "u")
-
-
-def _some(refs):
-    rows = subset(refs.n)
-    return jax.tree.map(lambda leaf: leaf[rows], refs)
+    return self_term(kernel, subset_of(refs), "u")
 
 
 @jax.jit
