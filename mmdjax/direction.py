@@ -38,7 +38,7 @@ from jaxtyping import Array, Float
 from mmdjax.blocks import block_beside, least_over, sum_over
 from mmdjax.kernels import RBF, Kernel, Product, Radial, Sum
 from mmdjax.mmd import pair_norm
-from mmdjax.numerics import product, reciprocal, safe_sqrt
+from mmdjax.numerics import least_mass, product, reciprocal, safe_sqrt, unit_of
 from mmdjax.particles import Particles, per_sample, wide_dtype
 from mmdjax.placement import WHOLE, Shards
 from mmdjax.schedules import Level
@@ -46,6 +46,7 @@ from mmdjax.tree import pytree, static
 
 SURPLUS = 5  # how soon a particle leaves the average where the batch outweighs the references
 FAR = 0.7  # how far from them, squared, in their spread
+LARGE, FAINT = 1e15, 1e-12  # kernel weights that count, in units of their mean: their squares are float32 numbers
 
 
 def shift_direction(
@@ -100,23 +101,27 @@ def shift_direction(
         if isinstance(fixed, Product):
             ratio = _condition_ratio(fixed, z, everyone, refs, memory, own, coef[everyone.n :], shards)
             pushed, mass_push = per_sample(ratio, pushed) * pushed, ratio * mass_push
-        surplus = mass_push > mass_pull
-        tiny = jnp.finfo(mass_pull.dtype).tiny * 8
-        share = jnp.where(surplus, jnp.maximum(mass_pull, tiny) / jnp.where(surplus, mass_push, 1.0), 1.0)
-        weaker = share**balance
+        weaker = _surplus_share(mass_pull, mass_push) ** balance
         pushed, mass_push = per_sample(weaker, pushed) * pushed, weaker * mass_push
-    direction = 2 * (pushed - pulled)
     match precondition:
         case "mass" | "field":
-            # normalised by its value first: 1/m² overflows in the derivative of 1/m where the kernel is nearly 0
             mass = jnp.maximum(mass_pull, mass_push)
-            inverse = reciprocal(jax.lax.stop_gradient(jnp.where(mass > jnp.finfo(mass.dtype).tiny * 8, mass, 0.0)))
-            factor = 0.5 * inverse / jnp.where(inverse > 0, mass * inverse, 1.0)
+            unit = unit_of(mass)
+            step = per_sample(unit, pushed) * (pushed - pulled)
+            return step / per_sample(jnp.where(unit > 0, mass * unit, 1.0), step)
         case "raw":
-            factor = u[: z.n]
-        case _:
-            return direction
-    return factor.reshape((-1,) + (1,) * (direction.ndim - 1)) * direction
+            return per_sample(2 * u[: z.n], pushed) * (pushed - pulled)
+    return 2 * (pushed - pulled)
+
+
+def _surplus_share(mass_pull: Float[Array, " n"], mass_push: Float[Array, " n"]) -> Float[Array, " n"]:
+    """min(1, mass_pull/mass_push), a mass_pull that vanishes counting as the least one, so that powers have a slope."""
+    mass_pull = jnp.maximum(mass_pull, least_mass(mass_pull.dtype))
+    surplus = mass_push > mass_pull
+    units = unit_of(mass_pull), unit_of(jnp.where(surplus, mass_push, 1.0))
+    quotient = (mass_pull * units[0]) / jnp.where(surplus, mass_push * units[1], 1.0)
+    share = jax.lax.stop_gradient(mass_pull) * units[1]
+    return jnp.where(surplus, quotient * share, 1.0)
 
 
 def _condition_ratio(
@@ -177,8 +182,10 @@ def neighbours(
     weight = jnp.maximum(among.pair_weights(z, everyone, same=True), 0.0)  # a product with Cosine may be negative
     eye = jnp.eye(*weight.shape, dtype=bool)
     others = jnp.where(eye, 0.0, weight)
-    own = jnp.maximum(jnp.diagonal(weight), jnp.max(others, axis=1))
-    weight = jnp.where(eye, jnp.where(own > 0, own, 1.0)[:, None], weight)
+    at_zero = jnp.diagonal(weight)
+    own = jnp.maximum(jnp.where(jnp.isfinite(at_zero), at_zero, 0.0), jnp.max(others, axis=1))
+    own = jnp.where(own > least_mass(own.dtype), own, 1.0)
+    weight = jnp.where(eye, own[:, None], others) * unit_of(own)[:, None]
 
     averaged = _in_balance(fixed, z, refs, memory, others, everyone, shards)
     averaged *= _in_reach(among, z, refs, spread2, everyone, shards)
@@ -198,12 +205,12 @@ def _in_balance(
 
     1/(1 + t⁴), t = SURPLUS (q − p)₊/√(Σ_j v_j w(z_i, y_j)² − p²), p and q the means of the weights w(z_i, ·) over the
     references and over the other particles, `others` those of the batch. t is cut: the power of a large number would
-    have no derivative.
+    have no derivative. Weights come in units of their mean within the batch; one above LARGE is cut, which leaves p above
+    q. A particle whose weights are all FAINT beside the others' counts as balanced.
     """
     past = jnp.zeros(0, others.dtype) if memory is None else memory.weight.astype(others.dtype)
     each = 1 / jnp.maximum(everyone.n - 1 + past.sum(), 1)
-    mean = shards.total(others.sum()) / (everyone.n * max(everyone.n - 1, 1))
-    unit = jax.lax.stop_gradient(reciprocal(mean))  # squares of weights may overflow, and their units are no matter
+    unit = unit_of(shards.total(others.sum()) / (everyone.n * max(everyone.n - 1, 1)))
     q = others.sum(1)
     if memory is not None:
         q += product(jnp.maximum(kernel.pair_weights(z, memory), 0.0), past)
@@ -215,12 +222,15 @@ def _in_balance(
 
     def moments(points):
         def in_block(rows):
-            w = unit * jnp.maximum(kernel.pair_weights(points, rows.of(refs)), 0.0)
+            w = jnp.clip(unit * kernel.pair_weights(points, rows.of(refs)), 0.0, LARGE)
             return jnp.stack([product(w, rows.weights(v)), product(w**2, rows.weights(v))], axis=1)
 
         return sum_over(in_block, refs.n, block_beside(points.n, refs.x))
 
     p, p2 = shards.pull(moments, z, everyone).T
+    mass = jax.lax.stop_gradient(jnp.maximum(p, q))
+    scale = reciprocal(jnp.where(mass > FAINT, mass, 0.0))
+    p, q, p2 = scale * p, scale * q, scale * (scale * p2)
     least = (1e-3 * jnp.maximum(p, q)) ** 2  # where all references weigh the same
     t = SURPLUS * jnp.maximum(q - p, 0.0) * reciprocal(safe_sqrt(jnp.maximum(p2 - p**2, least)))
     return 1 / (1 + jnp.minimum(t, 16.0) ** 4)

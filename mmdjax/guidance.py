@@ -26,7 +26,7 @@ from jaxtyping import Array
 from mmdjax.barycentric import combinations, fixed_distances, of_distance, pays
 from mmdjax.blocks import PLAIN, row_size
 from mmdjax.direction import balance_at, diffused_pair, neighbours, shift_direction
-from mmdjax.distances import SUBSET, spread2, subset
+from mmdjax.distances import SUBSET, spread2, subset_of
 from mmdjax.host import HostReferences
 from mmdjax.kernels import IMQ, RBF, Kernel, NearestNeighbour, Neighbourhood, Polynomial, as_kernel, check_fitted
 from mmdjax.memory import Memory
@@ -265,7 +265,7 @@ class BoundGuidance:
             specs=(batch, batch, batch, P(), on_refs, P(), P()),
             out=(batch, batch, P(), P()),
         )
-        mmd2, norm = (jax.lax.stop_gradient(v).astype(wide) for v in (mmd2 + refs_term, norm))
+        mmd2, norm = (mmd2 + refs_term).astype(wide), norm.astype(wide)
         transform_state = jax.tree.map(lambda new, old: new.astype(old.dtype), transform_state, state.transform)
         return z.astype(x.dtype), GuidanceState(transform_state, mmd2, norm, x if guidance.published else ())
 
@@ -321,7 +321,8 @@ class BoundGuidance:
             carry = (z, gathered, state)
             moved = inner(carry, 0)[0] if steps == 1 else jax.lax.scan(inner, carry, jnp.arange(steps))[0]
             there = points(moved[0]).astype(x.dtype)
-            norms = jnp.sqrt(jnp.sum(((there - x) ** 2).reshape(x.shape[0], -1), axis=1))
+            moved_by = jax.lax.stop_gradient(there - x)  # here: √ has no derivative where a sample stays
+            norms = jnp.sqrt(jnp.sum((moved_by**2).reshape(x.shape[0], -1), axis=1))
             return *moved, there, shards.total(norms.sum()) / particles(z, gathered)[1].n
 
         def left(z, gathered, state):
@@ -329,7 +330,8 @@ class BoundGuidance:
 
         carry = first, gather(first), transform_state
         z, gathered, transform_state, there, norm = jax.lax.cond(numbers["active"], guided, left, *carry)
-        return there, transform_state, norm, self._mmd2(kernel, *particles(z, gathered), refs, memory, shards)
+        traced = jax.lax.stop_gradient((kernel, *particles(z, gathered), refs, memory))
+        return there, transform_state, norm, self._mmd2(*traced, shards)
 
     def _mmd2(self, kernel, z, everyone, refs, memory, shards):
         """MMD² without the references' own term; each device sums over its own rows, and its part of the memory's."""
@@ -436,10 +438,9 @@ def bind(
     refs = placement.references(refs)
     refs_term = 0.0
     if guidance.at in ("denoised", "clean"):
-        rows = subset(refs.n)
-        some = placement.whole(jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf[rows]), refs))
+        looked_at = placement.whole(jax.lax.stop_gradient(subset_of(refs)))
         refs_term = placement.split(
-            functools.partial(_refs_term, guidance.estimator), (kernel, some), specs=(P(), P()), out=P()
+            functools.partial(_refs_term, guidance.estimator), (kernel, looked_at), specs=(P(), P()), out=P()
         )
         refs_term = jax.lax.stop_gradient(refs_term)
     held = None
@@ -459,16 +460,16 @@ def spread_of(guidance: MMDGuidance, refs: Particles, placement: Placement = HER
     """`spread2` of clean references, or of some 16 MB of them, for a guidance that asks for it, else ∞; detached."""
     if guidance.rule != "field" or guidance.at not in ("denoised", "clean"):
         return jnp.inf
-    rows = subset(refs.n, max(64, min(SUBSET, PLAIN // row_size(refs.x))))
-    some = placement.whole(widen(jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf[rows]), refs)))
+    most = max(64, min(SUBSET, PLAIN // row_size(refs.x)))
+    looked_at = placement.whole(widen(jax.lax.stop_gradient(subset_of(refs, most))))
     with fitted_in(placement):
-        return spread2(flat(some.x), some.probabilities())
+        return spread2(flat(looked_at.x), looked_at.probabilities())
 
 
 def _refs_term(estimator, shards, kernel, refs):
     # `self_term`, each device having its part of the rows
     share, whole = shards.share(refs)
-    total = jnp.where(whole.weight.sum() > 0, whole.weight.sum(), 1.0)  # the subset may have hit empty slots only
+    total = jnp.where(whole.weight.sum() > 0, whole.weight.sum(), 1.0)
     u, v = share.weight / total, whole.weight / total
     own = pair_sum(kernel, share, u, whole, v, same=True, self_pairs=estimator == "v")
     return shards.total(own) / pair_norm(v, estimator)

@@ -22,6 +22,21 @@ def reciprocal(x: Array) -> Array:
     return jnp.where(x > 0, 1.0 / jnp.where(x > 0, x, 1.0), 0.0)
 
 
+def least_mass(dtype: Any) -> Any:
+    """The smallest sum of kernel weights that counts: below it, weights that underflowed are missing from it."""
+    return jnp.finfo(dtype).tiny / jnp.finfo(dtype).eps
+
+
+def unit_of(mass: Array) -> Array:
+    """1/mass, detached, to divide by before anything else; 0 for a mass below `least_mass`.
+
+    A quotient of masses has a derivative of the size of 1/mass², which overflows where a kernel has nearly faded. In
+    units of their own values, numerator and denominator are numbers near 1.
+    """
+    mass = jax.lax.stop_gradient(mass)
+    return reciprocal(jnp.where(mass >= least_mass(mass.dtype), mass, 0.0))
+
+
 def all_finite(x: Any) -> bool:
     """Whether a concrete array has neither NaN nor infinity; also where a function being traced closes over it."""
     with jax.ensure_compile_time_eval():
