@@ -18,6 +18,7 @@ and the description stays.
 import ast
 import copyreg
 import dataclasses
+import enum
 import functools
 import hashlib
 import inspect
@@ -134,7 +135,7 @@ def differences(old: Any, new: Any, name: str = "", *, told: bool = False) -> li
     """
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         both = {key for key in old if key in new}
-        same = all(old[key] == new[key] for key in ("is", "code", "parameters") if key in both)
+        same = all(old[key] == new[key] for key in ("is", "text", "code", "parameters") if key in both)
         if both >= FUNCTION and not same:
             names = "" if old["is"] == new["is"] else f": {old['is']}, now {new['is']}"
             return [f"{name} was another function{names}"]
@@ -208,7 +209,7 @@ def _describe(value: Any, within: tuple[int, ...]) -> Any:
     if isinstance(value, bytes):
         return f"bytes {hashlib.sha256(value).hexdigest()}"
     if isinstance(value, types.CodeType):
-        return [*_describe_code(value), _describe_parameters(value)]
+        return {"is": "builtins.code"} | _code_hashes(value)
     if isinstance(value, types.ModuleType):
         return value.__name__
     if isinstance(value, set | frozenset):
@@ -243,6 +244,8 @@ def _describe(value: Any, within: tuple[int, ...]) -> Any:
     if hasattr(value, "__dict__"):
         return said | inner(_attributes(value)) | _describe_pickled(value, inner) | methods
     text = {"text": repr(value).partition(" at 0x")[0]}
+    if isinstance(value, memoryview):
+        text["bytes"] = inner(value.tobytes())
     if type(value).__reduce__ is object.__reduce__:  # or the class says itself what is state, and what is a cache
         text |= inner(_attributes(value))
     return said | text | _describe_pickled(value, inner) | methods
@@ -293,8 +296,7 @@ def _describe_function(function: Any, within: tuple[int, ...], wrapped: Any = No
     attributes = {name: item for name, item in vars(function).items() if not _is_special(name)}
     return {
         "is": f"{function.__module__}.{function.__qualname__}",
-        "code": hashlib.sha256(repr(_describe_code(code)).encode()).hexdigest(),
-        "parameters": hashlib.sha256(repr(_describe_parameters(code)).encode()).hexdigest(),
+        **_code_hashes(code),
         "closure": inner(closed),
         "defaults": inner((function.__defaults__, function.__kwdefaults__)),
     } | ({"attributes": inner(attributes)} if attributes else {})
@@ -305,6 +307,11 @@ def _filled(cell: Any) -> bool:
         return cell.cell_contents is not cell
     except ValueError:
         return False
+
+
+def _code_hashes(code: types.CodeType) -> dict[str, str]:
+    parts = {"code": _describe_code(code), "parameters": _describe_parameters(code)}
+    return {name: hashlib.sha256(repr(part).encode()).hexdigest() for name, part in parts.items()}
 
 
 def _describe_code(code: types.CodeType) -> list[Any]:
@@ -364,6 +371,7 @@ def _describe_class(kind: type, within: tuple[int, ...]) -> dict[str, Any]:
             method = isinstance(inspect.unwrap(item), types.FunctionType) if callable(item) else False
             slot = isinstance(item, types.MemberDescriptorType | types.GetSetDescriptorType)
             special = _is_special(name) or (_is_linen(base) and (name.startswith("_") or name == "scope"))
+            special |= issubclass(base, enum.Enum) and (name[0] == name[-1] == "_" or isinstance(item, base))
             if not (slot or name in fields or name in UNTOLD_METHODS or (special and not method)):
                 told[f"{base.__qualname__}.{name}"] = inner(item)
     return {"class": told} if told else {}
