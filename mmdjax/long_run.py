@@ -287,7 +287,8 @@ class SavedSamples:
         out_of_range = numbers[(numbers < -n) | (numbers >= n)]
         if out_of_range.size:
             raise IndexError(f"there is no sample {out_of_range.flat[0]}; there are {n} samples")
-        return np.where(numbers < 0, numbers + n, numbers).astype(int)
+        numbers = numbers.astype(int)
+        return np.where(numbers < 0, numbers + n, numbers)
 
     def _empty(self, rows: tuple[int, ...]) -> np.ndarray:
         """An array for samples [*rows, *shape]."""
