@@ -172,7 +172,7 @@ def sample_many(
                 else:
                     if memory is not None:
                         rows = _rows(cond, start, batch_size, num_samples)
-                        memory = _remember(memory, arrays, rows, guidance, refs)
+                        memory = _remember(memory, arrays, rows, batch_size, guidance, refs)
                     if progress:
                         bar.initial += stop - start  # read, not made: no part of the rate
                 if each is not None and mine:
@@ -476,15 +476,23 @@ def _arrays(samples: Any, guidance: MMDGuidance, refs: Any, start: int, stop: in
     return arrays
 
 
-def _remember(memory: Memory, arrays: Mapping[str, np.ndarray], cond: Any, guidance: MMDGuidance, refs: Any) -> Memory:
-    """The memory after a batch that was read, as `guided_sample` would have left it; `cond` is of the whole batch."""
+def _remember(
+    memory: Memory, arrays: Mapping[str, np.ndarray], cond: Any, size: int, guidance: MMDGuidance, refs: Any
+) -> Memory:
+    """The memory after a batch that was read, as `guided_sample` would have left it.
+
+    Args:
+      cond: the conditions of the whole batch, of which a run's last file holds only the first samples.
+      size: how many samples were made.
+    """
     memory, cond = _here(memory), _here(cond)
     if refs is not None and guidance.published:
-        memory, x = memory.reset_when_full(), arrays["remembered"]
-        cond = jax.tree.map(lambda leaf: leaf[len(leaf) - len(x) :], cond)  # the last of the whole batch
+        memory, last = memory.reset_when_full(), arrays["remembered"]
+        x = np.zeros((size, *last.shape[1:]), last.dtype)  # in their own slots: those before them are overwritten
+        x[size - len(last) :] = last
     else:
         x = arrays["x"]
-        cond = jax.tree.map(lambda leaf: leaf[: len(x)], cond)  # of a last batch only the rows that were wanted
+        cond = jax.tree.map(lambda leaf: leaf[: len(x)], cond)
     return memory.push(Particles(jnp.asarray(x), cond))
 
 

@@ -177,6 +177,12 @@ def test_published_memory_with_conditions_and_a_cut_last_batch(tmp_path):
     (tmp_path / "batch-00002.safetensors").unlink()
     run(tmp_path, **how)
     assert arrays(tmp_path, ("x", "mmd2", "remembered")) == before
+    settings = {"model": MODEL, "num_samples": 4, "num_steps": 4, "guidance": how["guidance"], "cond": LABELS[:4]}
+    made = guided_sample(0.5, jax.random.fold_in(KEY, 0), REFS, memory=3, **settings).memory
+    read = long_run._remember(
+        Memory.empty(3, (3,), LABELS), load_samples(tmp_path).batch(0), LABELS[:4], 4, how["guidance"], REFS
+    )
+    jax.tree.map(np.testing.assert_array_equal, read, made)  # in the same slots: sums over them round alike
 
 
 def test_conditions_and_a_memory_to_begin_with(tmp_path):
