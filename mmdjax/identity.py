@@ -45,6 +45,7 @@ OTHER_FLAGS = (
 UNTOLD_METHODS = {  # they set attributes, which are told, or compare and print
     "__init__", "__new__", "__repr__", "__eq__", "__ne__", "__hash__", "__lt__", "__le__", "__gt__", "__ge__",
     "__setattr__", "__delattr__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__replace__",
+    "__init_subclass__", "__subclasshook__", "__annotate__", "__annotate_func__",
 }  # fmt: skip
 HASHED = re.compile(r"(.*?) ?sha256 [0-9a-f]{64}")
 FUNCTION = {"is", "code"}  # what the description of a function has
@@ -153,33 +154,37 @@ def differences(old: Any, new: Any, name: str = "", *, told: bool = False) -> li
 def _difference(old: Any, new: Any, name: str, told: bool) -> list[str]:
     if old == new or (told and isinstance(new, Mapping) and str(old) in (new.get("is"), new.get("text"))):
         return []
-    hashed = [HASHED.fullmatch(value)[1] if _is_hashed(value) else None for value in (old, new)]
-    if hashed[0] is None or hashed[0] != hashed[1]:
+    kind = _hashed(old)
+    if kind is None or kind != _hashed(new):
         return [f"{name} was {_short(old)} and is {_short(new)}"]
-    return [f"{name} was another {hashed[0].removeprefix('a ')}" if hashed[0] else f"{name} differ"]
+    return [f"{name} was another {kind.removeprefix('a ')}" if kind else f"{name} differ"]
 
 
 def _flat(values: list) -> bool:
     return not any(isinstance(value, list | Mapping) for value in values)
 
 
-def _is_hashed(value: Any) -> bool:
-    return isinstance(value, str) and HASHED.fullmatch(value) is not None
+def _hashed(value: Any) -> str | None:
+    """What a text says beside a hash; None if there is no hash in it."""
+    found = HASHED.fullmatch(value) if isinstance(value, str) else None
+    return None if found is None else found[1]
 
 
 def _short(value: Any) -> str:
     if isinstance(value, Mapping) and "is" in value:
-        return value.get("text", value["is"])
+        return str(value.get("text", value["is"]))
     if isinstance(value, list) and not _flat(value):
         return ", ".join(map(_short, value))
-    text = HASHED.fullmatch(value)[1] or value if _is_hashed(value) else str(value)
+    text = _hashed(value) or str(value)
     return text if len(text) <= 100 else f"{text[:97]}…"
 
 
 def _as_used(leaf: Any, number: Any = None) -> Any:
     """One leaf of `as_used`; `number` is what becomes of a scalar array, by default Python's number."""
     dtype = getattr(leaf, "dtype", None)
-    if not isinstance(leaf, bool | int | float | complex) and not (isinstance(dtype, np.dtype) and dtype.kind != "O"):
+    if not isinstance(leaf, bool | int | float | complex) and not (
+        isinstance(dtype, np.dtype) and dtype.kind not in "OUSMm"
+    ):
         return leaf  # a key, a function, an object
     dtype = jnp.result_type(leaf)
     if np.ndim(leaf) == 0 and jnp.issubdtype(dtype, jnp.floating):
@@ -188,7 +193,9 @@ def _as_used(leaf: Any, number: Any = None) -> Any:
         array = on_host(leaf).astype(dtype, copy=False)
     if array.ndim or number is not None:
         return array
-    return float(str(array)) if jnp.issubdtype(dtype, jnp.floating) else array.item()  # 0.1, not 0.10000000149
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return array.item()
+    return float(np.format_float_scientific(array.flat[0]))  # the fewest digits that tell: 0.1, not 0.10000000149
 
 
 def _describe(value: Any, within: tuple[int, ...]) -> Any:
@@ -219,8 +226,8 @@ def _describe(value: Any, within: tuple[int, ...]) -> Any:
     if isinstance(value, Mapping):
         more = _attributes(value) if isinstance(value, dict) else {}
         return _describe_items(value, inner) | ({"attributes": inner(more)} if more else {}) | methods
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return said | {name: inner(item) for name, item in zip(value._fields, value, strict=True)} | methods
+    if isinstance(value, tuple) and (names := getattr(value, "_fields", None)) is not None:
+        return said | {name: inner(item) for name, item in zip(names, value, strict=True)} | methods
     if isinstance(value, list | tuple):
         items, more = [inner(item) for item in value], _attributes(value)
         return said | {"items": items} | inner(more) | methods if more or methods else items
@@ -367,14 +374,22 @@ def _describe_class(kind: type, within: tuple[int, ...]) -> dict[str, Any]:
         if _is_installed(base.__module__):
             continue
         for name, item in vars(base).items():
-            item = getattr(item, "__func__", None) or getattr(item, "fget", None) or getattr(item, "func", None) or item
-            method = isinstance(inspect.unwrap(item), types.FunctionType) if callable(item) else False
+            item = _function_of(item)
             slot = isinstance(item, types.MemberDescriptorType | types.GetSetDescriptorType)
             special = _is_special(name) or (_is_linen(base) and (name.startswith("_") or name == "scope"))
             special |= issubclass(base, enum.Enum) and (name[0] == name[-1] == "_" or isinstance(item, base))
-            if not (slot or name in fields or name in UNTOLD_METHODS or (special and not method)):
+            if not (slot or name in fields or name in UNTOLD_METHODS or (special and not callable(item))):
                 told[f"{base.__qualname__}.{name}"] = inner(item)
     return {"class": told} if told else {}
+
+
+def _function_of(item: Any) -> Any:
+    """What a class's own name for a method or property stands for."""
+    if isinstance(item, staticmethod | classmethod):
+        return item.__func__
+    if isinstance(item, functools.cached_property):
+        return item.func
+    return item.fget if isinstance(item, property) else item
 
 
 def _is_installed(module: str) -> bool:
@@ -399,25 +414,24 @@ def _is_special(name: str) -> bool:
 
 def _describe_pickled(value: Any, inner: Any) -> dict[str, Any]:
     """{"state": what `pickle` keeps of an object beside its attributes}; {} if there is none, or it refuses."""
-    reduce = copyreg.dispatch_table.get(type(value), lambda value: value.__reduce_ex__(2))
     if isinstance(value, TRANSPARENT):
         return {}
     try:
-        reduced = reduce(value)
+        reduce = copyreg.dispatch_table.get(type(value))
+        reduced: Any = value.__reduce_ex__(2) if reduce is None else reduce(value)
     except Exception:  # each class raises its own
         return {}
     if isinstance(reduced, str):  # the name of something that a module holds
         return {}
-    make, args, state, items, pairs = (*reduced, None, None, None)[:5]
-    plain = make is copyreg.__newobj__  # type: ignore[attr-defined]
-    if plain and (hasattr(value, "__dict__") or _attributes(value)):
-        state = None
-    kept = [args[1:] if plain else [make, *args], state, list(items or ()), list(pairs or ())]
-    return (
-        {"state": inner(kept)}
-        if any(part is not None and len(part) for part in kept[:1] + kept[2:]) or state is not None
-        else {}
-    )
+    make, args = reduced[:2]
+    state, items, pairs = (*reduced[2:], None, None, None)[:3]
+    if make is getattr(copyreg, "__newobj__"):  # noqa: B009  # an ordinary object: made of its class, then attributes
+        made = [*args[1:]]
+        state = None if hasattr(value, "__dict__") or _attributes(value) else state
+    else:
+        made = [make, *args]
+    kept = [made, state, [*(items or ())], [*(pairs or ())]]
+    return {"state": inner(kept)} if any(part not in ([], None) for part in kept) else {}
 
 
 # --- collections and numbers ---
@@ -425,15 +439,17 @@ def _describe_pickled(value: Any, inner: Any) -> dict[str, Any]:
 
 def _describe_items(items: Mapping[Any, Any], inner: Any) -> dict[str, Any]:
     told = {str(key): inner(item) for key, item in items.items() if isinstance(key, str)}
+    others = [(_text(key), _name(type(key)), item) for key, item in items.items() if not isinstance(key, str)]
     kinds = {}
-    for key in sorted(
-        (key for key in items if not isinstance(key, str)), key=lambda key: (_name(type(key)), repr(key))
-    ):
-        text = str(key).partition(" at 0x")[0]
-        while text in told:
+    for text, kind, item in sorted(others, key=lambda other: other[:2]):
+        while text in told:  # 1 beside "1"
             text += "'"
-        told[text], kinds[text] = inner(items[key]), _name(type(key))
+        told[text], kinds[text] = inner(item), kind
     return told | ({"keys that are not text": kinds} if kinds else {})
+
+
+def _text(value: Any) -> str:
+    return str(value).partition(" at 0x")[0]
 
 
 def _text_in_set(item: Any, inner: Any) -> str:
