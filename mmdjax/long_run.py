@@ -5,9 +5,13 @@
                              guidance remembers something else than x (`MMDGuidance.paper`), "remembered"
 
 Batch i is made from `fold_in(key, i)` and the memory of batches 0 to i − 1, which is read back from their files. So
-every batch follows from the manifest and the batches before it, and one that is missing or damaged is made again, the
-same bit for bit on the same devices. A batch's metadata hold the hash of the manifest's definition, its rows, and the
-hash of all of it, so that a file vouches for itself; files appear under their names once they are whole.
+every batch follows from the manifest and the batches before it. One that is missing or damaged is made again, the same
+bit for bit on the same devices. A batch's metadata hold the hash of the manifest's definition, its rows, and the hash
+of its whole content, so that each file can be checked by itself. A file appears under its name only once it is whole.
+
+The manifest describes values as JAX uses them: float64 references are described as the float32 that they become.
+Manifests of the first format describe them as they were given, and tell less of functions (`mmdjax.identity`); such a
+run is resumed where all that its manifest tells is the same.
 """
 
 import contextlib
@@ -22,23 +26,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from mmdjax.checkpoint import Checkpoint, CheckpointError, Entry, open_safetensors, write_safetensors
 from mmdjax.denoisers import DiffusionModel
 from mmdjax.guidance import MMDGuidance
-from mmdjax.identity import arrays_hash, describe, differences, on_host, sha256, tree_hash
+from mmdjax.identity import array_bytes, arrays_hash, as_used, describe, differences, on_host, sha256, tree_hash
 from mmdjax.lock import NAME as LOCK
 from mmdjax.lock import locked
 from mmdjax.memory import Memory
 from mmdjax.particles import Particles, as_particles
+from mmdjax.placement import placement
 from mmdjax.provenance import provenance
 from mmdjax.samplers import DDIM, Sampler
 from mmdjax.sampling import as_memory, check_call, guided_sample
+from mmdjax.schedules import uniform_times
+from mmdjax.tree import replace
 from mmdjax.whole import write_json
 
-MANIFEST, FORMAT = "manifest.json", "mmdjax run 1"
+MANIFEST, FORMAT, FIRST_FORMAT = "manifest.json", "mmdjax run 2", "mmdjax run 1"
 FILE = re.compile(r"(batch-\d{5,}\.safetensors|manifest\.json)(\.part)?")
 NUMERICS = ("enable_x64", "default_matmul_precision", "threefry_partitionable")
 SAID = ("format", "run", "rows")  # what a batch's metadata say of it
@@ -64,33 +72,41 @@ def sample_many(
     sharding: Any = None,
     checks: bool = False,
 ) -> "SavedSamples":
-    """Make any number of samples in batches, into a folder; the same call goes on where an earlier one was cut off.
+    """Make any number of samples in batches, into a folder. If a run stops, even by `kill -9`, repeat the call.
 
-    Whatever ends a run, `kill -9` included, costs at most the batch that was being made. A run that was resumed has the
-    arrays of one that was not, bit for bit on the same devices; on others, whose sums round differently, they agree to
-    rounding (GPUs: only with XLA_FLAGS=--xla_gpu_deterministic_ops=true do they repeat their own bits).
+    The repeated call resumes the run: it reads the batches that are there and makes those that are missing. At most the
+    batch that was being made is lost. A resumed run has the same samples as one that was never stopped, bit for bit on
+    the same devices. On other devices, whose sums round differently, they agree to rounding. GPUs repeat their own bits
+    only with XLA_FLAGS=--xla_gpu_deterministic_ops=true.
 
-    The last batch is made in full and cut, so that nothing compiles twice; with conditions, those of its surplus are
-    the first ones again.
+    A call with other settings than the folder's fails and lists the differences. Settings are compared by value, as JAX
+    uses them: references in float64 are those in float32, equal weights are no weights, and `times` that are
+    `num_steps`' grid are `num_steps`. Functions are compared by their code and what they close over. Changes that are
+    not seen: what a function reads from its module's globals, the code of installed packages other than mmdjax and JAX,
+    and what Python cannot look into, such as a generator or an open file.
+
+    The last batch is made in full and cut to what is left, so that nothing compiles twice. The conditions of its
+    surplus samples are those of the first ones.
 
     Args:
       params, key, refs, model, guidance, sampler, num_steps, times, sharding, checks: as in `guided_sample`.
       num_samples: N, of the whole run.
-      out: a folder of its own, made where there is none. The run's files there are resumed.
+      out: a folder for this run alone. It is made if it does not exist.
       batch_size: samples made at once.
-      cond: all N samples' conditions, a pytree of [N, ...], or None; or where these would be too large a function of
-        rows, an array of b integers below N, that returns theirs, [b, ...].
+      cond: conditions of all N samples, a pytree of [N, ...], or None. If that is too large: a function that takes an
+        array of b row numbers below N and returns the conditions of these rows, [b, ...].
       memory: None, the capacity of a memory of earlier batches, or the memory to begin with. With it many small batches
         align as one large batch does.
-      each: called with the first row and x of each batch that is on disk, in order; also of those made earlier.
+      each: a function, called for every batch in order, also for those made by an earlier call, once it is on disk:
+        each(first_row, x).
       progress: show bars, with the time left.
     Returns:
       The samples, read from disk as they are used.
     Raises:
-      FileExistsError: `out` holds something else, or a run of other settings; they are named.
-      BlockingIOError: another process is at work in `out`.
-      OSError: the disk is full, or `out` is read-only or was removed; once it is repaired, the same call goes on.
-      FloatingPointError: samples are not finite; nothing of that batch is kept.
+      FileExistsError: `out` holds other files, or a run with other settings; the message lists the differences.
+      BlockingIOError: another process is using `out`.
+      OSError: the disk is full, or `out` is read-only or was removed. Repair it and repeat the call.
+      FloatingPointError: samples are not finite. Their batch is not kept.
       ValueError, TypeError: as `guided_sample`.
 
     Example:
@@ -112,34 +128,34 @@ def sample_many(
         if np.shape(leaf)[:1] != (num_samples,):
             raise ValueError(f"cond has shape {np.shape(leaf)}; it needs one row for each of the {num_samples} samples")
     num_samples, batch_size = int(num_samples), min(int(batch_size), int(num_samples))
+    cond = cond if callable(cond) else jax.tree.map(on_host, cond)  # rows are taken there, however it lies on a mesh
     first = _rows(cond, 0, batch_size, num_samples)
     check_call(key, refs, model, batch_size, first, guidance, sampler, None)
     made_with = provenance() | {"devices": 1 if sharding is None else sharding.num_devices}
-    definition = {
-        "format": FORMAT,
+    given = {
         "num_samples": num_samples,
         "batch_size": batch_size,
-        "steps": describe(num_steps if times is None else np.asarray(times)),
-        "memory": describe(memory),
-        "key": describe(key),
-        "params": f"sha256 {tree_hash(params)}",
-        "refs": describe(refs),
-        "cond": describe(cond),
-        "model": describe(model),
-        "guidance": None if refs is None else describe(guidance),
-        "sampler": describe(sampler),
-        "versions": {name: made_with[name] for name in ("mmdjax", "jax", "jaxlib")}
-        | {"python": ".".join(platform.python_version_tuple()[:2])},
-        "numerics": {name: getattr(jax.config, f"jax_{name}") for name in NUMERICS},
+        "steps": num_steps if times is None else np.asarray(times),
+        "memory": memory,
+        "key": key,
+        "params": params,
+        "refs": refs,
+        "cond": cond,
+        "model": model,
+        "guidance": None if refs is None else guidance,
+        "sampler": sampler,
     }
     settings = {
         "model": model, "num_samples": batch_size, "guidance": guidance, "sampler": sampler, "num_steps": num_steps,
         "times": times, "progress": progress, "sharding": sharding, "checks": checks,
     }  # fmt: skip
     memory = as_memory(memory, model, first)
+    mesh = placement(sharding, batch_size, refs, (params, first, memory)).mesh
     process = jax.process_index()
     with locked(out, LOCK if process == 0 else f"{LOCK}-{process}") as lock:
-        run = _open_run(Path(out), definition, made_with)
+        run = _open_run(Path(out), given, made_with)
+        if run.definition["format"] == FORMAT:
+            refs = _without_equal_weights(refs)  # as they are described: the same bits however they were given
         with _bar(num_samples, progress) as bar, _resumable(run):
             for index, (start, stop) in enumerate(run.rows):
                 mine = index % jax.process_count() == process  # with several hosts each writes its share
@@ -147,14 +163,16 @@ def sample_many(
                 if arrays is None:
                     lock.check()
                     rows = _rows(cond, start, batch_size, num_samples)
-                    key_of_batch, memory = jax.random.fold_in(key, index), _replicated(memory, sharding)
+                    key_of_batch, memory = jax.random.fold_in(key, index), _replicated(memory, mesh)
                     samples = guided_sample(params, key_of_batch, refs, cond=rows, memory=memory, **settings)
                     memory, arrays = samples.memory, _arrays(samples, guidance, refs, start, stop)
                     if mine:
                         run.write(index, arrays)
                     lock.check()
                 else:
-                    memory = _remember(memory, arrays, _rows(cond, start, stop - start, num_samples), guidance, refs)
+                    if memory is not None:
+                        rows = _rows(cond, start, batch_size, num_samples)
+                        memory = _remember(memory, arrays, rows, batch_size, guidance, refs)
                     if progress:
                         bar.initial += stop - start  # read, not made: no part of the rate
                 if each is not None and mine:
@@ -172,37 +190,40 @@ def load_samples(out: str | Path, *, partial: bool = False) -> "SavedSamples":
 
     Args:
       out: the run's folder.
-      partial: take what there is of an unfinished run, up to the first batch that is missing.
+      partial: load an unfinished run too, up to its first missing batch.
     Raises:
-      FileNotFoundError: no run there.
+      FileNotFoundError: there is no run in the folder.
       CheckpointError: the manifest is damaged.
-      ValueError: the run is unfinished.
+      ValueError: the run is unfinished, and `partial` is False.
     """
     out = Path(out)
     if not (out / MANIFEST).exists():
         raise FileNotFoundError(f"{out}: no {MANIFEST}; give the folder that sample_many wrote")
     manifest = _read_manifest(out)
     if manifest is None:
-        raise CheckpointError(f"{out / MANIFEST} is damaged; call sample_many again as before, which writes it anew")
+        raise CheckpointError(f"{out / MANIFEST} is damaged; repeat the call of sample_many, which writes it again")
     run = SavedSamples(out, manifest["definition"])
     missing = [index for index in range(len(run.rows)) if not run.path(index).exists()]
     if not missing:
         return run
     if not partial:
         raise ValueError(
-            f"{out} lacks {len(missing)} of {len(run.rows)} batches, the first being {missing[0]}; call sample_many "
-            "again as before, which makes them, or take what there is with load_samples(out, partial=True)"
+            f"{out} lacks {len(missing)} of {len(run.rows)} batches, the first being {missing[0]}; repeat the call of "
+            "sample_many, which makes them, or load what is there with load_samples(out, partial=True)"
         )
     return SavedSamples(out, run.definition, run.rows[: missing[0]])
 
 
 class SavedSamples:
-    """Samples on disk, N of one shape: indexed, sliced and iterated as an array of them; `np.asarray` reads all.
+    """Samples on disk, N of one shape, read when they are used.
+
+    They are indexed by an integer, a slice, a list or array of integers, or a boolean array [N], and iterated as an
+    array of N samples is. `np.asarray` reads them all.
 
     Args:
-      folder: of the run.
+      folder: the run's folder.
       definition: what defines the run: settings, hashes and versions.
-      rows: (first, last + 1) of each batch; None: the whole run's.
+      rows: (first, last + 1) of each batch; None: those of the whole run.
     Raises:
       CheckpointError: a file that is read is missing or damaged.
     """
@@ -224,29 +245,71 @@ class SavedSamples:
         x = self.batch(0)["x"]
         return f"SavedSamples({len(self)} of {x.dtype.name}{list(x.shape[1:])})"
 
-    def __getitem__(self, rows: int | slice) -> np.ndarray:
-        """One sample, or those of a slice; a view of the file where one file holds them."""
-        size, wanted = self.definition["batch_size"], range(len(self))[rows]
-        if isinstance(wanted, int):
-            return self.batch(wanted // size)["x"][wanted % size]
-        low, high = (min(wanted[0], wanted[-1]), max(wanted[0], wanted[-1])) if wanted else (0, -1)
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        """One sample, or those of a slice, of integers or of a boolean array; of a slice within one file a view of it.
+
+        Raises:
+          IndexError: there is no such sample.
+          TypeError: rows that are none of these.
+        """
+        size = self.definition["batch_size"]
+        if not isinstance(rows, slice):
+            wanted = self._numbers(rows)
+            if not wanted.ndim:
+                return self.batch(int(wanted) // size)["x"][int(wanted) % size]
+            x = self._empty(wanted.shape)
+            for index in np.unique(wanted // size):
+                here = wanted // size == index
+                x[here] = self.batch(int(index))["x"][wanted[here] % size]
+            return x
+        wanted = range(len(self))[rows]
+        if not wanted:
+            return self._empty((0,))
+        low, high = min(wanted[0], wanted[-1]), max(wanted[0], wanted[-1])
         first = low // size
-        parts = [self.batch(i)["x"] for i in range(first, max(first, high // size) + 1)]
+        parts = [self.batch(i)["x"] for i in range(first, high // size + 1)]
         x = parts[0] if len(parts) == 1 else np.concatenate(parts)
         return x[low - first * size : high + 1 - first * size][:: wanted.step]
+
+    def _numbers(self, rows: Any) -> np.ndarray:
+        """An index as integers from 0 to N − 1."""
+        n = len(self)
+        numbers = np.asarray(rows, int if isinstance(rows, list) and not rows else None)
+        if isinstance(rows, tuple) or numbers.dtype.kind not in "iub" or (numbers.dtype == bool and not numbers.ndim):
+            raise TypeError(
+                f"samples are indexed by {rows!r}; give an integer, a slice, an array of integers, or a boolean array "
+                f"[{n}], and index what it returns further: samples[:10][..., 0]"
+            )
+        if numbers.dtype == bool:
+            if numbers.shape != (n,):
+                raise IndexError(f"the boolean index has shape {numbers.shape}; there are {n} samples")
+            return np.flatnonzero(numbers)
+        out_of_range = numbers[(numbers < -n) | (numbers >= n)]
+        if out_of_range.size:
+            raise IndexError(f"there is no sample {out_of_range.flat[0]}; there are {n} samples")
+        numbers = numbers.astype(int)
+        return np.where(numbers < 0, numbers + n, numbers)
+
+    def _empty(self, rows: tuple[int, ...]) -> np.ndarray:
+        """An array for samples [*rows, *shape]."""
+        if self.rows:
+            x = self.batch(0)["x"]
+            return np.empty((*rows, *x.shape[1:]), x.dtype)
+        dtype = np.float64 if self.definition["numerics"]["enable_x64"] else np.float32  # as noise is drawn
+        return np.empty((*rows, *self.definition["model"]["shape"]), dtype)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return (sample for index in range(len(self.rows)) for sample in self.batch(index)["x"])
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(self[:], dtype)
+        return np.array(self[:], dtype, copy=copy)
 
     def batch(self, index: int) -> Mapping[str, np.ndarray]:
         """The arrays of one batch: "x" and the trace, "mmd2" and "shift_norm"; its hash is checked at the first use."""
         found = self.find(index)
         if found is None:
             raise CheckpointError(
-                f"{self.path(index)} is missing or damaged; call sample_many again as before, which makes it anew"
+                f"{self.path(index)} is missing or damaged; repeat the call of sample_many, which makes it again"
             )
         return found
 
@@ -267,7 +330,7 @@ class SavedSamples:
             if arrays_hash(file, *said) != file.metadata.get("sha256"):
                 return None
             if said[1] != self.id:
-                raise FileExistsError(f"{self.path(index)} is of another run; give another folder, or remove it")
+                raise FileExistsError(f"{self.path(index)} is of another run; give another folder, or remove the file")
             if said != self._said(index):  # another batch's
                 return None
             self._sound.add(index)
@@ -287,33 +350,77 @@ class SavedSamples:
 
     def _said(self, index: int) -> list[str]:
         start, stop = self.rows[index]
-        return [FORMAT, self.id, f"{start}:{stop}"]
+        return [self.definition["format"], self.id, f"{start}:{stop}"]
 
 
-def _open_run(out: Path, definition: dict[str, Any], made_with: dict[str, Any]) -> SavedSamples:
+def _define(given: Mapping[str, Any], made_with: Mapping[str, Any], form: str) -> dict[str, Any]:
+    """A manifest's definition of a run, from the arguments that it was called with."""
+    used, values = form == FORMAT, dict(given)
+    params = f"sha256 {tree_hash(values.pop('params'), used=used)}"
+    if used:
+        values["refs"] = _without_equal_weights(values["refs"])
+        held = values["memory"]
+        if isinstance(held, Memory) and not on_host(held.particles.weight).any() and not on_host(held.next):
+            values["memory"] = held.capacity  # an empty one is made from it
+        values = as_used(values) | {"steps": _steps(values["steps"])}
+    told = {name: describe(value) for name, value in values.items()}
+    versions = {name: made_with[name] for name in ("mmdjax", "jax", "jaxlib")}
+    definition = told | {
+        "format": form,
+        "params": params,
+        "versions": versions | {"python": ".".join(platform.python_version_tuple()[:2])},
+        "numerics": {name: getattr(jax.config, f"jax_{name}") for name in NUMERICS},
+    }
+    return json.loads(json.dumps(definition))  # as it is read back
+
+
+def _steps(times: Any) -> Any:
+    """The number of steps of `guided_sample`'s own grid, a text for any other grid."""
+    times = as_used(times)
+    if np.ndim(times) != 1 or len(times) < 2:
+        return times
+    count = len(times) - 1
+    own = as_used(uniform_times(count))
+    if times.dtype == own.dtype and np.array_equal(times, own):
+        return count
+    shown = " to ".join(f"{times[i]:.6g}" for i in (0, -1))
+    return f"a grid of {count} steps from t = {shown} sha256 {sha256(array_bytes({'': times}))}"
+
+
+def _without_equal_weights(refs: Any) -> Any:
+    if refs is None or refs.weight is None:
+        return refs
+    weight = on_host(refs.weight)
+    return replace(refs, weight=None) if (weight == weight[0]).all() else refs
+
+
+def _open_run(out: Path, given: Mapping[str, Any], made_with: dict[str, Any]) -> SavedSamples:
     """The run in a folder, begun where it has none, or none with a batch.
 
     Raises:
-      FileExistsError: the folder holds something else, or a run of another definition.
+      FileExistsError: the folder holds other files, or a run of another definition.
     """
     found = [path for path in out.iterdir() if not path.name.startswith(LOCK)]
     strange = [path.name for path in found if not FILE.fullmatch(path.name)]
     manifest, begun = _read_manifest(out), any(path.suffix == ".safetensors" for path in found)
     if manifest is None and strange:
         raise FileExistsError(
-            f"{out} holds {', '.join(strange[:3])} but no run; nothing was overwritten. Give an empty folder, or none"
+            f"{out} holds {', '.join(strange[:3])} but no run; nothing was overwritten. Give an empty folder, or one "
+            "that does not exist"
         )
-    definition = json.loads(json.dumps(definition))  # as it is read back
     if manifest is None or not begun:
+        definition = _define(given, made_with, FORMAT)
         if jax.process_index() == 0:
             with _resumable(SavedSamples(out, definition)):
                 write_json(out / MANIFEST, {"definition": definition, "made_with": made_with})
     else:
-        lines = differences(manifest["definition"], definition)
+        definition = manifest["definition"]  # its batches name it by its hash
+        first = definition["format"] == FIRST_FORMAT
+        lines = differences(definition, _define(given, made_with, definition["format"]), told=first)
         if lines:
             raise FileExistsError(
-                f"{out} holds a run of other settings; nothing was changed. Give another folder, or these settings:"
-                + "".join(f"\n  {line}" for line in lines)
+                f"{out} holds a run of other settings; nothing was changed. Give another folder, or the run's "
+                "settings:" + "".join(f"\n  {line}" for line in lines).replace("\n  refs.x ", "\n  refs ")
             )
         before = manifest.get("made_with", {})
         if any(before.get(key) != made_with[key] for key in ("device", "devices")):
@@ -334,20 +441,19 @@ def _read_manifest(out: Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
         definition = manifest["definition"]
-        return manifest if definition["format"] == FORMAT and definition["num_samples"] else None
+        return manifest if definition["format"] in (FORMAT, FIRST_FORMAT) and definition["num_samples"] else None
     except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
-def _replicated(memory: Any, sharding: Any) -> Any:
+def _replicated(memory: Any, mesh: Any) -> Any:
     # a memory that was read must lie as one that was made, or another program is compiled, which rounds differently
-    mesh = getattr(sharding, "mesh", None)
-    return memory if mesh is None else jax.device_put(memory, NamedSharding(mesh, PartitionSpec()))
+    return memory if mesh is None else jax.device_put(memory, NamedSharding(mesh, P()))
 
 
 def _rows(cond: Any, start: int, count: int, num_samples: int) -> Any:
     rows = np.arange(start, start + count) % num_samples  # beyond the last one the first ones again
-    return cond(rows) if callable(cond) else jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], cond)
+    return cond(rows) if callable(cond) else jax.tree.map(lambda leaf: jnp.asarray(leaf[rows]), cond)
 
 
 def _arrays(samples: Any, guidance: MMDGuidance, refs: Any, start: int, stop: int) -> dict[str, np.ndarray]:
@@ -357,8 +463,8 @@ def _arrays(samples: Any, guidance: MMDGuidance, refs: Any, start: int, stop: in
     if samples.memory is not None and refs is not None and guidance.published:  # it remembers x before its last shift
         held, size = samples.memory, len(samples.x)
         kept = min(size, held.capacity)
-        slots = (int(held.next) - kept + np.arange(kept)) % held.capacity
-        arrays["remembered"] = held.particles.x[slots]
+        slots = (int(on_host(held.next)) - kept + np.arange(kept)) % held.capacity
+        arrays["remembered"] = on_host(held.particles.x)[slots]
     arrays = {name: on_host(x) for name, x in arrays.items()}
     arrays["x"] = arrays["x"][:count]  # not before: devices may share the batch equally only
     if not np.isfinite(arrays["x"]).all():
@@ -370,16 +476,29 @@ def _arrays(samples: Any, guidance: MMDGuidance, refs: Any, start: int, stop: in
     return arrays
 
 
-def _remember(memory: Any, arrays: Mapping[str, np.ndarray], cond: Any, guidance: MMDGuidance, refs: Any) -> Any:
-    """The memory after a batch that was read, as `guided_sample` would have left it."""
-    if memory is None:
-        return None
+def _remember(
+    memory: Memory, arrays: Mapping[str, np.ndarray], cond: Any, size: int, guidance: MMDGuidance, refs: Any
+) -> Memory:
+    """The memory after a batch that was read, as `guided_sample` would have left it.
+
+    Args:
+      cond: the conditions of the whole batch, of which a run's last file holds only the first samples.
+      size: how many samples were made.
+    """
+    memory, cond = _here(memory), _here(cond)
     if refs is not None and guidance.published:
-        memory, x = memory.reset_when_full(), arrays["remembered"]
-        cond = jax.tree.map(lambda leaf: leaf[-len(x) :], cond)
+        memory, last = memory.reset_when_full(), arrays["remembered"]
+        x = np.zeros((size, *last.shape[1:]), last.dtype)  # in their own slots: those before them are overwritten
+        x[size - len(last) :] = last
     else:
         x = arrays["x"]
+        cond = jax.tree.map(lambda leaf: leaf[: len(x)], cond)
     return memory.push(Particles(jnp.asarray(x), cond))
+
+
+def _here(tree: Any) -> Any:
+    # on one device: operations outside `jit` need to be told how results lie on a mesh of Explicit axes
+    return jax.tree.map(lambda leaf: jnp.asarray(on_host(leaf)), tree)
 
 
 def _bar(num_samples: int, shown: bool) -> Any:
@@ -390,7 +509,7 @@ def _bar(num_samples: int, shown: bool) -> Any:
 
 @contextlib.contextmanager
 def _resumable(run: SavedSamples) -> Iterator[None]:
-    """Say in what interrupts a run how to go on."""
+    """Add to the error that stops a run how to resume it."""
     try:
         yield
     except KeyboardInterrupt as error:
@@ -404,6 +523,6 @@ def _resumable(run: SavedSamples) -> Iterator[None]:
 
 def _state(run: SavedSamples) -> str:
     if not (run.folder / MANIFEST).exists():
-        return "nothing of the run is left there; the same call begins it again"
+        return "nothing of the run is left there; repeat the call to begin it again"
     there = sum(stop - start for i, (start, stop) in enumerate(run.rows) if run.path(i).exists())
-    return f"{there} of {len(run)} samples are in {run.folder}, and the same call goes on from there"
+    return f"{there} of {len(run)} samples are in {run.folder}; repeat the call to resume the run"

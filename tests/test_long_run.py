@@ -1,8 +1,11 @@
 """Long runs: what is on disk is what one uninterrupted run makes, whatever happened in between."""
 
 import errno
+import functools
+import hashlib
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -13,10 +16,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmdjax import DDIM, IMQ, Cosine, DiffusionModel, Memory, MMDGuidance, Particles, Product, guided_sample, long_run
+from mmdjax import (
+    DDIM,
+    IMQ,
+    Cosine,
+    DiffusionModel,
+    Heun,
+    Memory,
+    MMDGuidance,
+    Particles,
+    Product,
+    guided_sample,
+    long_run,
+)
 from mmdjax.checkpoint import CheckpointError
-from mmdjax.long_run import load_samples, sample_many
-from mmdjax.schedules import VPLinear
+from mmdjax.long_run import SavedSamples, load_samples, sample_many
+from mmdjax.schedules import VPLinear, uniform_times
 
 
 def shrink(params, x, level, cond):
@@ -82,12 +97,51 @@ def test_batches_are_those_of_a_loop_of_ones_own(whole):
     ]  # fmt: skip
 
 
+def test_samples_are_indexed_as_an_array_of_them(whole):
+    samples, expected = load_samples(whole), np.asarray(load_samples(whole))
+    for rows in (
+        np.int64(5), np.int32(-2), np.uint8(13), [3, 0, 13, 3], np.array([-1, 2]), np.array([[0, 5], [9, 1]]), [],
+        np.arange(14) % 3 == 0, [True] + [False] * 13, jnp.array([4, 8]), slice(None, None, -1), slice(20, 30),
+        slice(-100, 100), slice(2, 10, 50), np.zeros(14, bool),
+    ):  # fmt: skip
+        found, wanted = samples[rows], expected[np.asarray(rows, int) if isinstance(rows, list) and not rows else rows]
+        np.testing.assert_array_equal(found, wanted)
+        assert found.dtype == wanted.dtype
+    np.testing.assert_array_equal(list(reversed(samples)), expected[::-1])
+    for rows in (14, -15, np.int64(14), [0, 14], np.array([-15])):
+        with pytest.raises(IndexError, match=r"there is no sample -?1\d; there are 14 samples"):
+            samples[rows]
+    with pytest.raises(IndexError, match=r"has shape \(3,\); there are 14 samples"):
+        samples[np.ones(3, bool)]
+    for rows in (True, 1.0, "x", None, ..., (3, 0), np.ones(2), np.bool_(True)):
+        with pytest.raises(TypeError, match=r"samples are indexed by .*; give an integer"):
+            samples[rows]
+    copied = np.array(samples)
+    copied[:] = 0  # not the file
+    assert np.asarray(samples, np.float64).dtype == np.float64
+    np.testing.assert_array_equal(samples[:], expected)
+
+
+def test_a_run_without_its_first_batch_has_no_samples(whole, tmp_path):
+    for path in whole.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "batch-00000.safetensors").unlink()
+    samples = load_samples(tmp_path, partial=True)
+    assert len(samples) == 0
+    assert list(samples) == []
+    for found in (np.asarray(samples), samples[:], samples[3:9:2], samples[[]], samples[np.zeros(0, bool)]):
+        assert found.shape == (0, 3)
+        assert found.dtype == np.float32
+    with pytest.raises(IndexError, match="there is no sample 0; there are 0 samples"):
+        samples[0]
+
+
 @pytest.mark.parametrize("batches", [1, 3])
 def test_resumed_is_uninterrupted(whole, tmp_path, batches):
     with pytest.raises(KeyboardInterrupt) as caught:
         run(tmp_path, each=stop_after(batches))
     (note,) = caught.value.__notes__
-    assert f"{4 * batches} of 14 samples are in {tmp_path}, and the same call goes on from there" in note
+    assert f"{4 * batches} of 14 samples are in {tmp_path}; repeat the call to resume the run" in note
     with pytest.raises(ValueError, match=f"lacks {BATCHES - batches} of 4 batches, the first being {batches}"):
         load_samples(tmp_path)
     assert len(load_samples(tmp_path, partial=True)) == 4 * batches
@@ -115,6 +169,22 @@ def test_published_memory_is_read_back(tmp_path):
     assert arrays(tmp_path / "cut", names) == arrays(tmp_path / "whole", names)
 
 
+def test_published_memory_with_conditions_and_a_cut_last_batch(tmp_path):
+    how = {"guidance": MMDGuidance.paper(alpha=0.05), "memory": 3, "cond": LABELS}
+    run(tmp_path, **how)
+    before = arrays(tmp_path, ("x", "mmd2", "remembered"))
+    assert len(run(tmp_path, **how)) == 14
+    (tmp_path / "batch-00002.safetensors").unlink()
+    run(tmp_path, **how)
+    assert arrays(tmp_path, ("x", "mmd2", "remembered")) == before
+    settings = {"model": MODEL, "num_samples": 4, "num_steps": 4, "guidance": how["guidance"], "cond": LABELS[:4]}
+    made = guided_sample(0.5, jax.random.fold_in(KEY, 0), REFS, memory=3, **settings).memory
+    read = long_run._remember(
+        Memory.empty(3, (3,), LABELS), load_samples(tmp_path).batch(0), LABELS[:4], 4, how["guidance"], REFS
+    )
+    jax.tree.map(np.testing.assert_array_equal, read, made)  # in the same slots: sums over them round alike
+
+
 def test_conditions_and_a_memory_to_begin_with(tmp_path):
     cond = jax.random.normal(jax.random.key(3), (14, 2))
     kernel = Product(x=IMQ(1.0), cond=Cosine())
@@ -125,7 +195,7 @@ def test_conditions_and_a_memory_to_begin_with(tmp_path):
         run(tmp_path / "cut", each=stop_after(2), **how)
     run(tmp_path / "cut", **how)
     assert arrays(tmp_path / "cut") == arrays(tmp_path / "whole")
-    with pytest.raises(FileExistsError, match=r"cond was float32\[14, 2\] sha256 .* and is"):
+    with pytest.raises(FileExistsError, match=r"cond was another float32\[14, 2\]"):
         run(tmp_path / "cut", **{**how, "cond": cond + 1})
 
 
@@ -180,20 +250,24 @@ def test_damaged_manifest_is_written_anew(whole, tmp_path):
     assert arrays(tmp_path) == arrays(whole)
 
 
+GRID = np.array([1.0, 0.6, 0.0])
 OTHER = {
-    "params was sha256": {"params": 0.6},
-    "refs.x was float32[6, 3] sha256": {"refs": REFS.at[0].add(1e-3)},
+    "params differ": {"params": 0.6},
+    "refs was another float32[6, 3]": {"refs": REFS.at[0].add(1e-3)},
+    "refs was float32[6, 3] and is float32[5, 3]": {"refs": REFS[:5]},
     "refs was mmdjax.particles.Particles and is None": {"refs": None},
     "guidance.scale was 1.0 and is 0.5": {"guidance": MMDGuidance(scale=0.5)},
     "sampler.eta was 1.0 and is 0.0": {"sampler": DDIM(eta=0.0)},
+    "sampler was mmdjax.samplers.DDIM and is mmdjax.samplers.Heun": {"sampler": Heun()},
     "steps was 4 and is 5": {"num_steps": 5},
-    "steps was 4 and is float": {"times": [1.0, 0.5, 0.0]},
+    "steps was 4 and is 2": {"times": [1.0, 0.5, 0.0]},
+    "steps was 4 and is a grid of 2 steps from t = 1 to 0": {"times": GRID},
     "key was threefry2x32 [0, 7] and is threefry2x32 [0, 8]": {"key": jax.random.key(8)},
     "batch_size was 4 and is 5": {"batch_size": 5},
     "num_samples was 14 and is 15": {"num_samples": 15},
     "memory was 8 and is None": {"memory": None},
     "model.schedule": {"model": DiffusionModel(shrink, VPLinear(0.2), (3,))},
-    "model.denoiser.function was another function": {
+    "model.denoiser.function was another function: test_long_run.shrink, now test_long_run.<lambda>": {
         "model": DiffusionModel(lambda params, x, level, cond: x, VPLinear(), (3,))
     },
 }
@@ -207,6 +281,134 @@ def test_other_settings_are_refused_by_name(whole, says):
     assert "holds a run of other settings; nothing was changed" in str(caught.value)
     assert says in str(caught.value)
     assert {path: path.stat().st_mtime_ns for path in whole.iterdir()} == before
+
+
+def test_two_grids_of_ones_own_are_told_apart(tmp_path):
+    how = {"refs": None, "memory": None, "num_samples": 1, "times": GRID}
+    run(tmp_path, **how)
+    run(tmp_path, **{**how, "times": GRID.tolist()})
+    with pytest.raises(FileExistsError, match=r"\n  steps was another grid of 2 steps from t = 1 to 0$"):
+        run(tmp_path, **{**how, "times": [1.0, 0.7, 0.0]})
+
+
+def test_what_a_wrapper_closes_over_defines_a_run(tmp_path):
+    """Not two models in one folder."""
+
+    def scaled(by):
+        @functools.wraps(shrink)
+        def wrapper(params, x, level, cond):
+            return by * shrink(params, x, level, cond)
+
+        return DiffusionModel(wrapper, VPLinear(), (3,))
+
+    how = {"refs": None, "memory": None, "num_samples": 4}
+    run(tmp_path, model=scaled(0.5), **how)
+    run(tmp_path, model=scaled(0.5), **how)
+    with pytest.raises(FileExistsError, match=r"wrappers\[0\]\.closure\.by was 0\.5 and is 0\.9"):
+        run(tmp_path, model=scaled(0.9), **how)
+
+
+PLAIN = lambda params, x, level, cond: level.alpha * x
+FIRST = {  # a run that the version of the first format made
+    "params": {"w": np.ones(2)}, "refs": np.arange(18).reshape(6, 3) / 8, "num_steps": 2, "memory": 8,
+    "model": DiffusionModel(PLAIN, VPLinear(), (3,)),
+}  # fmt: skip
+LABELS = np.arange(14) % 3
+EQUAL = {
+    "labels in int64 and int32": ({**FIRST, "cond": LABELS.astype(np.int64)}, {**FIRST, "cond": jnp.asarray(LABELS)}),
+    "references in float64 and float32": ({"refs": np.asarray(REFS, np.float64)}, {"refs": REFS}),
+    "parameters": ({"params": np.float64(0.5)}, {"params": jnp.float32(0.5)}),
+    "a number's types": ({"guidance": MMDGuidance(scale=1 / 3)}, {"guidance": MMDGuidance(scale=np.float32(1 / 3))}),
+    "equal weights": ({}, {"refs": Particles(REFS, weight=np.full(6, 2.0))}),
+    "the default grid": ({}, {"times": uniform_times(4)}),
+    "the default grid as a list": ({}, {"times": [1, 0.75, 0.5, 0.25, 0]}),
+    "an empty memory": ({}, {"memory": Memory.empty(8, (3,))}),
+}
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_equal_settings_resume(name, tmp_path):
+    """However they are given: whatever the first call leaves to the second one has the same bits."""
+    one, other = EQUAL[name]
+    run(tmp_path, **one)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    (tmp_path / "batch-00001.safetensors").unlink()
+    run(tmp_path, **other)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+FIRST_FORMAT = {  # what the version of the first format wrote, and the hash by which its batches name it
+    "definition": {
+        "format": "mmdjax run 1", "num_samples": 6, "batch_size": 4, "steps": 2, "memory": 8,
+        "key": "threefry2x32 [0, 7]",
+        "params": "sha256 b07a95fc61f2d1076ff2706931bb7631783442fcd95f4132d56d0d00335a3d8a",
+        "refs": {"is": "mmdjax.particles.Particles", "x": None, "cond": None, "weight": None},
+        "cond": "int64[6] sha256 ede135f68cfdfbc6932a8ce4a65d166eee37320eaf55b94ebd929975842341f1",
+        "model": {
+            "is": "mmdjax.denoisers.DiffusionModel",
+            "denoiser": {
+                "is": "mmdjax.tree.Function",
+                "function": {
+                    "is": "test_long_run.<lambda>",
+                    "code": "72fb779ac93147b719258722029e7418da7899b5f92729b3c5f1a9ff04b4d9c2",
+                    "closure": {},
+                    "defaults": [None, None],
+                },
+            },
+            "schedule": {"is": "mmdjax.schedules.VPLinear", "beta_min": 0.1, "beta_max": 20.0},
+            "shape": [3],
+        },
+        "guidance": {
+            "is": "mmdjax.guidance.MMDGuidance", "kernel": None, "scale": 1.0, "at": "denoised", "estimator": "u",
+            "inner_steps": None, "precondition": None, "transform": None, "window": [0.0, 1.0], "published": False,
+        },
+        "sampler": {"is": "mmdjax.samplers.DDIM", "eta": 1.0},
+        "versions": {"mmdjax": "0.1.0", "jax": "0.10.2", "jaxlib": "0.10.2", "python": "3.11"},
+        "numerics": {"enable_x64": False, "default_matmul_precision": None, "threefry_partitionable": True},
+    },
+    "float64": (
+        "float64[6, 3] sha256 2f17f9677f9ff7e1177d2ecd071b08afece32ebc557fa110aff871450a26b86c",
+        "9848cdbe6b9f5b967f0411a7e2fcd6a64c1d15d44793ac982c3f29c118c53245",
+    ),
+    "float32": (
+        "float32[6, 3] sha256 221a6109b3e555bece3cf1fe759c0aa92543eeab3fc88dbedbd488a13643cf04",
+        "fd26f48bf78d0dd53b98480652a612f4ca7a22562655a6a1a1abf7f958192e16",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_run_of_the_first_format_resumes(dtype, tmp_path):
+    definition = json.loads(json.dumps(FIRST_FORMAT["definition"]))
+    definition["refs"]["x"], name = FIRST_FORMAT[dtype]
+    assert SavedSamples(tmp_path, definition).id == name
+    made = long_run.provenance()  # what follows from where the tests run
+    definition["versions"] = {key: made[key] for key in ("mmdjax", "jax", "jaxlib")} | {
+        "python": ".".join(platform.python_version_tuple()[:2])
+    }
+    code = PLAIN.__code__
+    seen = [code.co_code.hex(), [repr(constant) for constant in code.co_consts], code.co_names, code.co_varnames]
+    definition["model"]["denoiser"]["function"]["code"] = hashlib.sha256(repr(seen).encode()).hexdigest()
+    definition["numerics"] |= {key: getattr(jax.config, f"jax_{key}") for key in definition["numerics"]}
+    made_with = made | {"devices": 1}
+    (tmp_path / "manifest.json").write_text(json.dumps({"definition": definition, "made_with": made_with}))
+    how = FIRST | {"refs": FIRST["refs"].astype(dtype), "cond": np.arange(6) % 3, "num_samples": 6}
+
+    def batch(i, memory, cond):
+        how = {"model": FIRST["model"], "num_samples": 4, "num_steps": 2, "memory": memory, "cond": cond}
+        return guided_sample(FIRST["params"], jax.random.fold_in(KEY, i), FIRST["refs"], **how)
+
+    first = batch(0, 8, np.array([0, 1, 2, 0]))
+    expected = np.concatenate([first.x, batch(1, first.memory, np.array([1, 2, 0, 1])).x[:2]])
+    arrays = {"x": first.x, "mmd2": first.trace.mmd2, "shift_norm": first.trace.shift_norm}
+    SavedSamples(tmp_path, definition).write(0, jax.tree.map(np.asarray, arrays))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    samples = run(tmp_path, **how)
+    assert {path: path.read_bytes() for path in before} == before
+    np.testing.assert_array_equal(np.asarray(samples), expected)
+    np.testing.assert_array_equal(np.asarray(load_samples(tmp_path)), expected)
+    with pytest.raises(FileExistsError, match=r"\n  params differ$"):
+        run(tmp_path, **how | {"params": {"w": np.zeros(2)}})
 
 
 def test_other_versions_are_refused_and_other_devices_said(whole, tmp_path, monkeypatch):
@@ -282,7 +484,7 @@ def fill(monkeypatch, from_write):
 def test_full_disk(whole, tmp_path, monkeypatch, from_write):
     with monkeypatch.context() as patch:
         fill(patch, from_write)
-        with pytest.raises(OSError, match=r"No space left on device; .*the same call") as caught:
+        with pytest.raises(OSError, match=r"No space left on device; .*repeat the call") as caught:
             run(tmp_path)
     assert caught.value.errno == errno.ENOSPC
     assert not list(tmp_path.glob("*.part"))
@@ -299,7 +501,7 @@ def test_folder_that_vanishes(whole, tmp_path):
 
     with pytest.raises(FileNotFoundError, match="the folder was removed or replaced while in use") as caught:
         run(out, each=each)
-    assert "nothing of the run is left there; the same call begins it again" in str(caught.value)
+    assert "nothing of the run is left there; repeat the call to begin it again" in str(caught.value)
     assert not out.exists()
     run(tmp_path / "elsewhere")
     assert arrays(tmp_path / "elsewhere") == arrays(whole)
@@ -324,7 +526,7 @@ def test_folder_that_becomes_read_only(whole, unprivileged):
             if start == 4:
                 out.chmod(0o555)
 
-        with pytest.raises(PermissionError, match=r"Permission denied; 8 of 14 samples are in .*, and the same call"):
+        with pytest.raises(PermissionError, match=r"Permission denied; 8 of 14 samples are in .*; repeat the call"):
             run(out, each=each)
         with pytest.raises(PermissionError):
             run(out)

@@ -6,6 +6,7 @@ python tests/slow/sharded.py NAME [ARGUMENT ...]
 import contextlib
 import functools
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
@@ -202,6 +203,49 @@ def placed():
         np.testing.assert_array_equal(rows, REFS)
     with pytest.raises(ValueError, match=r"8 devices \(batch\) cannot share equally; give a multiple of 8, such as 16"):
         sample(num_samples=10, sharding=batch_sharding(mesh))
+
+
+def resumes():
+    """A batch that is lost is made again, the same bit for bit, wherever the arguments of a run lie."""
+    for explicit in (True, False):
+        mesh = mesh_of(8, explicit=explicit)
+        sharding = batch_sharding(mesh)
+        before = Memory.empty(10, (D,), LABELS).push(Particles(REFS[:3], LABELS[:3]))
+        cases = {
+            "memory": {"sharding": sharding},
+            "conditions": {
+                "sharding": sharding,
+                "guidance": MMDGuidance(BY_LABEL),
+                "refs": put(KNOWN, mesh, "batch"),
+                "cond": put(np.arange(3 * N) % 3, mesh, "batch"),
+                "num_samples": 3 * N,
+                "memory": put(before, mesh),
+                "key": jax.device_put(jax.random.key(0), NamedSharding(mesh, P())),
+                "times": jax.device_put(TIMES, NamedSharding(mesh, P())),
+            },
+            "published": {
+                "sharding": sharding,
+                "guidance": MMDGuidance.paper(0.02),
+                "cond": put(np.arange(2 * N + 5) % 3, mesh),
+            },
+            "references alone on the mesh": {"refs": put(REFS, mesh, "batch")},
+        }
+        for name, case in cases.items():
+            settings = {"num_samples": 2 * N + 5, "memory": 10, "key": jax.random.key(0), "refs": REFS} | case
+            lost_and_made(name, explicit, **settings)
+
+
+def lost_and_made(name, explicit, *, key, refs, **settings):
+    with tempfile.TemporaryDirectory() as out:
+        again = functools.partial(
+            sample_many, PARAMS, key, refs, model=MODEL, batch_size=N, out=out, **{"times": TIMES, **settings}
+        )
+        again()
+        whole = {path: path.read_bytes() for path in Path(out).iterdir()}
+        for path in sorted(Path(out).glob("batch-*")):
+            path.unlink()
+            again()
+            assert {path: path.read_bytes() for path in Path(out).iterdir()} == whole, (name, explicit, path.name)
 
 
 def join(rank, size, port, seconds=10):
