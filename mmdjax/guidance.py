@@ -35,7 +35,7 @@ from mmdjax.numerics import product
 from mmdjax.particles import Particles, check_points, fill_empty, flat, wide_dtype, widen
 from mmdjax.placement import HERE, Placement, fitted_in
 from mmdjax.schedules import Level, diffuse
-from mmdjax.tree import are_numbers, check_instance, is_concrete, pytree, replace, shown, static
+from mmdjax.tree import are_numbers, check_instance, check_number, is_concrete, pytree, replace, shown, static
 
 PLACEMENTS = ("denoised", "sample", "clean", "diffused")
 PRECONDITIONS = ("field", "mass", "length", "none", "raw")
@@ -93,8 +93,9 @@ class MMDGuidance:
             raise ValueError(f"precondition is {self.precondition!r}; choose one of {PRECONDITIONS}")
         if self.inner_steps is not None and (not isinstance(self.inner_steps, int) or self.inner_steps < 1):
             raise ValueError(f"inner_steps is {self.inner_steps}; give an integer of at least 1, or None")
-        if not are_numbers(self.scale) or (is_concrete(self.scale) and not np.isfinite(self.scale).all()):
-            raise ValueError(f"scale is {self.scale!r}; give a finite number (0 is plain sampling)")
+        check_number("scale", self.scale)
+        if is_concrete(self.scale) and not np.isfinite(self.scale).all():
+            raise ValueError(f"scale is {self.scale}; give a finite number (0 is plain sampling)")
         if isinstance(self.window, list):
             object.__setattr__(self, "window", tuple(self.window))
         if not isinstance(self.window, tuple) or len(self.window) != 2 or not are_numbers(self.window):
@@ -388,6 +389,15 @@ def _fit(kernel, refs, *, placement):
     return placement.run(fit, kernel, refs, out=P())
 
 
+def check_kind(guidance: Any) -> None:
+    """Raise TypeError unless this is an MMDGuidance."""
+    check_instance("guidance", guidance)
+    if not isinstance(guidance, MMDGuidance):
+        raise TypeError(
+            f"guidance is {type(guidance).__name__}; give MMDGuidance(...), or refs=None for plain sampling"
+        )
+
+
 def check_guidance(guidance: Any, refs: Particles, cond: Any) -> None:
     """Raise for references and conditions that the guidance cannot use.
 
@@ -395,11 +405,7 @@ def check_guidance(guidance: Any, refs: Particles, cond: Any) -> None:
       TypeError: not an MMDGuidance; references that are not floats.
       ValueError: see `check_points`; a Product kernel and only one of cond and refs.cond, or of other shapes.
     """
-    check_instance("guidance", guidance)
-    if not isinstance(guidance, MMDGuidance):
-        raise TypeError(
-            f"guidance is {type(guidance).__name__}; give MMDGuidance(...), or refs=None for plain sampling"
-        )
+    check_kind(guidance)
     check_points("refs", refs, floats=True)
     if isinstance(refs.x, HostReferences) and guidance.at in ("sample", "diffused"):
         raise ValueError(f'at="{guidance.at}" brings references to each noise level; HostReferences need at="denoised"')

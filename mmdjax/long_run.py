@@ -36,6 +36,7 @@ from mmdjax.particles import Particles, as_particles
 from mmdjax.provenance import provenance
 from mmdjax.samplers import DDIM, Sampler
 from mmdjax.sampling import as_memory, check_call, guided_sample
+from mmdjax.tree import as_arrays
 from mmdjax.whole import write_json
 
 MANIFEST, FORMAT = "manifest.json", "mmdjax run 1"
@@ -74,7 +75,8 @@ def sample_many(
     the first ones again.
 
     Args:
-      params, key, refs, model, guidance, sampler, num_steps, times, sharding, checks: as in `guided_sample`.
+      params, key, refs, model, guidance, sampler, num_steps, times, sharding, checks: as in `guided_sample`; the default
+        sampler is `DDPM()`, as DDIM(eta=1.0).
       num_samples: N, of the whole run.
       out: a folder of its own, made where there is none. The run's files there are resumed.
       batch_size: samples made at once.
@@ -108,6 +110,7 @@ def sample_many(
     for name, number in (("num_samples", num_samples), ("batch_size", batch_size)):
         if not isinstance(number, (int, np.integer)) or number < 1:
             raise ValueError(f"{name} is {number}; give an integer of at least 1")
+    cond = cond if callable(cond) else as_arrays("cond", cond)
     for leaf in () if callable(cond) else jax.tree.leaves(cond):
         if np.shape(leaf)[:1] != (num_samples,):
             raise ValueError(f"cond has shape {np.shape(leaf)}; it needs one row for each of the {num_samples} samples")

@@ -192,7 +192,8 @@ def shown(value: Any) -> str:
             return f"{np.asarray(value).item():.6g}" if is_concrete(value) else f"{value.dtype}[]"
         return f"{value.dtype}{list(value.shape)}"
     if isinstance(value, Mapping):
-        return "{" + _listed([f"{key!r}: {shown(item)}" for key, item in _first(value.items())], len(value)) + "}"
+        items = [(k, f"{{{len(v)} keys}}" if isinstance(v, Mapping) else shown(v)) for k, v in _first(value.items())]
+        return "{" + _listed([f"{key!r}: {text}" for key, text in items], len(value)) + "}"
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return f"{type(value).__name__}({', '.join(f'{k}={shown(v)}' for k, v in value._asdict().items())})"
     if type(value) in (tuple, list):
@@ -270,6 +271,27 @@ def check_instance(name: str, value: Any) -> None:
         raise TypeError(f"{name} is the class {value.__name__}; give an instance of it, {value.__name__}(…)")
 
 
+def check_number(name: str, value: Any) -> None:
+    """Raise TypeError for what is no number, nor an array of them."""
+    if not (jax.tree_util.all_leaves([value]) and are_numbers(value)):
+        raise TypeError(f"{name} is {value!r}; give a number")
+
+
+def check_function(name: str, value: Any, form: str) -> None:
+    """Raise TypeError for what cannot be called with the arguments of `form`, such as "(params, x, level, cond)"."""
+    check_instance(name, value)
+    if not callable(value):
+        raise TypeError(f"{name} must be callable, not {type(value).__name__}: it is called as {name}{form}")
+    try:
+        signature = inspect.signature(value)
+    except (TypeError, ValueError):  # some built-in functions have none
+        return
+    try:
+        signature.bind(*form.split(","))
+    except TypeError:
+        raise TypeError(f"{name} is called as {name}{form}, but its arguments are {signature}") from None
+
+
 def as_component(function: Any) -> Any:
     """`function` itself where it is a pytree already, else wrapped in `Function`."""
     return function if not jax.tree_util.all_leaves([function]) else Function(by_value(function))
@@ -296,9 +318,44 @@ def are_numbers(tree: Any) -> bool:
     """Whether every leaf is a number or an array of them, as `jit` takes it."""
     return all(
         isinstance(x, bool | int | float | complex)
-        or (isinstance(x, jax.Array | np.ndarray | np.generic) and x.dtype.kind not in "OSUMm")
+        or (isinstance(x, jax.Array | np.ndarray | np.generic) and getattr(x.dtype, "kind", "") not in tuple("OSUMm"))
         for x in jax.tree.leaves(tree)
     )
+
+
+def as_arrays(name: str, tree: Any) -> Any:
+    """A pytree with lists of numbers, and what numpy reads without loss, as arrays.
+
+    Raises:
+      TypeError: a leaf that is no array of numbers, such as text, a path or a picture.
+    """
+
+    def listed(node):
+        leaves = jax.tree.leaves(node) if type(node) in (list, tuple) else []
+        return bool(leaves) and all(isinstance(leaf, int | float | complex | np.generic) for leaf in leaves)
+
+    def convert(leaf):
+        if isinstance(leaf, str | bytes) or not (listed(leaf) or hasattr(leaf, "__array__")):
+            if are_numbers(leaf):
+                return leaf
+            text = " (prompts: pipeline.encode_prompts(params, prompts))" if isinstance(leaf, str) else ""
+            raise TypeError(f"{name} holds a {_kind(leaf)}; give numbers, as arrays: jnp.asarray(…){text}")
+        if isinstance(leaf, jax.Array | np.ndarray):
+            array = leaf
+        else:
+            try:
+                array = np.asarray(leaf)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise TypeError(f"{name} is a {_kind(leaf)} that numpy does not read ({error})") from error
+        if not are_numbers(array):
+            raise TypeError(f"{name} is a {_kind(leaf)} of dtype {array.dtype}; give numbers, as an array")
+        return array
+
+    return jax.tree.map(convert, tree, is_leaf=listed)
+
+
+def _kind(value: Any) -> str:
+    return f"{type(value).__module__.split('.')[0]}.{type(value).__name__}".removeprefix("builtins.")
 
 
 def is_traced(tree: Any) -> bool:
