@@ -345,9 +345,8 @@ class Custom(Kernel):
         return True
 
     def without(self, precondition):
-        return (
-            f'precondition="{precondition}" cannot be had from a function (a, b) -> Gram alone; use '
-            'precondition="none", or write a subclass of mmdjax.kernels.Scaled with value(d2, h), k as a function of '
+        return super().without(precondition) + (
+            ", or write in place of a function (a, b) -> Gram a subclass of mmdjax.kernels.Scaled with value(d2, h), of "
             "the squared distance and a bandwidth, which serves every precondition"
         )
 

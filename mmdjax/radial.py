@@ -179,23 +179,29 @@ def _with_slope(function, slope):
         value = f(d2, *rest)
         change = jnp.zeros_like(value) if _is_zero(d2_dot) else slope(d2, *rest) * d2_dot
         moving = [i for i, dot in enumerate(rest_dot) if not _is_zero(dot)]
-        if moving:  # its own derivative in d² is that of the slope
-            of_value, of_slope = (functools.partial(_along, g, moving) for g in (function, slope))
-            change += _with_slope(of_value, of_slope)(d2, rest, [rest_dot[i] for i in moving])
+        numbers = [i for i in moving if jnp.ndim(rest[i]) == 0]
+        for i in numbers:  # the derivative in it has one in d² too, that of the slope; apart from the tangent, as
+            # reverse mode keeps no custom derivative of what is linear in one
+            of_value, of_slope = (functools.partial(_along, g, i) for g in (function, slope))
+            change += _with_slope(of_value, of_slope)(d2, *rest) * rest_dot[i]
+        arrays = [i for i in moving if i not in numbers]
+        if arrays:
+
+            def of_arrays(*values):
+                given = dict(zip(arrays, values, strict=True))
+                return function(d2, *[given.get(i, v) for i, v in enumerate(rest)])
+
+            change += jax.jvp(of_arrays, tuple(rest[i] for i in arrays), tuple(rest_dot[i] for i in arrays))[1]
         return value, change
 
     f.defjvp(jvp, symbolic_zeros=True)
     return f
 
 
-def _along(function, moving, d2, rest, dots):
-    """The derivative of function(d2, *rest) in some of the rest."""
-
-    def of_moving(*values):
-        moved = dict(zip(moving, values, strict=True))
-        return function(d2, *[moved.get(i, v) for i, v in enumerate(rest)])
-
-    return jax.jvp(of_moving, tuple(rest[i] for i in moving), tuple(dots))[1]
+def _along(function, i, d2, *rest):
+    """The derivative of function(d2, *rest) in rest[i], a number."""
+    number = jnp.asarray(rest[i])
+    return jax.jvp(lambda v: function(d2, *rest[:i], v, *rest[i + 1 :]), (number,), (jnp.ones_like(number),))[1]
 
 
 def _is_zero(tangent: Any) -> bool:

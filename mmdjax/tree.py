@@ -40,8 +40,7 @@ def pytree(cls: type[T]) -> type[T]:
     floats. Flattening and unflattening run no `__init__`: checks there see only what a person wrote, never tracers.
     Printed, arrays are their type and shape.
     """
-    by_hand = _writes_init(cls)
-    return _registered(dataclasses.dataclass(frozen=True, repr=False)(cls), by_hand, _as_numbers)
+    return _component(cls, _as_numbers)
 
 
 CHOICES = (int, bool, str, "int", "bool", "str")
@@ -54,25 +53,36 @@ def complete(cls: type) -> None:
     `__post_init__` too. Those annotated `int`, `bool` or `str`, there or in its signature, are choices. A dataclass
     stays the one that it is.
     """
+    _component(cls, _as_found, undecorated=True)
+
+
+def _component(cls: type[T], convert: Callable[[Any, str], Any], undecorated: bool = False) -> type[T]:
     by_hand = _init_by_hand(cls)
     if "__dataclass_fields__" not in vars(cls):
         fields: dict[str, Any] = {}
         for base in reversed(cls.__mro__):
             if "__dataclass_fields__" in vars(base):
                 continue
-            if _writes_init(base):
-                init = inspect.unwrap(vars(base)["__init__"])
-                assigned = [i.argval for i in dis.get_instructions(init) if i.opname == "STORE_ATTR"]
-                kinds = inspect.get_annotations(init)
-                fields |= {name: kinds.get(name, Any) for name in assigned if name not in fields}
-            fields |= inspect.get_annotations(base)
-        for name, kind in fields.items():
-            default = getattr(cls, name, dataclasses.MISSING)
-            if kind in CHOICES and not isinstance(default, dataclasses.Field):
-                setattr(cls, name, static(default=default))
+            found = inspect.get_annotations(base)
+            if base is not cls or undecorated:
+                found = _assigned(base) | found
+                for name, kind in found.items():
+                    default = getattr(cls, name, dataclasses.MISSING)
+                    if kind in CHOICES and not isinstance(default, dataclasses.Field):
+                        setattr(cls, name, static(default=default))
+            fields |= found
         cls.__annotations__ = fields
         cls = dataclasses.dataclass(frozen=True, repr=False, init=not by_hand)(cls)
-    _registered(cls, by_hand, _as_found)
+    return _registered(cls, by_hand, convert)
+
+
+def _assigned(cls: type) -> dict[str, Any]:
+    """What a class's own `__init__` assigns, with the kind of the argument of that name."""
+    if not _writes_init(cls):
+        return {}
+    init = inspect.unwrap(vars(cls)["__init__"])
+    kinds = inspect.get_annotations(init)
+    return {i.argval: kinds.get(i.argval, Any) for i in dis.get_instructions(init) if i.opname == "STORE_ATTR"}
 
 
 def _writes_init(cls: type) -> bool:
