@@ -346,8 +346,8 @@ class Custom(Kernel):
 
     def without(self, precondition):
         return super().without(precondition) + (
-            ", or write in place of a function (a, b) -> Gram a subclass of mmdjax.kernels.Scaled with value(d2, h), of "
-            "the squared distance and a bandwidth, which serves every precondition"
+            ", or write in place of a function (a, b) -> Gram a subclass of mmdjax.kernels.Scaled with value(d2, h), "
+            "of the squared distance and a bandwidth, which serves every precondition"
         )
 
     def gram(self, a, b, *, same=False):

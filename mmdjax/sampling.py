@@ -295,8 +295,8 @@ def check_call(
         raise ValueError(f"x_init has shape {np.shape(x_init)}; num_samples and model.shape ask for {expected}")
     if x_init is not None and not jnp.issubdtype(jnp.result_type(x_init), jnp.floating):
         raise TypeError(
-            f"x_init has dtype {jnp.result_type(x_init)}; the model works on floats, scaled as its training data was and "
-            "noisy: mmdjax.schedules.diffuse makes it from pictures"
+            f"x_init has dtype {jnp.result_type(x_init)}; the model works on floats, scaled as its training data was "
+            "and noisy: mmdjax.schedules.diffuse makes it from pictures"
         )
     check_kind(guidance)
     if refs is None:

@@ -205,7 +205,8 @@ def shown(value: Any) -> str:
         items = [(k, f"{{{len(v)} keys}}" if isinstance(v, Mapping) else shown(v)) for k, v in _first(value.items())]
         return "{" + _listed([f"{key!r}: {text}" for key, text in items], len(value)) + "}"
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return f"{type(value).__name__}({', '.join(f'{k}={shown(v)}' for k, v in value._asdict().items())})"
+        items = [f"{name}={shown(item)}" for name, item in zip(value._fields, value, strict=True)]
+        return f"{type(value).__name__}({', '.join(items)})"
     if type(value) in (tuple, list):
         items = _listed([shown(item) for item in _first(value)], len(value))
         return f"[{items}]" if isinstance(value, list) else f"({items},)" if len(value) == 1 else f"({items})"

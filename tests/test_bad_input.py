@@ -165,7 +165,8 @@ CASES = {
     "guidance of another kind": (TypeError, "guidance is float", lambda: run(guidance=0.5)),
     "sampler a class": (TypeError, "sampler is", lambda: run(sampler="ddim")),
     "model a function": (TypeError, r"give DiffusionModel\(denoiser, schedule, shape\)", lambda: run(model=shrink)),
-    "sampler, the class": (TypeError, r"sampler is the class DDIM; give an instance of it, DDIM", lambda: run(sampler=DDIM)),
+    "sampler, the class": (TypeError, "sampler is the class DDIM; give an instance of it, DDIM",
+                           lambda: run(sampler=DDIM)),
     "kernel, the class": (TypeError, r"kernel is the class RBF; give", lambda: MMDGuidance(kernel=RBF)),
     "guidance, the class": (TypeError, "guidance is the class MMDGuidance; give", lambda: run(guidance=MMDGuidance)),
     "model, the class": (TypeError, "model is the class DiffusionModel; give", lambda: run(model=DiffusionModel)),
@@ -191,7 +192,8 @@ CASES = {
         lambda: of(lambda x, t: x)),
     "network of two arguments": (TypeError, r"apply is called as apply\(params, x, t, cond\)",
                                  lambda: from_model(lambda x, t: x)),
-    "denoiser and schedule swapped": (TypeError, "denoiser is called as", lambda: DiffusionModel(VPLinear(), shrink, 2)),
+    "denoiser and schedule swapped": (TypeError, "denoiser is called as",
+                                      lambda: DiffusionModel(VPLinear(), shrink, 2)),
     "cfg of a model": (TypeError, "denoiser must be callable, not DiffusionModel", lambda: cfg(MODEL, 2.0, None)),
     "text as cfg's scale": (TypeError, "scale is '2'; give a number", lambda: cfg(shrink, "2", jnp.ones(1))),
     "text as scale": (TypeError, "scale is '1'; give a number", lambda: MMDGuidance(scale="1")),
@@ -229,7 +231,9 @@ def test_mistake_is_named(name):
 def test_lists_of_numbers_are_arrays():
     model = of(lambda params, x, level, cond: x * 0 + cond[:, None, None])
     for cond in ([3, 1, 2, 3], (3, 1, 2, 3), np.array([3, 1, 2, 3])):
-        out = run(None, model=model, cond=cond, num_samples=np.int64(4), times=[1, 0.5, 0], x_init=[[[0.0] * 2] * 3] * 4)
+        out = run(
+            None, model=model, cond=cond, num_samples=np.int64(4), times=[1, 0.5, 0], x_init=[[[0.0] * 2] * 3] * 4
+        )
         np.testing.assert_array_equal(out.x[:, 0, 0], [3, 1, 2, 3])
     assert MMDGuidance(window=[0, 0.5]).window == (0.0, 0.5)
 

@@ -587,7 +587,10 @@ def matern_mmd2(x, y, h):
 
 
 def matern_slopes(x, y, h):
-    """∂MMD²/∂x [n, d] and ∂²MMD²/∂x² [n, d, n, d], from ∂k/∂a = −w (a − b), ∂²k/∂a² = −w I + w √3/(h d) (a − b)(a − b)ᵀ."""
+    """∂MMD²/∂x [n, d] and ∂²MMD²/∂x² [n, d, n, d].
+
+    ∂k/∂a = −w (a − b), ∂²k/∂a² = −w I + w √3/(h d) (a − b)(a − b)ᵀ.
+    """
     (n, d), m = x.shape, len(y)
     gradient, hessian = np.zeros((n, d)), np.zeros((n, d, n, d))
     for i in range(n):
@@ -783,7 +786,6 @@ def test_own_class_is_a_component(name):
     for k in (kernel, make(2.0), make(3), copy.deepcopy(kernel), replace(kernel)):
         np.testing.assert_allclose(gram(k, p), k(p, p), rtol=1e-6)  # float32, fused
     assert gram._cache_size() == (2 if name == "registered by hand" else 1)  # JAX's own decorator tells 2 from 2.0
-
 
 
 def test_own_class_survives_pickling_and_a_second_definition():
