@@ -272,7 +272,7 @@ def diffused_pair(kernel: Kernel, level: Level | None, size: int = 1) -> Any:
       ValueError: not an RBF, nor a Sum of them or a Product with one.
     """
     match kernel:
-        case RBF(bandwidth=h):
+        case RBF(bandwidth=h) if type(kernel) is RBF:  # a subclass may have another value
             if level is None:
                 return None
             among: Any = kernel.at_level(level)

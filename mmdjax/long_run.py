@@ -75,8 +75,8 @@ def sample_many(
     the first ones again.
 
     Args:
-      params, key, refs, model, guidance, sampler, num_steps, times, sharding, checks: as in `guided_sample`; the sampler
-        is `DDPM()` by default, as DDIM(eta=1.0).
+      params, key, refs, model, guidance, sampler, num_steps, times, sharding, checks: as in `guided_sample`; the usual
+        sampler is `DDPM()`, as DDIM(eta=1.0).
       num_samples: N, of the whole run.
       out: a folder of its own, made where there is none. The run's files there are resumed.
       batch_size: samples made at once.

@@ -525,6 +525,13 @@ def test_a_function_is_told_what_it_serves():
     assert MMDGuidance(kernel=sine, precondition="none").rule == "none"  # as is told
     with pytest.raises(ValueError, match=r'Polynomial is none; use precondition="length" or "none"'):
         MMDGuidance(kernel=Polynomial())
+
+    class Sharper(RBF):
+        def value(self, d2, h):
+            return jnp.exp(-(d2**2) / h**4)
+
+    with pytest.raises(ValueError, match="in closed form, which exists for RBF only, not Sharper"):
+        MMDGuidance(kernel=Sharper(1.0), at="diffused")
     with pytest.raises(ValueError, match=r'Delta is none; use precondition="none"$'):
         MMDGuidance(kernel=Delta())
 

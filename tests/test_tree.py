@@ -150,10 +150,7 @@ def test_components_are_shown_in_a_line():
     jax.jit(lambda x: seen.append(repr(RBF(x))))(1.0)
     assert seen == ["RBF(bandwidth=float32[])"]
     assert shown(list(range(100))) == "[0, 1, 2, 3, 4, 5, … 100 in all]"
-    assert (
-        shown({"text": "a" * 200})
-        == "{'text': '" + "a" * 78 + "…}"
-    )
+    assert shown({"text": "a" * 200}) == "{'text': '" + "a" * 78 + "…}"
     assert shown(object()) == "<object>"
     assert shown(jax.random.key(0)) == "key<fry>[]"
 
