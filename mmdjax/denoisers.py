@@ -22,11 +22,12 @@ from jaxtyping import Array
 
 from mmdjax.particles import per_sample
 from mmdjax.schedules import Level
-from mmdjax.tree import as_component, by_value, pytree, static
+from mmdjax.tree import as_component, by_value, check_function, check_number, pytree, shown, static
 
 Denoiser = Callable[[Any, Array, Level, Any], Array]
 Prediction = Literal["eps", "v", "x0", "score", "flow"]
 PREDICTIONS = ("eps", "v", "x0", "score", "flow")
+FORM = "(params, x, level, cond)"  # how a denoiser is called
 
 
 @pytree
@@ -62,9 +63,11 @@ def from_model(apply: Callable, prediction: Prediction = "eps", time: Callable |
     """
     if prediction not in PREDICTIONS:
         raise ValueError(f"prediction is {prediction!r}; choose one of {PREDICTIONS}")
-    for name, function in (("apply", apply), ("time", time)):
-        if function is not None and not callable(function):
-            raise TypeError(f"{name} must be a function, not {type(function).__name__}")
+    for name, function, form in (("apply", apply, "(params, x, t, cond)"), ("time", time, "(t)")):
+        if function is not None:
+            if not callable(function):
+                raise TypeError(f"{name} must be a function, not {type(function).__name__}")
+            check_function(name, function, form)
     return FromModel(by_value(apply), prediction, None if time is None else by_value(time))
 
 
@@ -74,6 +77,7 @@ def x0_from_prediction(prediction: str, x: Array, output: Array, level: Level) -
     Raises:
       ValueError: the output's shape is not that of x.
     """
+    check_array("the network", output)
     if output.shape != x.shape:
         raise ValueError(
             f"the network returned shape {output.shape} for x of shape {x.shape}; it must return one x0, eps, … each"
@@ -159,6 +163,8 @@ def cfg(denoiser: Denoiser, scale: Any, null_cond: Any) -> CFG:
       >>> guided(None, jnp.zeros((1, 2)), Level(0.5, 0.7, 0.7), jnp.array([2.0])).tolist()
       [[4.0, 4.0]]
     """
+    check_function("denoiser", denoiser, FORM)
+    check_number("scale", scale)
     row = jax.tree.map(lambda c: (c if isinstance(c, jax.Array) else np.asarray(c))[None], null_cond)
     return CFG(as_component(denoiser), scale, row)
 
@@ -172,6 +178,7 @@ class Clipped:
     high: Any = 1.0
 
     def __post_init__(self):
+        check_function("denoiser", self.denoiser, FORM)
         object.__setattr__(self, "denoiser", as_component(self.denoiser))
 
     def __call__(self, params, x, level, cond):
@@ -189,6 +196,7 @@ class Thresholded:
     quantile: Any = 0.995
 
     def __post_init__(self):
+        check_function("denoiser", self.denoiser, FORM)
         object.__setattr__(self, "denoiser", as_component(self.denoiser))
 
     def __call__(self, params, x, level, cond):
@@ -226,8 +234,7 @@ class DiffusionModel:
 
     def __post_init__(self):
         for name in ("denoiser", "schedule"):
-            if not callable(getattr(self, name)):
-                raise TypeError(f"{name} must be callable, not {type(getattr(self, name)).__name__}")
+            check_function(name, getattr(self, name), FORM if name == "denoiser" else "(t)")
             object.__setattr__(self, name, as_component(getattr(self, name)))
         shape: tuple[Any, ...] = tuple(self.shape) if hasattr(self.shape, "__iter__") else (self.shape,)
         if not all(hasattr(size, "__index__") for size in shape):
@@ -243,11 +250,18 @@ class DiffusionModel:
           ValueError: the denoiser returns another shape.
         """
         x0 = self.denoiser(params, x, level, cond)
+        check_array("the denoiser", x0)
         if x0.shape != x.shape:
             raise ValueError(
                 f"the denoiser returned shape {x0.shape} for x of shape {x.shape}; it must return x0_hat, one each"
             )
         return x0.astype(x.dtype)
+
+
+def check_array(who: str, output: Any) -> None:
+    """Raise TypeError for a model that returns no array, such as a tuple with its state."""
+    if not hasattr(output, "shape"):
+        raise TypeError(f"{who} returned {shown(output)}; it must return one array, like x, and nothing else")
 
 
 def _off_zero(x: Array) -> Array:

@@ -44,7 +44,7 @@ from mmdjax.particles import Particles, as_particles
 from mmdjax.samplers import DDIM
 from mmdjax.sampling import as_memory, check_call
 from mmdjax.schedules import Level, Schedule, time_of_log_snr
-from mmdjax.tree import is_concrete, pytree, replace, strong
+from mmdjax.tree import as_arrays, is_concrete, pytree, replace, strong
 
 FIRST_STEP = 0.1  # in λ; a step too long is rejected, a short one grows tenfold
 LONGEST_STEP = 2.0  # in λ: where noise dominates nothing happens, and a longer step would leap over the data unseen
@@ -254,6 +254,7 @@ def _call(
     *, stochastic, final, max_steps, throw,
 ):  # fmt: skip
     refs = None if refs is None else as_particles(refs)
+    cond, x_init = as_arrays("cond", cond), as_arrays("x_init", x_init)
     check_call(key, refs, model, num_samples, cond, guidance, DDIM(), x_init)
     if refs is not None and guidance.at != "denoised":
         raise ValueError(

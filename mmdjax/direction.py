@@ -205,8 +205,8 @@ def _in_balance(
 
     1/(1 + t⁴), t = SURPLUS (q − p)₊/√(Σ_j v_j w(z_i, y_j)² − p²), p and q the means of the weights w(z_i, ·) over the
     references and over the other particles, `others` those of the batch. t is cut: the power of a large number would
-    have no derivative. Weights come in units of their mean within the batch; one above LARGE is cut, which leaves p above
-    q. A particle whose weights are all FAINT beside the others' counts as balanced.
+    have no derivative. Weights come in units of their mean within the batch; one above LARGE is cut, which leaves p
+    above q. A particle whose weights are all FAINT beside the others' counts as balanced.
     """
     past = jnp.zeros(0, others.dtype) if memory is None else memory.weight.astype(others.dtype)
     each = 1 / jnp.maximum(everyone.n - 1 + past.sum(), 1)
@@ -282,7 +282,7 @@ def diffused_pair(kernel: Kernel, level: Level | None, size: int = 1) -> Any:
       ValueError: not an RBF, nor a Sum of them or a Product with one.
     """
     match kernel:
-        case RBF(bandwidth=h):
+        case RBF(bandwidth=h) if type(kernel) is RBF:  # a subclass may have another value
             if level is None:
                 return None
             among: Any = kernel.at_level(level)

@@ -35,7 +35,7 @@ from mmdjax.numerics import product
 from mmdjax.particles import Particles, check_points, fill_empty, flat, wide_dtype, widen
 from mmdjax.placement import HERE, Placement, fitted_in
 from mmdjax.schedules import Level, diffuse
-from mmdjax.tree import is_concrete, pytree, replace, static
+from mmdjax.tree import are_numbers, check_instance, check_number, is_concrete, pytree, replace, shown, static
 
 PLACEMENTS = ("denoised", "sample", "clean", "diffused")
 PRECONDITIONS = ("field", "mass", "length", "none", "raw")
@@ -93,10 +93,17 @@ class MMDGuidance:
             raise ValueError(f"precondition is {self.precondition!r}; choose one of {PRECONDITIONS}")
         if self.inner_steps is not None and (not isinstance(self.inner_steps, int) or self.inner_steps < 1):
             raise ValueError(f"inner_steps is {self.inner_steps}; give an integer of at least 1, or None")
+        check_number("scale", self.scale)
         if is_concrete(self.scale) and not np.isfinite(self.scale).all():
             raise ValueError(f"scale is {self.scale}; give a finite number (0 is plain sampling)")
-        if not isinstance(self.window, tuple) or len(self.window) != 2:
+        if isinstance(self.window, list):
+            object.__setattr__(self, "window", tuple(self.window))
+        if not isinstance(self.window, tuple) or len(self.window) != 2 or not are_numbers(self.window):
             raise ValueError(f"window is {self.window}; give (start, end), fractions of the steps between 0 and 1")
+        if self.transform is not None and not all(hasattr(self.transform, name) for name in ("init", "update")):
+            raise TypeError(
+                f"transform is {shown(self.transform)}; give an optax transformation, such as optax.scale_by_adam()"
+            )
         if is_concrete(self.window) and np.ndim(self.window[0]) == np.ndim(self.window[1]) == 0:
             start, end = map(float, self.window)
             if not 0 <= start < end <= 1:
@@ -105,11 +112,9 @@ class MMDGuidance:
                 )
         if self.kernel is not None:
             object.__setattr__(self, "kernel", as_kernel(self.kernel))
-            if self.rule in ("field", "mass") and not self.kernel.has_mass:
-                raise ValueError(
-                    f'precondition="{self.rule}" needs a kernel of the distance and '
-                    f'{type(self.kernel).__name__} is none; use precondition="length" or "none"'
-                )
+            serves = self.kernel.has_length if self.rule == "length" else self.kernel.has_mass
+            if self.rule in ("field", "mass", "length") and not serves:
+                raise ValueError(self.kernel.without(self.rule))
             if self.at == "diffused":
                 diffused_pair(self.kernel, None)
 
@@ -386,6 +391,15 @@ def _fit(kernel, refs, *, placement):
     return placement.run(fit, kernel, refs, out=P())
 
 
+def check_kind(guidance: Any) -> None:
+    """Raise TypeError unless this is an MMDGuidance."""
+    check_instance("guidance", guidance)
+    if not isinstance(guidance, MMDGuidance):
+        raise TypeError(
+            f"guidance is {type(guidance).__name__}; give MMDGuidance(...), or refs=None for plain sampling"
+        )
+
+
 def check_guidance(guidance: Any, refs: Particles, cond: Any) -> None:
     """Raise for references and conditions that the guidance cannot use.
 
@@ -393,10 +407,7 @@ def check_guidance(guidance: Any, refs: Particles, cond: Any) -> None:
       TypeError: not an MMDGuidance; references that are not floats.
       ValueError: see `check_points`; a Product kernel and only one of cond and refs.cond, or of other shapes.
     """
-    if not isinstance(guidance, MMDGuidance):
-        raise TypeError(
-            f"guidance is {type(guidance).__name__}; give MMDGuidance(...), or refs=None for plain sampling"
-        )
+    check_kind(guidance)
     check_points("refs", refs, floats=True)
     if isinstance(refs.x, HostReferences) and guidance.at in ("sample", "diffused"):
         raise ValueError(f'at="{guidance.at}" brings references to each noise level; HostReferences need at="denoised"')

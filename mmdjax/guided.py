@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from mmdjax.comparable import check_comparable
-from mmdjax.denoisers import Denoiser
+from mmdjax.denoisers import FORM, Denoiser
 from mmdjax.guidance import BoundGuidance, MMDGuidance, bind, check_guidance, fit_kernel, spread_of
 from mmdjax.memory import Memory
 from mmdjax.particles import Particles, as_particles
-from mmdjax.samplers import Sampler, as_sampler
-from mmdjax.tree import as_component, pytree, static
+from mmdjax.samplers import Sampler, as_sampler, take_step
+from mmdjax.tree import as_arrays, as_component, check_function, pytree, static
 
 ROUNDING = 1e-5  # added to a fraction of steps: k/N may fall short of a window's edge at k/N by its last digit
 
@@ -63,6 +63,7 @@ def guide_denoiser(denoiser: Denoiser, guidance: MMDGuidance, refs: Any) -> Guid
       (3, 2)
     """
     refs = as_particles(refs)
+    check_function("denoiser", denoiser, FORM)
     if isinstance(guidance, MMDGuidance) and guidance.at != "denoised":
         raise ValueError(
             f'at="{guidance.at}" moves x after a step, which a denoiser never sees; use guide_sampler, or at="denoised"'
@@ -101,9 +102,10 @@ class GuidedSampler:
                 x0, inner = self.bound.denoised(x0, states[1], fraction, level)
                 return x0, (outer, inner)
 
-            x, carry, (state, guidance_state) = self.sampler.step(key, x, carry, (state, guidance_state), guided, t, s)
+            states = state, guidance_state
+            x, carry, (state, guidance_state) = take_step(self.sampler, key, x, carry, states, guided, t, s)
         else:
-            x, carry, state = self.sampler.step(key, x, carry, state, denoise, t, s)
+            x, carry, state = take_step(self.sampler, key, x, carry, state, denoise, t, s)
             noise_key = jax.random.fold_in(key, 1)  # `key` itself is the sampler's
             x, guidance_state = self.bound.after_step(noise_key, x, guidance_state, fraction, t, s)
         return x, (carry, guidance_state, done + 1), state
@@ -137,7 +139,7 @@ def guide_sampler(
       >>> sampler = guide_sampler(DDIM(), MMDGuidance(kernel=RBF(1.0)), jnp.ones((4, 2)))
       >>> carry = sampler.init(jnp.zeros((3, 2)))
     """
-    refs = as_particles(refs)
+    refs, cond = as_particles(refs), as_arrays("cond", cond)
     check_guidance(guidance, refs, cond)
     if memory is not None:
         if not isinstance(memory, Memory):

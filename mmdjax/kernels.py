@@ -1,7 +1,8 @@
 """Kernels between samples: those of inner products and labels, and kernels made of kernels.
 
-All of them are here; the kernels of the distance come from `mmdjax.radial`, where the contract stands. Any callable
-(a, b) -> Gram serves as a kernel too, its gradient then being automatic.
+All of them are here; the kernels of the distance come from `mmdjax.radial`, where the contract stands, and how to write
+one's own. Any callable (a, b) -> Gram serves as a kernel too, its gradient then being automatic, in MMD² and with
+precondition="none".
 
 References:
   Bińkowski et al. 2018 (the cubic kernel of KID), Gretton et al. 2012.
@@ -26,7 +27,7 @@ from mmdjax.radial import (
     RationalQuadratic,
     Scaled,
 )
-from mmdjax.tree import as_component, is_concrete, pytree, replace, static
+from mmdjax.tree import as_component, check_instance, is_concrete, pytree, replace, static
 
 __all__ = [
     "IMQ",
@@ -156,6 +157,10 @@ class Sum(Kernel):
         return all(k.has_mass for k in self.kernels)
 
     @property
+    def has_length(self):
+        return all(k.has_length for k in self.kernels)
+
+    @property
     def uses_cond(self):
         return any(k.uses_cond for k in self.kernels)
 
@@ -225,6 +230,10 @@ class Product(Kernel):
     def has_mass(self):
         return self.x.has_mass
 
+    @property
+    def has_length(self):
+        return self.x.has_length
+
     def gram(self, a, b, *, same=False):
         return self._factor().gram(a, b, same=same) * self.cond_gram(a, b)
 
@@ -291,6 +300,10 @@ class Mapped(Kernel):
         object.__setattr__(self, "kernel", as_kernel(self.kernel))
 
     @property
+    def has_length(self):
+        return self.kernel.has_length
+
+    @property
     def uses_cond(self):
         return self.kernel.uses_cond
 
@@ -331,6 +344,12 @@ class Custom(Kernel):
     def sees_cond(self):
         return True
 
+    def without(self, precondition):
+        return super().without(precondition) + (
+            ", or write in place of a function (a, b) -> Gram a subclass of mmdjax.kernels.Scaled with value(d2, h), "
+            "of the squared distance and a bandwidth, which serves every precondition"
+        )
+
     def gram(self, a, b, *, same=False):
         gram = self.function(a, b)
         if jnp.shape(gram) != (a.n, b.n):
@@ -353,10 +372,11 @@ def as_kernel(kernel: Any) -> Kernel:
     """A kernel unchanged; any other callable (a, b) -> Gram as one.
 
     Raises:
-      TypeError: not callable.
+      TypeError: not callable, or a class.
     """
     if isinstance(kernel, Kernel):
         return kernel
+    check_instance("kernel", kernel)
     if not callable(kernel):
         raise TypeError(
             f"a kernel is a callable (a, b) -> Gram [n, m], such as RBF(1.0); this is {type(kernel).__name__}"

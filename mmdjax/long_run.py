@@ -43,7 +43,7 @@ from mmdjax.provenance import provenance
 from mmdjax.samplers import DDIM, Sampler
 from mmdjax.sampling import as_memory, check_call, guided_sample
 from mmdjax.schedules import uniform_times
-from mmdjax.tree import replace
+from mmdjax.tree import as_arrays, replace
 from mmdjax.whole import write_json
 
 MANIFEST, FORMAT, FIRST_FORMAT = "manifest.json", "mmdjax run 2", "mmdjax run 1"
@@ -89,7 +89,8 @@ def sample_many(
     surplus samples are those of the first ones.
 
     Args:
-      params, key, refs, model, guidance, sampler, num_steps, times, sharding, checks: as in `guided_sample`.
+      params, key, refs, model, guidance, sampler, num_steps, times, sharding, checks: as in `guided_sample`; the usual
+        sampler is `DDPM()`, as DDIM(eta=1.0).
       num_samples: N, of the whole run.
       out: a folder for this run alone. It is made if it does not exist.
       batch_size: samples made at once.
@@ -124,6 +125,7 @@ def sample_many(
     for name, number in (("num_samples", num_samples), ("batch_size", batch_size)):
         if not isinstance(number, (int, np.integer)) or number < 1:
             raise ValueError(f"{name} is {number}; give an integer of at least 1")
+    cond = cond if callable(cond) else as_arrays("cond", cond)
     for leaf in () if callable(cond) else jax.tree.leaves(cond):
         if np.shape(leaf)[:1] != (num_samples,):
             raise ValueError(f"cond has shape {np.shape(leaf)}; it needs one row for each of the {num_samples} samples")

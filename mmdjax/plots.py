@@ -1,5 +1,7 @@
 """Pictures of samples: grids of images, points in the plane with their paths, curves, witness, attribution."""
 
+import functools
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,8 @@ import numpy as np
 from mmdjax.mmd import attribution, witness
 from mmdjax.particles import as_particles
 from mmdjax.whole import written_whole
+
+DPI = 110
 
 
 def image_grid(images: Any, *, columns: int, scale: int = 1, margin: int = 1) -> Any:
@@ -73,7 +77,22 @@ def save_labelled_grids(path: str | Path, grids: dict[str, Any], *, columns: int
     return path
 
 
-# Two dimensions, curves and features, through matplotlib: each returns its figure, `save_figure` writes one.
+# Two dimensions, curves and features, through matplotlib: each returns its figure, which a notebook shows as the last
+# line of a cell; `save_figure` writes one.
+
+
+def _figure(**settings: Any) -> Any:
+    import matplotlib.figure
+
+    figure: Any = matplotlib.figure.Figure(**settings)
+    figure._repr_png_ = functools.partial(_png, figure)  # no pyplot made it, so that notebooks would print its name
+    return figure
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=DPI, format="png")
+    return buffer.getvalue()
 
 
 def before_after(
@@ -99,15 +118,13 @@ def before_after(
     Raises:
       ValueError: points that are not in the plane.
     """
-    import matplotlib.figure
-
     panels = {"references": refs, "unguided": unguided, "guided": guided}
     panels = {title: np.asarray(points) for title, points in panels.items()}
     for title, points in panels.items():
         if points.ndim != 2 or points.shape[1] != 2:
             raise ValueError(f"{title} has shape {points.shape}; give points in the plane, [n, 2]")
     low, high = _limits(np.concatenate(list(panels.values())))
-    figure = matplotlib.figure.Figure(figsize=(10.5, 3.7), layout="constrained")
+    figure = _figure(figsize=(10.5, 3.7), layout="constrained")
     for axes, (title, points) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         density = model_density if title == "unguided" else target_density
         if density is not None:
@@ -127,9 +144,7 @@ def trace_curves(traces: dict[str, Any]) -> Any:
     Args:
       traces: label -> `Samples.trace`. An unguided run has no MMD²: give the trace of one with `MMDGuidance(scale=0)`.
     """
-    import matplotlib.figure
-
-    figure = matplotlib.figure.Figure(figsize=(8, 3.2), layout="constrained")
+    figure = _figure(figsize=(8, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for label, trace in traces.items():
         mmd2 = np.asarray(trace.mmd2)
@@ -154,14 +169,12 @@ def witness_map(kernel: Any, points: dict[str, Any], refs: Any, *, resolution: i
       refs: references [m, 2].
       resolution: values along each side.
     """
-    import matplotlib.figure
-
     sets = {title: np.asarray(p) for title, p in points.items()}
     low, high = _limits(np.concatenate([np.asarray(refs), *sets.values()]))
     grid, extent = _grid(low, high, resolution)
     values = {title: np.asarray(witness(kernel, p, refs, grid)).reshape(resolution, -1) for title, p in sets.items()}
     most = max(np.abs(v).max() for v in values.values()) or 1.0
-    figure = matplotlib.figure.Figure(figsize=(3.6 * len(sets) + 0.8, 3.5), layout="constrained")
+    figure = _figure(figsize=(3.6 * len(sets) + 0.8, 3.5), layout="constrained")
     panels = figure.subplots(1, len(sets), squeeze=False)[0]
     image: Any = None
     for axes, (title, value) in zip(panels, values.items(), strict=True):
@@ -191,7 +204,7 @@ def attribution_grid(kernel: Any, samples: Any, refs: Any, *, rows: int = 8, top
     return image_grid(np.stack(images), columns=1 + most.shape[1], scale=scale, margin=scale)
 
 
-def save_figure(figure: Any, path: str | Path, *, dpi: int = 110) -> Path:
+def save_figure(figure: Any, path: str | Path, *, dpi: int = DPI) -> Path:
     """Write a matplotlib figure as PNG; complete or not at all.
 
     Returns:

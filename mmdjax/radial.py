@@ -7,13 +7,17 @@ A kernel is a callable (a: Particles, b: Particles) -> Gram [n, m]. `Kernel` add
 
 with w = −2 ∂k/∂(d²), the weight of mean shift, for a kernel of the distance. `mmdjax.kernels` has the others.
 
+A kernel of one's own is a subclass: of `Scaled` where it has a bandwidth, of `Radial` where it is of the distance, of
+`Kernel` else. Nothing is to be registered or decorated, and no square root needs care at distance 0.
+
 References:
   Gretton et al. 2012 (RBF, the median heuristic), Gorham & Mackey 2017 (IMQ), Székely & Rizzo 2013 and Sejdinovic et
   al. 2013 (Energy), Comaniciu & Meer 2002 (mean shift).
 """
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -26,14 +30,24 @@ from mmdjax.distances import DIRECT, centred_distance, middle, squared_distance,
 from mmdjax.numerics import product, reciprocal, safe_sqrt
 from mmdjax.particles import Particles, as_particles, flat, wide_dtype
 from mmdjax.schedules import Level
-from mmdjax.tree import as_component, is_concrete, pytree, replace
+from mmdjax.tree import are_numbers, as_component, check_instance, complete, is_concrete, pytree, replace, static
 
 
+@dataclass_transform(frozen_default=True, field_specifiers=(static,))
 class Kernel:
     """What the guidance asks of a kernel; a subclass writes `gram`.
 
     One with mass also has a `gradient` that gives it, `pair_weights`, `distance2` and `reach`.
+
+    A subclass is a frozen dataclass and a pytree without being told (see `mmdjax.tree.complete`): annotate its fields,
+    numbers as `Any`, choices as `int`, `bool` or `str`; or assign them in an `__init__`.
     """
+
+    def __new__(cls, *args: Any, **kwargs: Any):
+        self = super().__new__(cls)
+        if jax.tree_util.all_leaves([self]):  # not before: decorators come after the class's body
+            complete(cls)
+        return self
 
     def __call__(self, a: Particles, b: Particles) -> Float[Array, "n m"]:
         """The Gram matrix k(a_i, b_j)."""
@@ -44,6 +58,11 @@ class Kernel:
     def has_mass(self) -> bool:
         """Whether precondition="mass" works: the kernel is one of the distance between the samples."""
         return False
+
+    @property
+    def has_length(self) -> bool:
+        """Whether precondition="length" works."""
+        return type(self).length2 is not Kernel.length2
 
     @property
     def uses_cond(self) -> bool:
@@ -77,15 +96,23 @@ class Kernel:
 
     def pair_weights(self, a: Particles, b: Particles, *, same: bool = False) -> Float[Array, "n m"]:
         """w(a_i, b_j), for a kernel with mass."""
-        raise ValueError(f'{type(self).__name__} is no kernel of the distance; use precondition="length" or "none"')
+        raise ValueError(self.without("mass"))
 
     def distance2(self, a: Particles, b: Particles, *, same: bool = False) -> Float[Array, "n m"]:
         """|a_i − b_j|², for a kernel with mass."""
-        raise ValueError(f'{type(self).__name__} is no kernel of the distance; use precondition="length" or "none"')
+        raise ValueError(self.without("mass"))
 
     def length2(self, a: Particles) -> Any:
         """ℓ², scalar or [n]: what makes ℓ² ∂MMD²/∂x a length."""
-        raise ValueError(f'{type(self).__name__} has no length; use precondition="none"')
+        raise ValueError(self.without("length"))
+
+    def without(self, precondition: str) -> str:
+        """What to say where the kernel cannot serve a precondition."""
+        name = type(self).__name__
+        if precondition == "length":
+            return f'{name} has no length; use precondition="none"'
+        works = 'precondition="length" or "none"' if self.has_length else 'precondition="none"'
+        return f'precondition="{precondition}" needs a kernel of the distance and {name} is none; use {works}'
 
     def gradient(
         self, a: Particles, b: Particles, coef: Array, *, same: bool = False, precondition: str = "none"
@@ -100,10 +127,7 @@ class Kernel:
           precondition: with "length" the gradient comes multiplied by `length2`, by component in a sum.
         """
         if precondition == "mass":
-            raise ValueError(
-                f"{type(self).__name__} is not a kernel of the distance, so it has no mass; use "
-                'precondition="length" or "none"'
-            )
+            raise ValueError(self.without("mass"))
         scale = jnp.reshape(self.length2(a), (-1, 1)) if precondition == "length" else 1.0
         coef = jnp.broadcast_to(coef, (b.n,)) if jnp.ndim(coef) == 0 else coef
 
@@ -119,8 +143,117 @@ class Kernel:
         return gradient, jnp.ones(a.n, wide_dtype(a.x))
 
 
+def finite_at_zero(function: Callable) -> Callable:
+    """f(d², …), elementwise in d², with 0 for values and derivatives that would not be finite at d² = 0."""
+
+    def value(d2, *rest):
+        zero = jnp.zeros((), d2.dtype)
+        finite = jnp.isfinite(function(zero, *jax.lax.stop_gradient(rest)))
+        held = jax.tree.map(lambda v: jnp.where(finite, v, jax.lax.stop_gradient(v)), rest)
+        there = jnp.where(finite, function(zero, *held), 0.0)
+        return jnp.where(d2 == 0, there, function(jnp.where(d2 == 0, 1.0, d2), *rest))
+
+    return with_slope(value, lambda *args: finite_at_zero(functools.partial(_slope, function))(*args))
+
+
+def _slope(function, d2, *rest):
+    return jax.jvp(lambda v: function(v, *rest), (d2,), (jnp.ones_like(d2),))[1]
+
+
+def with_slope(function: Callable, slope: Callable) -> Callable:
+    """f(d², …), elementwise in d², its derivative in d² being `slope(d², …)`; in the rest it is automatic."""
+
+    def call(d2, *rest):
+        leaves, structure = jax.tree.flatten(rest)
+        of_leaves = (lambda d2, *v, f=f: f(d2, *jax.tree.unflatten(structure, v)) for f in (function, slope))
+        return _with_slope(*of_leaves)(d2, *leaves)
+
+    return call
+
+
+def _with_slope(function, slope):
+    f = jax.custom_jvp(function)
+
+    def jvp(primals, tangents):
+        (d2, *rest), (d2_dot, *rest_dot) = primals, tangents
+        value = f(d2, *rest)
+        change = jnp.zeros_like(value) if _is_zero(d2_dot) else slope(d2, *rest) * d2_dot
+        moving = [i for i, dot in enumerate(rest_dot) if not _is_zero(dot)]
+        numbers = [i for i in moving if jnp.ndim(rest[i]) == 0]
+        for i in numbers:  # the derivative in it has one in d² too, that of the slope; apart from the tangent, as
+            # reverse mode keeps no custom derivative of what is linear in one
+            of_value, of_slope = (functools.partial(_along, g, i) for g in (function, slope))
+            change += _with_slope(of_value, of_slope)(d2, *rest) * rest_dot[i]
+        arrays = [i for i in moving if i not in numbers]
+        if arrays:
+
+            def of_arrays(*values):
+                given = dict(zip(arrays, values, strict=True))
+                return function(d2, *[given.get(i, v) for i, v in enumerate(rest)])
+
+            change += jax.jvp(of_arrays, tuple(rest[i] for i in arrays), tuple(rest_dot[i] for i in arrays))[1]
+        return value, change
+
+    f.defjvp(jvp, symbolic_zeros=True)
+    return f
+
+
+def _along(function, i, d2, *rest):
+    """The derivative of function(d2, *rest) in rest[i], a number."""
+    number = jnp.asarray(rest[i])
+    return jax.jvp(lambda v: function(d2, *rest[:i], v, *rest[i + 1 :]), (number,), (jnp.ones_like(number),))[1]
+
+
+def _is_zero(tangent: Any) -> bool:
+    return isinstance(tangent, jax.custom_derivatives.SymbolicZero)
+
+
+def _by_weight(cls: type) -> None:
+    """Let the derivatives in d² of what a class writes be those that its weights give."""
+    for name, of_weight in (("profile", "weight"), ("value", "value_weight")):
+        value, weight = vars(cls).get(name), vars(cls).get(of_weight)
+        if value is not None and weight is None:
+            weight = _weight_from(value)
+        elif cls.__module__.split(".")[0] == __package__:  # autodiff of these is exact, at 0 too
+            continue
+        if weight is not None:
+            setattr(cls, of_weight, _method(weight, finite_at_zero(_of_d2(weight))))
+        if value is not None:
+            setattr(cls, name, _method(value, with_slope(_of_d2(value), _half(of_weight))))
+
+
+def _of_d2(method):
+    return lambda d2, kernel, *h: method(kernel, d2, *h)
+
+
+def _method(written, f):
+    return functools.wraps(written)(lambda self, d2, *h: f(jnp.asarray(d2, float), self, *h))
+
+
+def _half(name):
+    return lambda d2, kernel, *h: -0.5 * getattr(kernel, name)(d2, *h)
+
+
+def _weight_from(value):
+    def weight(self, d2, *h):
+        """−2 ∂value/∂d²."""
+        return -2 * _slope(_of_d2(value), d2, self, *h)
+
+    return weight
+
+
 class Radial(Kernel):
-    """A kernel of the distance alone: `profile(d²)` and `weight(d²)` = −2 ∂profile/∂d²."""
+    """A kernel of the distance alone: `profile(d²)` and `weight(d²)` = −2 ∂profile/∂d², elementwise.
+
+    A subclass may leave the weight out: it is then the derivative, exact for a smooth function of d². A function of
+    d = √d² should give it, as near 0 the derivative of the root loses digits, and at 0 it is taken as 0. All
+    derivatives of MMD² come from the weight, so that they are finite at d = 0; a weight that is infinite there counts
+    as 0: a coincident pair neither pulls nor weighs.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        _by_weight(cls)
 
     @property
     def has_mass(self):
@@ -177,17 +310,32 @@ class Radial(Kernel):
 
 
 class Scaled(Radial):
-    """A radial kernel with a bandwidth: a number, a tuple (the mean of its kernels), a rule like `Median`, or None."""
+    """A radial kernel with a bandwidth: a number, a tuple (the mean of its kernels), a rule like `Median`, or None.
 
-    bandwidth: Any
+    A subclass writes `value(d2, h)` and, unless it is smooth in d² (see `Radial`), `value_weight(d2, h)`.
+
+    Example:
+      >>> class Cauchy(Scaled):
+      ...     def value(self, d2, h):
+      ...         return 1 / (1 + d2 / h**2)
+      >>> p = Particles(jnp.array([[0.0], [1.0]]))
+      >>> Cauchy(1.0)(p, p).tolist(), Cauchy(1.0).pair_weights(p, p).tolist()
+      ([[1.0, 0.5], [0.5, 1.0]], [[2.0, 0.5], [0.5, 2.0]])
+    """
+
+    bandwidth: Any = None
 
     def __post_init__(self):
         if isinstance(self.bandwidth, tuple) and not self.bandwidth:
             raise ValueError("bandwidth is (); give at least one length")
         bandwidth = tuple(self.bandwidth) if isinstance(self.bandwidth, list) else self.bandwidth
+        for h in jax.tree.leaves(bandwidth):
+            check_instance("bandwidth", h)
         rules = jax.tree.map(lambda h: as_component(h) if callable(h) else h, bandwidth)
         object.__setattr__(self, "bandwidth", rules)
         for h in jax.tree.leaves(rules):
+            if not are_numbers(h):
+                raise TypeError(f"bandwidth is {h!r}; give a length, None or a rule such as mmdjax.kernels.Median()")
             if is_concrete(h) and not (np.asarray(h) > 0).all():
                 raise ValueError(
                     f"bandwidth is {h}; a length above 0 is needed ({type(self).__name__}(None) takes it from refs)"

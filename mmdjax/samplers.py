@@ -7,7 +7,7 @@ A sampler is stateless; what it remembers travels in its carry. The contract:
 
 with x [n, ...] at level t, `denoise(x, level, state) -> (x0_hat, state)` (params and condition bound, `state` passed
 through every call), t and s `Level`s, and the x returned at level s. A step to the clean level (σ_s = 0) returns x̂0
-without noise.
+without noise. A sampler that is no pytree compiles by its equality: give it `mmdjax.tree.pytree`, or make it once.
 
 Notation: ε̂ = (x − α x̂0)/σ, and x_t given x_s is N(α_t/α_s x_s, σ_{t|s}²) with σ_{t|s}² = σ_t² − (α_t/α_s)² σ_s².
 """
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from mmdjax.numerics import safe_sqrt
-from mmdjax.tree import pytree, static
+from mmdjax.tree import check_instance, check_number, pytree, shown, static
 
 
 @runtime_checkable
@@ -55,8 +55,32 @@ class Opaque:
 
 
 def as_sampler(sampler: Sampler) -> Sampler:
-    """A sampler that is a pytree unchanged; any other object with `init` and `step` made into one."""
+    """A sampler that is a pytree unchanged; any other object with `init` and `step` made into one.
+
+    Raises:
+      TypeError: a class, or something else without `init` and `step`.
+    """
+    check_instance("sampler", sampler)
+    if not all(callable(getattr(sampler, name, None)) for name in ("init", "step")):
+        raise TypeError(f"sampler is {shown(sampler)}; give one such as DDPM(), with init and step")
     return Opaque(sampler) if jax.tree_util.all_leaves([sampler]) else sampler
+
+
+def take_step(sampler: Sampler, key, x, carry, state, denoise, t, s):
+    """`sampler.step`, what it returns checked.
+
+    Raises:
+      TypeError: it does not return (x, carry, state).
+      ValueError: x has another shape.
+    """
+    stepped = sampler.step(key, x, carry, state, denoise, t, s)
+    if not (isinstance(stepped, tuple) and len(stepped) == 3 and hasattr(stepped[0], "shape")):
+        raise TypeError(f"the sampler's step returned {shown(stepped)}; it must return (x, carry, state)")
+    if stepped[0].shape != x.shape:
+        raise ValueError(
+            f"the sampler's step returned x of shape {stepped[0].shape} for x of shape {x.shape}; it must keep it"
+        )
+    return stepped
 
 
 def added_variance(t, s):
@@ -78,7 +102,7 @@ def noise_like(key, x, s):
 class DDIM:
     """x_s = α_s x̂0 + √(σ_s² − v) ε̂ + √v z,  v = η² σ_s² σ_{t|s}² / σ_t².  Song et al. 2021a, eq. 12 and 16.
 
-    η = 0 is deterministic, of order 1; η = 1 is `DDPM`.
+    η = 0, what `DDIM()` is, is deterministic and of order 1. η = 1 is `DDPM()`, the default of `guided_sample`.
 
     Example:
       >>> DDIM(eta=0.0)
@@ -86,6 +110,9 @@ class DDIM:
     """
 
     eta: Any = 0.0
+
+    def __post_init__(self):
+        check_number("eta", self.eta)
 
     def init(self, x):
         """No history."""
@@ -104,7 +131,7 @@ class DDPM:
     """x_s ~ N(E[x_s | x_t, x̂0], v): ancestral sampling.  Ho et al. 2020, eq. 7.
 
     E = (α_t/α_s) σ_s²/σ_t² x_t + α_s σ_{t|s}²/σ_t² x̂0,  v = σ_{t|s}² σ_s²/σ_t² ("small", the posterior's) or σ_{t|s}²
-    ("large").
+    ("large"). The default of `guided_sample`, written there as the equal DDIM(eta=1.0).
     """
 
     variance: str = static(default="small")

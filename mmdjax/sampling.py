@@ -4,6 +4,8 @@ x ~ prior;  for t, s in the time grid:  x ← sampler.step(x, denoise, t, s), gu
 """
 
 import functools
+import operator
+import warnings
 from typing import Any
 
 import jax
@@ -13,16 +15,16 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from mmdjax.denoisers import DiffusionModel
-from mmdjax.guidance import MMDGuidance, bind, check_guidance, fit_kernel
+from mmdjax.guidance import MMDGuidance, bind, check_guidance, check_kind, fit_kernel
 from mmdjax.guided import GuidedSampler
 from mmdjax.memory import Memory
 from mmdjax.numerics import all_finite
 from mmdjax.particles import Particles, as_particles, widen
 from mmdjax.placement import placement
 from mmdjax.progress import Bar
-from mmdjax.samplers import DDIM, Sampler, as_sampler
+from mmdjax.samplers import DDIM, Sampler, as_sampler, take_step
 from mmdjax.schedules import uniform_times
-from mmdjax.tree import is_concrete, is_traced, pytree, strong
+from mmdjax.tree import as_arrays, is_concrete, is_traced, pytree, shown, strong
 
 
 @pytree
@@ -78,9 +80,14 @@ def guided_sample(
 ) -> Samples:
     """Sample a diffusion model, guided towards references by the gradient of MMD².
 
-    Jitted inside: a plain call compiles once for all values of params, key, refs, cond, and of the numbers in model,
-    guidance and sampler. It may be called inside `jit`, `vmap` (over keys, scale, …) and `grad` (to scale, bandwidth,
-    refs, params, …); a bandwidth taken from the references is detached.
+    Jitted inside. What compiles nothing: other values of params, key, refs, cond, times, x_init and memory of the same
+    shapes and types, and of the numbers in model, guidance and sampler. What compiles anew: another shape or type,
+    another num_samples or num_steps, another choice (kind of kernel, `at`, kind of sampler, …), and another function or
+    optax transformation. Functions compare by identity, as what they read may have changed: a lambda that a notebook
+    cell makes anew compiles anew, so make functions, and classes of one's own, in a cell that runs once.
+
+    It may be called inside `jit`, `vmap` (over keys, scale, …) and `grad` (to scale, bandwidth, refs, params, …); a
+    bandwidth taken from the references is detached.
 
     Values are checked where they are concrete. Inside `jit` they cannot be seen: NaN in the references, or references
     that are all equal with a bandwidth taken from them, give NaN samples.
@@ -92,9 +99,9 @@ def guided_sample(
         reweight), or None: plain sampling.
       model: the diffusion model.
       num_samples: n, the size of the batch; the guidance sees all of it at once.
-      cond: the samples' conditions, a pytree of [n, ...], or None.
+      cond: the samples' conditions, a pytree of [n, ...], or None. Lists of numbers are arrays.
       guidance: what the guidance does.
-      sampler: the reverse process.
+      sampler: the reverse process; the default, DDIM(eta=1.0), is `DDPM()`. `DDIM()` is another one, without noise.
       num_steps: steps, uniform in t from 1 to 0.
       times: decreasing t [num_steps + 1] in [0, 1] in place of num_steps (`mmdjax.schedules` has grids).
       x_init: x at times[0], [n, *model.shape]; default prior noise. `schedules.diffuse` makes it from pictures.
@@ -116,6 +123,8 @@ def guided_sample(
         them) all equal or one only, conditions missing on one side of a Product kernel, times that do not decrease in
         [0, 1], a num_samples that the mesh axis does not divide.
       FloatingPointError: with `checks`, naming the quantity, and the step.
+    Warns:
+      UserWarning: a guidance, but no references.
 
     Example:
       >>> from mmdjax.denoisers import from_model
@@ -129,8 +138,12 @@ def guided_sample(
     Source: arXiv 2601.08379.
     """
     refs = None if refs is None else as_particles(refs)
+    cond, x_init = as_arrays("cond", cond), as_arrays("x_init", x_init)
     check_call(key, refs, model, num_samples, cond, guidance, sampler, x_init)
-    times = _check_times(times, num_steps)
+    num_samples = int(num_samples)
+    times = _check_times(as_arrays("times", times), num_steps)
+    if refs is None and not _is_default(guidance):
+        warnings.warn("guidance does nothing without references; give refs, or leave guidance out", stacklevel=2)
     memory = as_memory(memory, model, cond)
     if checks and is_traced((params, key, refs, model, cond, guidance, sampler, times, x_init, memory)):
         raise ValueError(
@@ -167,6 +180,12 @@ def guided_sample(
     return samples
 
 
+def _is_default(guidance: MMDGuidance) -> bool:
+    trees = guidance, MMDGuidance()
+    leaves, structures = zip(*map(jax.tree.flatten, trees), strict=True)
+    return structures[0] == structures[1] and (is_traced(leaves) or all(map(np.array_equal, *leaves)))
+
+
 @functools.partial(jax.jit, static_argnames=("num_samples", "progress", "placed", "checks", "remat", "keep_path"))
 def _sample(*operands, placed, **choices):
     batch = P(placed.shards.batch)
@@ -183,6 +202,8 @@ def _run(
     *, num_samples, progress, checks, remat, keep_path,
 ):  # fmt: skip
     levels = jax.vmap(model.schedule)(times)
+    if not all(hasattr(levels, name) for name in ("t", "alpha", "sigma", "log_snr")):
+        raise TypeError(f"the schedule returned {shown(levels)}; it must return Level(t, alpha, sigma)")
     num_steps = times.shape[0] - 1
     key_init, key_steps = jax.random.split(key)
 
@@ -200,9 +221,9 @@ def _run(
         bound = bind(guidance, kernel, refs, cond, memory, placed)
         sampler = GuidedSampler(sampler, bound, num_steps)
 
-    def denoise(x, level, finite):
+    def denoise(x, level, state):
         x0 = placed.batch(model.denoise(params, placed.batch(x), level, cond))
-        return x0, finite | {"x0_hat": finite["x0_hat"] & jnp.isfinite(x0).all()} if checks else finite
+        return x0, state | {"x0_hat": state["x0_hat"] & jnp.isfinite(x0).all()} if checks else state
 
     bar = Bar(num_steps, "sampling")
 
@@ -210,8 +231,8 @@ def _run(
         x, sampler_carry = carry
         index, t, s = inputs
         finite = dict.fromkeys(("x0_hat", "x"), jnp.ones((), bool)) if checks else ()
-        x, sampler_carry, finite = sampler.step(
-            jax.random.fold_in(key_steps, index), x, sampler_carry, finite, denoise, t, s
+        x, sampler_carry, finite = take_step(
+            sampler, jax.random.fold_in(key_steps, index), x, sampler_carry, finite, denoise, t, s
         )
         x, sampler_carry = placed.rows((x, sampler_carry), num_samples)
         if progress:
@@ -243,7 +264,8 @@ def _run(
 def check_key(key: Any) -> None:
     """Raise TypeError unless this is a typed PRNG key."""
     if not (hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
-        raise TypeError(f"key is {type(key).__name__} without a key type; make one with jax.random.key(seed)")
+        seed = key if isinstance(key, int) else "seed"
+        raise TypeError(f"key is {shown(key)}, no typed key; make one with jax.random.key({seed})")
 
 
 def check_call(
@@ -261,17 +283,22 @@ def check_call(
     if key.shape != ():
         raise ValueError(f"key has shape {key.shape}; give one key, and jax.vmap over several")
     if not isinstance(model, DiffusionModel):
-        raise TypeError(f"model is {type(model).__name__}; give DiffusionModel(denoiser, schedule, shape)")
-    if not (hasattr(sampler, "init") and hasattr(sampler, "step")):
-        raise TypeError(f"sampler is {sampler!r}; give one such as DDIM(eta=1.0), with init and step")
-    if not isinstance(num_samples, (int, np.integer)) or num_samples < 1:
-        raise ValueError(f"num_samples is {num_samples}; give an integer of at least 1")
+        what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise TypeError(f"model is {what}; give DiffusionModel(denoiser, schedule, shape)")
+    as_sampler(sampler)
+    check_count("num_samples", num_samples)
     for leaf in jax.tree.leaves(cond):
         if np.shape(leaf)[:1] != (num_samples,):
             raise ValueError(f"cond has shape {np.shape(leaf)}; it needs one row for each of the {num_samples} samples")
     expected = (num_samples, *model.shape)
     if x_init is not None and np.shape(x_init) != expected:
         raise ValueError(f"x_init has shape {np.shape(x_init)}; num_samples and model.shape ask for {expected}")
+    if x_init is not None and not jnp.issubdtype(jnp.result_type(x_init), jnp.floating):
+        raise TypeError(
+            f"x_init has dtype {jnp.result_type(x_init)}; the model works on floats, scaled as its training data was "
+            "and noisy: mmdjax.schedules.diffuse makes it from pictures"
+        )
+    check_kind(guidance)
     if refs is None:
         return
     if not hasattr(refs.x, "shape"):
@@ -286,14 +313,24 @@ def check_call(
         )
 
 
-def _check_times(times: Any, num_steps: int) -> Any:
+def check_count(name: str, number: Any) -> None:
+    """Raise ValueError unless this is an integer of at least 1, known now."""
+    if is_traced(number):
+        raise ValueError(f"{name} is traced; it decides shapes, so give an integer, to jax.jit by static_argnames")
+    try:
+        whole = not isinstance(number, bool) and operator.index(number) >= 1
+    except TypeError:
+        whole = False
+    if not whole:
+        raise ValueError(f"{name} is {number!r}; give an integer of at least 1")
+
+
+def _check_times(times: Any, num_steps: Any) -> Any:
     if times is None:
-        if not isinstance(num_steps, (int, np.integer)) or num_steps < 1:
-            raise ValueError(f"num_steps is {num_steps}; give an integer of at least 1")
-        return uniform_times(num_steps)
-    times = np.asarray(times) if isinstance(times, (list, tuple)) else times
+        check_count("num_steps", num_steps)
+        return uniform_times(int(num_steps))
     if np.ndim(times) != 1 or np.shape(times)[0] < 2:
-        raise ValueError(f"times has shape {np.shape(times)}; give decreasing t, [num_steps + 1]")
+        raise ValueError(f"times has shape {np.shape(times)}; give decreasing t, [num_steps + 1], or num_steps alone")
     if is_concrete(times):
         values = np.asarray(times)
         if not ((np.diff(values) < 0).all() and values[0] <= 1 and values[-1] >= 0):
@@ -305,10 +342,11 @@ def as_memory(memory: Any, model: DiffusionModel, cond: Any) -> Memory | None:
     """The memory of an earlier call, checked against the model; a new one from its capacity; None from None."""
     if memory is None:
         return None
-    if isinstance(memory, (int, np.integer)):
+    if isinstance(memory, (int, np.integer)) and not isinstance(memory, bool):
         return Memory.empty(int(memory), model.shape, cond)
     if not isinstance(memory, Memory):
-        raise TypeError(f"memory is {type(memory).__name__}; give None, a capacity, or the memory of an earlier call")
+        what = type(memory).__name__ if isinstance(memory, list | tuple) else shown(memory)
+        raise TypeError(f"memory is {what}; give None, a capacity, or samples.memory of an earlier call")
     held = memory.particles
     if held.x.shape[1:] != model.shape:
         raise ValueError(f"memory holds samples of shape {held.x.shape[1:]} but the model makes {model.shape}")
@@ -328,7 +366,7 @@ class _Watched:
         return self.sampler.init(x)
 
     def step(self, key, x, carry, state, denoise, t, s):
-        x, carry, finite = self.sampler.step(key, x, carry, state, denoise, t, s)
+        x, carry, finite = take_step(self.sampler, key, x, carry, state, denoise, t, s)
         return x, carry, finite | {"x": jnp.isfinite(x).all()}
 
 

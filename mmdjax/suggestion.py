@@ -37,7 +37,7 @@ from mmdjax.numerics import product
 from mmdjax.particles import Particles, as_particles, flat, widen
 from mmdjax.samplers import DDIM, Sampler
 from mmdjax.sampling import check_call, guided_sample
-from mmdjax.tree import is_concrete, pytree, replace, static
+from mmdjax.tree import as_arrays, is_concrete, pytree, replace, static
 
 # multiples of the bandwidth, placements, multiples of the scale: from 2 on a mass-preconditioned shift overshoots
 VARIED = {"smoothness": (1.0, 1.5, 2.25, 0.75), "at": ("denoised", "sample"), "strength": (1.0, 0.5)}
@@ -73,7 +73,7 @@ class Score:
 
 @pytree
 class Suggestion:
-    """What `suggest_guidance` returns; printed, a table and the reason.
+    """What `suggest_guidance` returns; shown, a table and the reason.
 
     Args:
       guidance: the chosen one. With scale 0 where guidance is not needed.
@@ -85,7 +85,7 @@ class Suggestion:
     scores: tuple[Score, ...]
     reason: str = static()
 
-    def __str__(self):
+    def __repr__(self):
         if not self.scores:
             return self.reason
         width = max(len(score.label) for score in self.scores)
@@ -125,7 +125,7 @@ def suggest_guidance(
     and two compilations. Fewer than 10 references cannot decide: the default is returned, and nothing is run.
 
     Args:
-      params, key, refs, model, cond, sampler: as in `guided_sample`.
+      params, key, refs, model, cond, sampler: as in `guided_sample`; the default sampler is `DDPM()`, as DDIM(eta=1.0).
       num_samples: n, best that of the runs to come: how much a batch copies depends on it.
       guidance: the default, to vary.
       candidates: the guidances to choose from instead, in order of preference.
@@ -154,7 +154,7 @@ def suggest_guidance(
 
     Source: the one-standard-error rule, Breiman et al. 1984.
     """
-    refs = as_particles(refs)
+    refs, cond = as_particles(refs), as_arrays("cond", cond)
     if candidates is not None and not (isinstance(candidates, Sequence) and candidates):
         raise ValueError(f"candidates is {candidates!r}; give a list of MMDGuidance, the preferred one first, or None")
     listed = [guidance] if candidates is None else candidates

@@ -5,12 +5,14 @@ of candidates) and differentiated. Static fields take part in equality and hashi
 """
 
 import dataclasses
+import dis
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 T = TypeVar("T")
@@ -21,7 +23,7 @@ def static(**kwargs: Any) -> Any:
     return dataclasses.field(metadata={"static": True}, **kwargs)
 
 
-def _as_numbers(value: Any) -> Any:
+def _as_numbers(value: Any, name: str = "") -> Any:
     # 1 and 1.0 must be the same leaf, or jit would compile twice.
     if type(value) is int:
         return float(value)
@@ -36,20 +38,102 @@ def pytree(cls: type[T]) -> type[T]:
 
     Fields made with `static` are part of the tree's structure; all others are children. Python ints in children become
     floats. Flattening and unflattening run no `__init__`: checks there see only what a person wrote, never tracers.
+    Printed, arrays are their type and shape.
     """
-    cls = dataclasses.dataclass(frozen=True, repr=True)(cls)
+    return _component(cls, _as_numbers)
+
+
+CHOICES = (int, bool, str, "int", "bool", "str")
+
+
+def complete(cls: type) -> None:
+    """`pytree` for a class that its author left undecorated.
+
+    Fields are what the class and its undecorated bases annotate, or assign in an `__init__` written by hand; it runs
+    `__post_init__` too. Those annotated `int`, `bool` or `str`, there or in its signature, are choices. A dataclass
+    stays the one that it is.
+    """
+    _component(cls, _as_found, undecorated=True)
+
+
+def _component(cls: type[T], convert: Callable[[Any, str], Any], undecorated: bool = False) -> type[T]:
+    by_hand = _init_by_hand(cls)
+    if "__dataclass_fields__" not in vars(cls):
+        fields: dict[str, Any] = {}
+        for base in reversed(cls.__mro__):
+            if "__dataclass_fields__" in vars(base):
+                continue
+            found = inspect.get_annotations(base)
+            if base is not cls or undecorated:
+                found = _assigned(base) | found
+                for name, kind in found.items():
+                    default = getattr(cls, name, dataclasses.MISSING)
+                    if kind in CHOICES and not isinstance(default, dataclasses.Field):
+                        setattr(cls, name, static(default=default))
+            fields |= found
+        cls.__annotations__ = fields
+        cls = dataclasses.dataclass(frozen=True, repr=False, init=not by_hand)(cls)
+    return _registered(cls, by_hand, convert)
+
+
+def _assigned(cls: type) -> dict[str, Any]:
+    """What a class's own `__init__` assigns, with the kind of the argument of that name."""
+    if not _writes_init(cls):
+        return {}
+    init = inspect.unwrap(vars(cls)["__init__"])
+    kinds = inspect.get_annotations(init)
+    return {i.argval: kinds.get(i.argval, Any) for i in dis.get_instructions(init) if i.opname == "STORE_ATTR"}
+
+
+def _writes_init(cls: type) -> bool:
+    return inspect.isfunction(vars(cls).get("__init__")) and "__dataclass_fields__" not in vars(cls)
+
+
+def _init_by_hand(cls: type) -> bool:
+    for base in cls.__mro__:
+        if "__dataclass_fields__" in vars(base):
+            return getattr(base.__init__, "by_hand", False)
+        if _writes_init(base):
+            return True
+    return False
+
+
+def _as_found(value: Any, name: str) -> Any:
+    # nobody said which fields are choices: what `jit` cannot take as a number is told here
+    if callable(value) and jax.tree_util.all_leaves([value]):
+        return as_component(value)
+    for leaf in jax.tree.leaves(value):
+        if isinstance(leaf, bool) or not are_numbers(leaf):
+            raise TypeError(
+                f"{name} is {shown(leaf)}, a choice and no number; declare it in the class's body, as "
+                f"`{name}: {type(leaf).__name__}` or `{name}: Any = mmdjax.tree.static()`"
+            )
+    return _as_numbers(value, name)
+
+
+def _registered(cls: type[T], by_hand: bool, convert: Callable[[Any, str], Any]) -> type[T]:
     names = [f.name for f in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType]
     metas = [f.name for f in dataclasses.fields(cls) if f.metadata.get("static")]  # pyright: ignore[reportArgumentType]
     children = [n for n in names if n not in metas]
     written_init = cls.__init__
 
     def __init__(self, *args, **kwargs):
-        written_init(self, *args, **kwargs)
+        if "_open" in vars(self):  # called by the __init__ of a subclass, which ends what is below
+            return written_init(self, *args, **kwargs)
+        if by_hand:
+            _write(self, written_init, *args, **kwargs)
+        else:
+            written_init(self, *args, **kwargs)
         for name in children:
-            object.__setattr__(self, name, _as_numbers(getattr(self, name)))
+            object.__setattr__(self, name, convert(getattr(self, name), name))
 
     __init__.__wrapped__ = written_init  # type: ignore[attr-defined]  # keeps the signature for help()
+    __init__.by_hand = by_hand  # type: ignore[attr-defined]
     cls.__init__ = __init__  # type: ignore[method-assign]
+    if by_hand:
+        cls.__setattr__ = _set  # type: ignore[method-assign]
+    if cls.__repr__ is object.__repr__:
+        cls.__repr__ = short_repr  # type: ignore[method-assign]
 
     def flatten_with_keys(self):
         keyed = [(jax.tree_util.GetAttrKey(n), getattr(self, n)) for n in children]
@@ -68,6 +152,80 @@ def pytree(cls: type[T]) -> type[T]:
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     return cls
+
+
+def _write(self: Any, init: Callable, *args: Any, **kwargs: Any) -> None:
+    """Run an `__init__` written by hand, which may assign, and the checks."""
+    vars(self)["_open"] = True
+    try:
+        init(self, *args, **kwargs)
+        missing = [f.name for f in dataclasses.fields(self) if not hasattr(self, f.name)]
+        if missing:
+            raise TypeError(f"{type(self).__name__}.__init__ left {missing[0]} without a value; assign it in any case")
+        if hasattr(self, "__post_init__"):
+            self.__post_init__()
+    finally:
+        del vars(self)["_open"]
+
+
+def _set(self: Any, name: str, value: Any) -> None:
+    if "_open" not in vars(self):
+        raise dataclasses.FrozenInstanceError(f"cannot assign to field {name!r}")
+    if name not in {f.name for f in dataclasses.fields(self)}:
+        raise AttributeError(f"{type(self).__name__}.{name} is no field; declare it in the class's body, `{name}: Any`")
+    object.__setattr__(self, name, value)
+
+
+def short_repr(self: Any) -> str:
+    """A dataclass in a line; fields that are None by default and still None are left out, the first one excepted."""
+    fields = [
+        f"{f.name}={shown(getattr(self, f.name))}"
+        for i, f in enumerate(dataclasses.fields(self))
+        if i == 0 or f.default is not None or getattr(self, f.name) is not None
+    ]
+    return f"{type(self).__name__}({', '.join(fields)})"
+
+
+MOST_SHOWN, LONGEST_SHOWN = 6, 80  # items of a container, characters of an object with a text of its own
+
+
+def shown(value: Any) -> str:
+    """A value in a line: arrays by type and shape, functions by name.
+
+    Example:
+      >>> shown({"x": jnp.zeros((2, 3)), "scale": jnp.float32(0.5), "apply": shown})
+      "{'x': float32[2, 3], 'scale': 0.5, 'apply': shown}"
+    """
+    if isinstance(value, Tracer) or (hasattr(value, "dtype") and hasattr(value, "shape")):
+        number = jnp.issubdtype(value.dtype, jnp.number) or value.dtype == bool
+        if np.ndim(value) == 0 and number and isinstance(value, jax.Array | np.generic | np.ndarray):
+            return f"{np.asarray(value).item():.6g}" if is_concrete(value) else f"{value.dtype}[]"
+        return f"{value.dtype}{list(value.shape)}"
+    if isinstance(value, Mapping):
+        items = [(k, f"{{{len(v)} keys}}" if isinstance(v, Mapping) else shown(v)) for k, v in _first(value.items())]
+        return "{" + _listed([f"{key!r}: {text}" for key, text in items], len(value)) + "}"
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        items = [f"{name}={shown(item)}" for name, item in zip(value._fields, value, strict=True)]
+        return f"{type(value).__name__}({', '.join(items)})"
+    if type(value) in (tuple, list):
+        items = _listed([shown(item) for item in _first(value)], len(value))
+        return f"[{items}]" if isinstance(value, list) else f"({items},)" if len(value) == 1 else f"({items})"
+    if type(value).__repr__ is short_repr:
+        return repr(value)
+    if callable(value) and hasattr(value, "__name__"):
+        return value.__name__
+    text = repr(value)
+    if len(text) > LONGEST_SHOWN or "\n" in text or " at 0x" in text:
+        return f"{text[: LONGEST_SHOWN - 1]}…" if isinstance(value, str) else f"<{type(value).__name__}>"
+    return text
+
+
+def _first(items: Any) -> list:
+    return [item for _, item in zip(range(MOST_SHOWN), items, strict=False)]
+
+
+def _listed(texts: list[str], count: int) -> str:
+    return ", ".join(texts) + (f", … {count} in all" if count > len(texts) else "")
 
 
 def replace(component: T, **changes: Any) -> T:
@@ -90,6 +248,9 @@ class Method:
     def __call__(self, *args, **kwargs):
         return self.function(self.owner, *args, **kwargs)
 
+    def __repr__(self):
+        return f"{type(self.owner).__name__}.{shown(self.function)}"
+
 
 @pytree
 class Function:
@@ -99,6 +260,9 @@ class Function:
 
     def __call__(self, *args, **kwargs):
         return self.function(*args, **kwargs)
+
+    def __repr__(self):
+        return shown(self.function)
 
 
 def by_value(function: Callable) -> Callable:
@@ -110,6 +274,33 @@ def by_value(function: Callable) -> Callable:
             return function
         return Method(function.__func__, function.__self__)
     return function
+
+
+def check_instance(name: str, value: Any) -> None:
+    """Raise TypeError for a class where an instance of it is meant."""
+    if isinstance(value, type):
+        raise TypeError(f"{name} is the class {value.__name__}; give an instance of it, {value.__name__}(…)")
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise TypeError for what is no number, nor an array of them."""
+    if not (jax.tree_util.all_leaves([value]) and are_numbers(value)):
+        raise TypeError(f"{name} is {value!r}; give a number")
+
+
+def check_function(name: str, value: Any, form: str) -> None:
+    """Raise TypeError for what cannot be called with the arguments of `form`, such as "(params, x, level, cond)"."""
+    check_instance(name, value)
+    if not callable(value):
+        raise TypeError(f"{name} must be callable, not {type(value).__name__}: it is called as {name}{form}")
+    try:
+        signature = inspect.signature(value)
+    except (TypeError, ValueError):  # some built-in functions have none
+        return
+    try:
+        signature.bind(*form.split(","))
+    except TypeError:
+        raise TypeError(f"{name} is called as {name}{form}, but its arguments are {signature}") from None
 
 
 def as_component(function: Any) -> Any:
@@ -132,6 +323,50 @@ def strong(tree: T) -> T:
         return jax.lax.convert_element_type(x, jax.dtypes.canonicalize_dtype(dtype))
 
     return jax.tree.map(leaf, tree)
+
+
+def are_numbers(tree: Any) -> bool:
+    """Whether every leaf is a number or an array of them, as `jit` takes it."""
+    return all(
+        isinstance(x, bool | int | float | complex)
+        or (isinstance(x, jax.Array | np.ndarray | np.generic) and getattr(x.dtype, "kind", "") not in tuple("OSUMm"))
+        for x in jax.tree.leaves(tree)
+    )
+
+
+def as_arrays(name: str, tree: Any) -> Any:
+    """A pytree with lists of numbers, and what numpy reads without loss, as arrays.
+
+    Raises:
+      TypeError: a leaf that is no array of numbers, such as text, a path or a picture.
+    """
+
+    def listed(node):
+        leaves = jax.tree.leaves(node) if type(node) in (list, tuple) else []
+        return bool(leaves) and all(isinstance(leaf, int | float | complex | np.generic) for leaf in leaves)
+
+    def convert(leaf):
+        if isinstance(leaf, str | bytes) or not (listed(leaf) or hasattr(leaf, "__array__")):
+            if are_numbers(leaf):
+                return leaf
+            text = " (prompts: pipeline.encode_prompts(params, prompts))" if isinstance(leaf, str) else ""
+            raise TypeError(f"{name} holds a {_kind(leaf)}; give numbers, as arrays: jnp.asarray(…){text}")
+        if isinstance(leaf, jax.Array | np.ndarray):
+            array = leaf
+        else:
+            try:
+                array = np.asarray(leaf)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise TypeError(f"{name} is a {_kind(leaf)} that numpy does not read ({error})") from error
+        if not are_numbers(array):
+            raise TypeError(f"{name} is a {_kind(leaf)} of dtype {array.dtype}; give numbers, as an array")
+        return array
+
+    return jax.tree.map(convert, tree, is_leaf=listed)
+
+
+def _kind(value: Any) -> str:
+    return f"{type(value).__module__.split('.')[0]}.{type(value).__name__}".removeprefix("builtins.")
 
 
 def is_traced(tree: Any) -> bool:

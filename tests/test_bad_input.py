@@ -1,9 +1,12 @@
 """A mistake of the user's is a ValueError or TypeError that names the value and the remedy."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import jaxtyping
 import numpy as np
+import optax
 import pytest
 
 from mmdjax import (
@@ -18,10 +21,12 @@ from mmdjax import (
     Particles,
     Product,
     cfg,
+    from_model,
     guide_denoiser,
     guide_sampler,
     guided_sample,
 )
+from mmdjax.kernels import Median
 from mmdjax.schedules import VPLinear
 
 
@@ -45,6 +50,31 @@ REFS = jax.random.normal(jax.random.key(1), (6, 3, 2))
 def run(refs=REFS, key=None, **settings):
     settings = {"model": MODEL, "num_samples": 4, "num_steps": 3, **settings}
     return guided_sample(None, jax.random.key(0) if key is None else key, refs, **settings)
+
+
+class Returns(DDIM):
+    """A sampler whose step returns `change` of what it should."""
+
+    change = staticmethod(lambda *stepped: stepped)
+
+    def step(self, key, x, carry, state, denoise, t, s):
+        return self.change(*super().step(key, x, carry, state, denoise, t, s))
+
+
+class Alone(Returns):
+    change = staticmethod(lambda x, carry, state: x)
+
+
+class Fewer(Returns):
+    change = staticmethod(lambda x, carry, state: (x[:2], carry, state))
+
+
+class Twice(Returns):
+    change = staticmethod(lambda x, carry, state: ((x, state), carry, state))
+
+
+def of(denoiser=shrink, schedule=None):
+    return DiffusionModel(denoiser, VPLinear() if schedule is None else schedule, (3, 2))
 
 
 NAN = np.asarray(REFS).copy()
@@ -135,6 +165,58 @@ CASES = {
     "guidance of another kind": (TypeError, "guidance is float", lambda: run(guidance=0.5)),
     "sampler a class": (TypeError, "sampler is", lambda: run(sampler="ddim")),
     "model a function": (TypeError, r"give DiffusionModel\(denoiser, schedule, shape\)", lambda: run(model=shrink)),
+    "sampler, the class": (TypeError, "sampler is the class DDIM; give an instance of it, DDIM",
+                           lambda: run(sampler=DDIM)),
+    "kernel, the class": (TypeError, r"kernel is the class RBF; give", lambda: MMDGuidance(kernel=RBF)),
+    "guidance, the class": (TypeError, "guidance is the class MMDGuidance; give", lambda: run(guidance=MMDGuidance)),
+    "model, the class": (TypeError, "model is the class DiffusionModel; give", lambda: run(model=DiffusionModel)),
+    "schedule, the class": (TypeError, "schedule is the class VPLinear; give", lambda: of(schedule=VPLinear)),
+    "rule, the class": (TypeError, "bandwidth is the class Median; give", lambda: RBF(Median)),
+    "guided sampler of a class": (TypeError, "sampler is the class", lambda: guide_sampler(DDIM, MMDGuidance(), REFS)),
+    "optax's function": (TypeError, r"transform is scale_by_adam; give .*scale_by_adam\(\)",
+                         lambda: MMDGuidance(transform=optax.scale_by_adam)),
+    "x alone": (TypeError, r"returned float32\[4, 3, 2\]; it must return \(x, carry, state\)",
+                lambda: run(sampler=Alone())),
+    "x alone, unguided": (TypeError, r"it must return \(x, carry, state\)", lambda: run(None, sampler=Alone())),
+    "x in a tuple": (TypeError, r"it must return \(x, carry, state\)", lambda: run(None, sampler=Twice())),
+    "x of fewer": (ValueError, r"returned x of shape \(2, 3, 2\) for x of shape \(4, 3, 2\)",
+                   lambda: run(None, sampler=Fewer())),
+    "schedule of a tuple": (TypeError, r"the schedule returned \(float32\[4\], .*must return Level\(t, alpha, sigma\)",
+                            lambda: run(model=of(schedule=lambda t: (t, 1 - t)))),
+    "denoiser of a tuple": (TypeError, r"the denoiser returned \(float32.*; it must return one array",
+                            lambda: run(model=of(lambda *given: (shrink(*given), 1)))),
+    "network of a tuple": (TypeError, r"the network returned \(float32.*; it must return one array",
+                           lambda: run(model=of(from_model(lambda params, x, t, cond: (x, 1))))),
+    "denoiser of two arguments": (
+        TypeError, r"denoiser is called as denoiser\(params, x, level, cond\), but its arguments are \(x, t\)",
+        lambda: of(lambda x, t: x)),
+    "network of two arguments": (TypeError, r"apply is called as apply\(params, x, t, cond\)",
+                                 lambda: from_model(lambda x, t: x)),
+    "denoiser and schedule swapped": (TypeError, "denoiser is called as",
+                                      lambda: DiffusionModel(VPLinear(), shrink, 2)),
+    "cfg of a model": (TypeError, "denoiser must be callable, not DiffusionModel", lambda: cfg(MODEL, 2.0, None)),
+    "text as cfg's scale": (TypeError, "scale is '2'; give a number", lambda: cfg(shrink, "2", jnp.ones(1))),
+    "text as scale": (TypeError, "scale is '1'; give a number", lambda: MMDGuidance(scale="1")),
+    "no scale": (TypeError, "scale is None; give a number", lambda: MMDGuidance(scale=None)),
+    "text as eta": (TypeError, "eta is '1'; give a number", lambda: DDIM(eta="1")),
+    "text as bandwidth": (TypeError, "bandwidth is 'median'; give a length", lambda: RBF("median")),
+    "text in a window": (ValueError, r"window is \('0', 1\); give", lambda: MMDGuidance(window=("0", 1))),
+    "fractional inner steps": (ValueError, "inner_steps is 8.0; give an integer", lambda: MMDGuidance(inner_steps=8.0)),
+    "fractional steps": (ValueError, "num_steps is 50.0; give an integer", lambda: run(num_steps=50.0)),
+    "text as steps": (ValueError, "num_steps is '50'; give an integer", lambda: run(num_steps="50")),
+    "text as samples": (ValueError, "num_samples is '4'; give an integer", lambda: run(num_samples="4")),
+    "samples in jit": (ValueError, "num_samples is traced; .*static_argnames",
+                       lambda: jax.jit(lambda n: run(num_samples=n).x)(4)),
+    "times as a number": (ValueError, r"times has shape \(\); .*num_steps alone", lambda: run(times=50)),
+    "times as text": (TypeError, "times holds a str; give numbers", lambda: run(times="karras")),
+    "prompts as cond": (TypeError, "cond holds a str; .*encode_prompts", lambda: run(cond=["a cat"] * 4)),
+    "path as x_init": (TypeError, "x_init holds a pathlib.*; give numbers", lambda: run(x_init=Path("a.png"))),
+    "pictures as x_init": (TypeError, "x_init has dtype uint8; .*diffuse makes it from pictures",
+                           lambda: run(x_init=np.zeros((4, 3, 2), np.uint8))),
+    "memory as a switch": (TypeError, "memory is True; give None, a capacity", lambda: run(memory=True)),
+    "samples as memory": (TypeError, "memory is MMDGuidance.*; give None, a capacity, or samples.memory",
+                          lambda: run(memory=MMDGuidance())),
+    "no guidance": (TypeError, "guidance is NoneType; .*refs=None for plain", lambda: run(None, guidance=None)),
     "checks in jit": (ValueError, "call it outside", lambda: jax.jit(lambda r: run(r, checks=True).x)(REFS)),
 }  # fmt: skip
 
@@ -144,6 +226,24 @@ def test_mistake_is_named(name):
     error, message, call = CASES[name]
     with pytest.raises(error, match=message):
         call()
+
+
+def test_lists_of_numbers_are_arrays():
+    model = of(lambda params, x, level, cond: x * 0 + cond[:, None, None])
+    for cond in ([3, 1, 2, 3], (3, 1, 2, 3), np.array([3, 1, 2, 3])):
+        out = run(
+            None, model=model, cond=cond, num_samples=np.int64(4), times=[1, 0.5, 0], x_init=[[[0.0] * 2] * 3] * 4
+        )
+        np.testing.assert_array_equal(out.x[:, 0, 0], [3, 1, 2, 3])
+    assert MMDGuidance(window=[0, 0.5]).window == (0.0, 0.5)
+
+
+def test_guidance_without_references_warns():
+    with pytest.warns(UserWarning, match="guidance does nothing without references") as caught:
+        run(None, guidance=MMDGuidance(scale=2.0))
+    assert len(caught) == 1
+    run(None)
+    run(None, guidance=MMDGuidance())
 
 
 def test_what_is_unusual_but_fine():

@@ -1,6 +1,10 @@
 """Kernels against plain formulas, their gradients against autodiff, and what they take from references."""
 
+import copy
+import dataclasses
 import functools
+import pickle
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +24,19 @@ from mmdjax import (
     Level,
     Linear,
     Mapped,
+    MMDGuidance,
     Particles,
     Polynomial,
     Product,
     RationalQuadratic,
     Sum,
+    guide_denoiser,
     median_bandwidth,
+    mmd2,
 )
-from mmdjax.kernels import Kernel, Median, NearestNeighbour, as_kernel
+from mmdjax.identity import describe
+from mmdjax.kernels import Kernel, Median, NearestNeighbour, Radial, Scaled, as_kernel
+from mmdjax.tree import pytree, replace, static
 
 N, M, D = 6, 5, 6  # D above 4: distances by matrix products
 EXACT = 1e-11  # float64 rounding of a handful of operations on numbers of order one
@@ -509,6 +518,24 @@ def test_construction_errors_say_what_to_give():
         Product(RBF(1.0), Delta())(points(0, 2), Particles(jnp.zeros((2, D))))
 
 
+def test_a_function_is_told_what_it_serves():
+    for precondition in (None, "mass", "length"):
+        with pytest.raises(ValueError, match=r'use precondition="none", or write .* subclass of mmdjax.kernels.Scaled'):
+            MMDGuidance(kernel=sine, precondition=precondition)
+    assert MMDGuidance(kernel=sine, precondition="none").rule == "none"  # as is told
+    with pytest.raises(ValueError, match=r'Polynomial is none; use precondition="length" or "none"'):
+        MMDGuidance(kernel=Polynomial())
+
+    class Sharper(RBF):
+        def value(self, d2, h):
+            return jnp.exp(-(d2**2) / h**4)
+
+    with pytest.raises(ValueError, match="in closed form, which exists for RBF only, not Sharper"):
+        MMDGuidance(kernel=Sharper(1.0), at="diffused")
+    with pytest.raises(ValueError, match=r'Delta is none; use precondition="none"$'):
+        MMDGuidance(kernel=Delta())
+
+
 def test_a_callable_is_a_kernel_anywhere():
     a = points(0, N)
     custom = as_kernel(sine)
@@ -537,3 +564,270 @@ def test_bandwidth_is_differentiable(x64):
     slope = jax.grad(lambda h: RBF(h)(a, b).sum())(1.3)
     d2 = dist2(a.x, b.x)
     np.testing.assert_allclose(slope, (jnp.exp(-d2 / 3.38) * d2 / 1.3**3).sum(), rtol=EXACT)
+
+
+# --- kernels of one's own -----------------------------------------------------------------------------------------
+
+
+class Matern(Scaled):
+    """Of ν = 3/2: (1 + √3 d/h) exp(−√3 d/h), its root without care."""
+
+    def value(self, d2, h):
+        r = jnp.sqrt(3 * d2) / h
+        return (1 + r) * jnp.exp(-r)
+
+    def value_weight(self, d2, h):
+        return 3 / h**2 * jnp.exp(-jnp.sqrt(3 * d2) / h)
+
+
+COINCIDENT = np.random.default_rng(0).normal(size=(5, 2))[[0, 1, 2, 1, 4]]  # two points are one, and one a reference
+AGAINST = np.random.default_rng(1).normal(size=(4, 2)) + np.array([[0.0]] * 3 + [[9.0]])
+AGAINST[0] = COINCIDENT[2]
+
+
+def matern_mmd2(x, y, h):
+    def mean(a, b):
+        r = np.sqrt(3 * dist2(a, b)) / h
+        return ((1 + r) * np.exp(-r)).mean()
+
+    return mean(x, x) - 2 * mean(x, y) + mean(y, y)
+
+
+def matern_slopes(x, y, h):
+    """∂MMD²/∂x [n, d] and ∂²MMD²/∂x² [n, d, n, d].
+
+    ∂k/∂a = −w (a − b), ∂²k/∂a² = −w I + w √3/(h d) (a − b)(a − b)ᵀ.
+    """
+    (n, d), m = x.shape, len(y)
+    gradient, hessian = np.zeros((n, d)), np.zeros((n, d, n, d))
+    for i in range(n):
+        for others, scale in ((x, 2 / n**2), (y, -2 / (n * m))):
+            for j, b in enumerate(others):
+                apart, distance = x[i] - b, np.linalg.norm(x[i] - b)
+                w = 3 / h**2 * np.exp(-np.sqrt(3) * distance / h)
+                gradient[i] -= scale * w * apart
+                if others is x and j == i:
+                    continue  # a point is at no distance from itself wherever it is
+                bend = -w * np.eye(d)
+                if distance > 0:
+                    bend += w * np.sqrt(3) / (h * distance) * np.outer(apart, apart)
+                hessian[i, :, i] += scale * bend
+                if others is x:
+                    hessian[i, :, j] -= scale * bend
+    return gradient, hessian
+
+
+def test_own_kernel_is_the_formula_also_at_distance_zero(x64):
+    def f(x, h):
+        return mmd2(Matern(h), x, AGAINST)
+
+    @jax.jit
+    def derivatives(x, h):
+        return {
+            "value": f(x, h),
+            "x": jax.grad(f)(x, h),
+            "x x, forward over reverse": jax.hessian(f)(x, h),
+            "x x, reverse over reverse": jax.jacrev(jax.jacrev(f))(x, h),
+            "h": jax.grad(f, 1)(x, h),
+            "x h": jax.jacfwd(jax.grad(f), 1)(x, h),
+            "h x": jax.grad(jax.grad(f, 1))(x, h),
+            "x x h": jax.jacfwd(jax.hessian(f), 1)(x, h),
+            "h x x": jax.hessian(jax.grad(f, 1))(x, h),
+        }
+
+    own, step = derivatives(jnp.asarray(COINCIDENT), 1.3), 1e-5
+    at = {s: (matern_mmd2(COINCIDENT, AGAINST, 1.3 + s), *matern_slopes(COINCIDENT, AGAINST, 1.3 + s))
+          for s in (0.0, step, -step)}  # fmt: skip
+    of_h = [(high - low) / (2 * step) for high, low in zip(at[step], at[-step], strict=True)]  # to step² = 1e-10
+    for name, expected in zip(("value", "x", "x x"), at[0.0], strict=True):
+        for found in (v for k, v in own.items() if k.partition(",")[0] == name):
+            np.testing.assert_allclose(found, expected, atol=EXACT, err_msg=name)
+    for names, expected in zip((("h",), ("x h", "h x"), ("x x h", "h x x")), of_h, strict=True):
+        for name in names:
+            np.testing.assert_allclose(own[name], expected, atol=1e-8, err_msg=name)
+
+
+def test_own_kernel_pulls_and_weighs_by_its_weight(x64):
+    a, b, coef = Particles(COINCIDENT), Particles(AGAINST), np.linspace(0.5, -1, 4)
+    gradient, mass = Matern(1.3).gradient(a, b, jnp.asarray(coef), precondition="mass")
+    w = 3 / 1.3**2 * np.exp(-np.sqrt(3 * dist2(COINCIDENT, AGAINST)) / 1.3)
+    apart = COINCIDENT[:, None] - AGAINST[None]
+    np.testing.assert_allclose(gradient, -np.einsum("ij,ijd->id", coef * w, apart), atol=EXACT)
+    np.testing.assert_allclose(mass, (np.abs(coef) * w).sum(1), atol=EXACT)
+    np.testing.assert_allclose(Product(Sum(Matern(1.3)), Delta()).x.pair_weights(a, b), w, atol=EXACT)
+    assert Matern().fit(b).bandwidth == pytest.approx(numpy_median(AGAINST))
+
+
+def test_a_weight_that_is_left_out_is_the_derivative(x64):
+    class Cauchy(Scaled):
+        def value(self, d2, h):
+            return 1 / (1 + d2 / h**2)
+
+    class Narrower(RBF):  # its parent's weight is of another value
+        def value(self, d2, h):
+            return jnp.exp(-2 * d2 / h**2)
+
+    class Bump(Radial):
+        def profile(self, d2):
+            return jnp.exp(-(d2**2))
+
+    a, b = Particles(COINCIDENT), Particles(AGAINST)
+    d2 = dist2(COINCIDENT, AGAINST)
+    for kernel, w in (
+        (Cauchy(1.3), 2 / 1.3**2 / (1 + d2 / 1.3**2) ** 2),
+        (Narrower(1.3), 4 / 1.3**2 * np.exp(-2 * d2 / 1.3**2)),
+        (Bump(), 4 * d2 * np.exp(-(d2**2))),
+    ):
+        np.testing.assert_allclose(kernel.pair_weights(a, b), w, atol=EXACT)
+        gradient = jax.grad(lambda x, k=kernel: k(Particles(x), b).sum())(a.x)
+        np.testing.assert_allclose(gradient, -(w[..., None] * (COINCIDENT[:, None] - AGAINST[None])).sum(1), atol=EXACT)
+
+
+def test_a_weight_that_is_infinite_at_zero_does_not_count_there(x64):
+    class Exponential(Scaled):
+        def value(self, d2, h):
+            return jnp.exp(-jnp.sqrt(d2) / h)
+
+        def value_weight(self, d2, h):
+            return self.value(d2, h) / (h * jnp.sqrt(d2))
+
+    class OfValue(Scaled):
+        def value(self, d2, h):
+            return jnp.exp(-jnp.sqrt(d2) / h)
+
+    @jax.jit
+    def uses(kernel, x):
+        a, b = Particles(x), Particles(AGAINST)
+        once = MMDGuidance(kernel=kernel, inner_steps=1)  # then rounding parts coincident points, which 1/d sees
+        moved = guide_denoiser(lambda params, x, level, cond: x, once, AGAINST)
+        return {
+            "weights": kernel.pair_weights(a, b),
+            "of themselves": kernel.pair_weights(a, a, same=True),
+            "their derivatives": jax.grad(lambda x, k: k.pair_weights(Particles(x), b).sum(), (0, 1))(x, kernel),
+            "MMD²": jax.grad(lambda x, k: mmd2(k, x, AGAINST), (0, 1))(x, kernel),
+            "guided": moved(None, x, Level(0.5, 0.8, 0.6), None),
+        }
+
+    x = jnp.asarray(COINCIDENT)
+    expected = jax.tree.leaves(uses(Laplacian(1.3), x))
+    for kernel in (Exponential(1.3), OfValue(1.3)):
+        for found, known in zip(jax.tree.leaves(uses(kernel, x)), expected, strict=True):
+            np.testing.assert_allclose(found, known, atol=EXACT)
+
+
+class ByHand(Radial):
+    def __init__(self, width, power: int = 1, shift=None):
+        self.width, self.power = 2 * width, power
+        self.shift = jnp.zeros(2) if shift is None else shift
+
+    def profile(self, d2):
+        return jnp.exp(-(d2**self.power) / self.width)
+
+
+class FurtherByHand(ByHand):
+    def __init__(self, width):
+        super().__init__(width, power=2)
+        self.more = 3
+
+
+class Inherits(FurtherByHand):
+    more_still: float = 1.0
+
+
+class Annotated(Scaled):
+    nu: float = 1.5
+    order: int = 2
+    name: str = static(default="a")
+
+    def value(self, d2, h):
+        return self.nu * jnp.exp(-self.order * d2 / h**2)
+
+
+class FurtherAnnotated(Annotated):
+    extra: Any = None
+
+
+@pytree
+class Decorated(Annotated):
+    pass
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RegisteredByHand(Scaled):
+    bandwidth: Any = None
+
+    def value(self, d2, h):
+        return jnp.exp(-d2 / h**2)
+
+
+@dataclasses.dataclass
+class PlainDataclass(Scaled):
+    bandwidth: Any = None
+
+    def value(self, d2, h):
+        return jnp.exp(-d2 / h**2)
+
+
+WAYS = {  # made, its leaves, the same with other numbers
+    "by hand": (lambda w: ByHand(w, 1, jnp.ones(2)), [4, (1, 1)]),
+    "further by hand": (FurtherByHand, [4, (0, 0), 3]),
+    "by hand, inherited": (Inherits, [4, (0, 0), 3, 1]),
+    "annotated": (lambda h: Annotated(h, 3), [2, 3]),
+    "further annotated": (lambda h: FurtherAnnotated(h, extra=dist2), [2, 1.5]),
+    "decorated": (lambda h: Decorated(h, nu=2), [2, 2]),
+    "registered by hand": (RegisteredByHand, [2]),
+    "dataclass": (PlainDataclass, [2]),
+}
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_own_class_is_a_component(name):
+    make, leaves = WAYS[name]
+    kernel = make(2)
+    assert [np.asarray(leaf).tolist() for leaf in jax.tree.leaves(kernel)] == [np.asarray(v).tolist() for v in leaves]
+    assert jax.tree.structure(make(2)) == jax.tree.structure(make(3.0))
+    assert describe(make(2)) == describe(make(2.0)) != describe(make(3))
+    gram = jax.jit(lambda kernel, p: kernel(p, p))
+    p = points(0, 3)
+    for k in (kernel, make(2.0), make(3), copy.deepcopy(kernel), replace(kernel)):
+        np.testing.assert_allclose(gram(k, p), k(p, p), rtol=1e-6)  # float32, fused
+    assert gram._cache_size() == (2 if name == "registered by hand" else 1)  # JAX's own decorator tells 2 from 2.0
+
+
+def test_own_class_survives_pickling_and_a_second_definition():
+    kernel = pickle.loads(pickle.dumps(FurtherByHand(2)))
+    assert kernel.more == 3
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        kernel.more = 4
+    for width in (1.0, 2.0):  # as a notebook's cell that runs twice
+
+        class Again(Scaled):
+            def value(self, d2, h, width=width):
+                return jnp.exp(-d2 / (width * h) ** 2)
+
+        p = points(0, 3)
+        np.testing.assert_allclose(
+            jax.jit(lambda k, p: k(p, p))(Again(1.0), p), np.exp(-dist2(p.x, p.x) / width**2), rtol=1e-5
+        )
+
+
+def test_own_class_says_what_it_lacks():
+    class Flagged(Scaled):
+        flag: Any = False
+
+    class Undeclared(Radial):
+        def __init__(self):
+            setattr(self, "wid" + "th", 1.0)
+
+    class Forgetful(Radial):
+        def __init__(self, wide):
+            if wide:
+                self.width = 2.0
+
+    with pytest.raises(TypeError, match=r"flag is False, a choice and no number; .* `flag: bool`"):
+        Flagged(1.0)
+    with pytest.raises(AttributeError, match=r"Undeclared.width is no field; declare it .* `width: Any`"):
+        Undeclared()
+    with pytest.raises(TypeError, match=r"Forgetful.__init__ left width without a value"):
+        Forgetful(False)

@@ -1,5 +1,8 @@
 """Pictures: that they are whole, of the stated size, and show the numbers that they are given."""
 
+import io
+import pickle
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -93,3 +96,12 @@ def test_attribution_grid_shows_the_nearest_references_of_the_same_label():
         scale=1,
     )
     assert int(np.asarray(labelled)[1, 4, 0]) == pixel(np.float32(0.2))
+
+
+def test_a_notebook_shows_figures():
+    figure = trace_curves({"a": Trace(np.ones(3), np.ones(3))})
+    with Image.open(io.BytesIO(figure._repr_png_())) as picture:  # what a notebook asks an object for
+        assert picture.format == "PNG"
+        assert picture.size == (880, 352)  # 8 × 3.2 inches at 110 pixels
+    again = pickle.loads(pickle.dumps(figure))
+    assert again._repr_png_().startswith(b"\x89PNG")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -10,8 +11,39 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmdjax import IMQ, RBF, MMDGuidance, Particles, Polynomial, Sum
-from mmdjax.tree import Function, Method, as_component, by_value, is_concrete, pytree, replace, static, strong
+from mmdjax import (
+    DDIM,
+    IMQ,
+    RBF,
+    DiffusionModel,
+    Mapped,
+    Memory,
+    MMDGuidance,
+    Particles,
+    Polynomial,
+    Sum,
+    from_model,
+    guide_denoiser,
+    guide_sampler,
+)
+from mmdjax.denoisers import FromModel
+from mmdjax.kernels import NearestNeighbour
+from mmdjax.sampling import Samples, Trace
+from mmdjax.schedules import VPLinear
+from mmdjax.suggestion import Score, Suggestion
+from mmdjax.tree import (
+    Function,
+    Method,
+    as_arrays,
+    as_component,
+    by_value,
+    is_concrete,
+    pytree,
+    replace,
+    shown,
+    static,
+    strong,
+)
 
 
 @pytree
@@ -87,6 +119,85 @@ def test_components_pass_through_jit_vmap_and_grad():
 def test_help_shows_the_fields():
     assert [f.name for f in dataclasses.fields(RBF)] == ["bandwidth"]
     assert repr(RBF(1)) == "RBF(bandwidth=1.0)"
+
+
+def test_components_are_shown_in_a_line():
+    model = DiffusionModel(lambda params, x, level, cond: x, VPLinear(), (2,))
+    refs = np.zeros((3, 2), np.float32)
+    memory = Memory.empty(5, (2,))
+    large = {
+        "Particles(x=float32[3, 2])": Particles(refs),
+        "Particles(x=float32[3, 2], cond={'label': int64[3]})": Particles(refs, {"label": np.arange(3)}),
+        "Memory(particles=Particles(x=float32[5, 2], weight=float32[5]), next=0)": memory,
+        "DiffusionModel(denoiser=<lambda>, schedule=VPLinear(beta_min=0.1, beta_max=20.0), shape=(2,))": model,
+        "FromModel(apply=Dense.apply, prediction='eps')": from_model(nn.Dense(2).apply),
+        "FromModel(apply=shown, prediction='eps')": FromModel(shown, "eps"),
+        "RBF(bandwidth=0.5)": RBF(jnp.float32(0.5)),
+        "RBF(bandwidth=(1.0, None, NearestNeighbour(factor=2.0)))": RBF((1, None, NearestNeighbour())),
+        "Mapped(fn=tanh, kernel=Polynomial(degree=3, offset=1.0))": Mapped(jnp.tanh, Polynomial()),
+        "Samples(x=float32[3, 2], memory=None, trace=Trace(mmd2=float32[4], shift_norm=float32[4]))": Samples(
+            jnp.zeros((3, 2)), None, Trace(jnp.zeros(4), jnp.zeros(4))
+        ),
+    }
+    for text, component in large.items():
+        assert repr(component) == text
+    guided = guide_sampler(DDIM(), MMDGuidance(kernel=IMQ(1.0)), refs)
+    denoiser = guide_denoiser(lambda params, x, level, cond: x, MMDGuidance(kernel=IMQ(1.0)), refs)
+    for component in (guided, denoiser, MMDGuidance.paper()):
+        assert len(repr(component)) < 500
+        assert "\n" not in repr(component)
+    seen = []
+    jax.jit(lambda x: seen.append(repr(RBF(x))))(1.0)
+    assert seen == ["RBF(bandwidth=float32[])"]
+    assert shown(list(range(100))) == "[0, 1, 2, 3, 4, 5, … 100 in all]"
+    assert shown({"text": "a" * 200}) == "{'text': '" + "a" * 78 + "…}"
+    assert shown(object()) == "<object>"
+    assert shown(jax.random.key(0)) == "key<fry>[]"
+
+
+def test_a_suggestion_is_shown_as_its_table():
+    score = Score(MMDGuidance(), 0.1, 0.0, 0.01, 0.9, 0.8, "unguided")
+    suggestion = Suggestion(MMDGuidance(), (score,), "Because.")
+    assert repr(suggestion) == str(suggestion)
+    assert len(repr(suggestion).splitlines()) == 3
+
+
+def test_lists_and_foreign_arrays_are_arrays():
+    class Tensor:
+        """What numpy reads as it reads a torch tensor."""
+
+        def __init__(self, values):
+            self.values = values
+
+        def __array__(self, dtype=None, copy=None):
+            if self.values is None:
+                raise RuntimeError("Can't call numpy() on Tensor that requires grad")
+            return np.asarray(self.values)
+
+    for given, expected in (
+        ([3] * 4, np.full(4, 3)),
+        ([[1, 2.5], [3, 4]], np.array([[1, 2.5], [3, 4]])),
+        ((np.float32(1), 2), np.array([1.0, 2.0])),
+        (Tensor([1.0, 2.0]), np.array([1.0, 2.0])),
+    ):
+        array = as_arrays("cond", given)
+        np.testing.assert_array_equal(array, expected)
+        assert array.dtype == expected.dtype
+    x = jnp.ones((2, 3))
+    kept = {"text": x, "more": [x, np.ones(2)], "none": None, "label": 3}
+    found = as_arrays("cond", {**kept, "listed": [1, 2]})
+    assert found.pop("listed").tolist() == [1, 2]
+    assert jax.tree.structure(found) == jax.tree.structure(kept)
+    assert found["text"] is x
+    for given, message in (
+        (["a cat"] * 4, r"cond holds a str; give numbers, as arrays: .*encode_prompts"),
+        ({"path": Path("a")}, r"cond holds a pathlib\..*Path; give numbers"),
+        (Tensor(None), r"cond is a test_tree.Tensor that numpy does not read \(Can't call numpy"),
+        (Tensor(["a"]), r"cond is a test_tree.Tensor of dtype <U1; give numbers"),
+        ([[1], [1, 2]], r"cond is a list that numpy does not read"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            as_arrays("cond", given)
 
 
 def test_replace_changes_fields_and_runs_no_checks():

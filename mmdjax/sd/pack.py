@@ -21,6 +21,7 @@ from mmdjax.identity import arrays_hash, sha256, tree_bytes
 from mmdjax.particles import Particles
 from mmdjax.sd.pipeline import Pipeline
 from mmdjax.sd.prompts import rows
+from mmdjax.tree import short_repr
 
 FORMAT = "mmdjax references 1"
 DECODERS = ("decoder", "post_quant_conv", "quantize")  # what latents do not depend on
@@ -43,6 +44,8 @@ class ReferencePack:
     prompts: tuple[str, ...] | None = None
     index: Int[np.ndarray, " m"] | None = None
     cond: Mapping[str, Any] | None = None
+
+    __repr__ = short_repr
 
     def particles(self) -> Particles:
         """The references for `guided_sample`, with a condition each where there are prompts."""

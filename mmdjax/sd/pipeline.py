@@ -32,7 +32,7 @@ from mmdjax.sd.prompts import ENCODERS, Network, encode_ids, prompt_kernel, rows
 from mmdjax.sd.scheduler import Scheduler
 from mmdjax.sd.tiling import decode_sliced, decode_tiled
 from mmdjax.sd.tokenizer import FILES, Tokenizer
-from mmdjax.tree import is_concrete, pytree, static
+from mmdjax.tree import is_concrete, pytree, short_repr, static
 from mmdjax.whole import write_json
 
 AUTOENCODERS = ("vae", "vqvae")
@@ -58,6 +58,8 @@ class Pipeline:
     scheduler: Scheduler
     tokenizers: Mapping[str, Tokenizer]
     index: Mapping[str, Any]
+
+    __repr__ = short_repr
 
     def __post_init__(self):
         if "unet" not in self.modules or not set(AUTOENCODERS) & set(self.modules):

@@ -39,7 +39,7 @@ from mmdjax.samplers import DDIM, Sampler
 from mmdjax.sd.pack import ReferencePack
 from mmdjax.sd.pipeline import Pipeline
 from mmdjax.sd.prompts import rows
-from mmdjax.tree import replace
+from mmdjax.tree import replace, short_repr
 from mmdjax.whole import write_json, written_whole
 
 IN_GRID, IN_COMPARISON = 64, 16  # pictures
@@ -171,6 +171,8 @@ class Conditions:
 
     distinct: Any
     index: Int[np.ndarray, " n"]
+
+    __repr__ = short_repr
 
     def __call__(self, samples: Int[np.ndarray, " b"]) -> Any:
         return rows(self.distinct, self.index[samples])

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Int
 
 from mmdjax.checkpoint import CheckpointError, read_json
+from mmdjax.tree import short_repr
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -43,6 +44,8 @@ class Tokenizer:
     end: int
     pad: int
     length: int = LENGTH
+
+    __repr__ = short_repr
 
     def __call__(self, prompts: Sequence[str]) -> Int[np.ndarray, "n l"]:
         """Token ids, a row a prompt. What does not fit is cut off, with a warning that quotes it.
