@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from mmdjax.extras import optional
 from mmdjax.mmd import attribution, witness
 from mmdjax.particles import as_particles
 from mmdjax.whole import written_whole
@@ -99,7 +100,7 @@ def before_after(
     Raises:
       ValueError: points that are not in the plane.
     """
-    import matplotlib.figure
+    Figure = optional("matplotlib.figure", "plots", "to draw figures").Figure
 
     panels = {"references": refs, "unguided": unguided, "guided": guided}
     panels = {title: np.asarray(points) for title, points in panels.items()}
@@ -107,7 +108,7 @@ def before_after(
         if points.ndim != 2 or points.shape[1] != 2:
             raise ValueError(f"{title} has shape {points.shape}; give points in the plane, [n, 2]")
     low, high = _limits(np.concatenate(list(panels.values())))
-    figure = matplotlib.figure.Figure(figsize=(10.5, 3.7), layout="constrained")
+    figure = Figure(figsize=(10.5, 3.7), layout="constrained")
     for axes, (title, points) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         density = model_density if title == "unguided" else target_density
         if density is not None:
@@ -127,9 +128,9 @@ def trace_curves(traces: dict[str, Any]) -> Any:
     Args:
       traces: label -> `Samples.trace`. An unguided run has no MMD²: give the trace of one with `MMDGuidance(scale=0)`.
     """
-    import matplotlib.figure
+    Figure = optional("matplotlib.figure", "plots", "to draw figures").Figure
 
-    figure = matplotlib.figure.Figure(figsize=(8, 3.2), layout="constrained")
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for label, trace in traces.items():
         mmd2 = np.asarray(trace.mmd2)
@@ -154,14 +155,14 @@ def witness_map(kernel: Any, points: dict[str, Any], refs: Any, *, resolution: i
       refs: references [m, 2].
       resolution: values along each side.
     """
-    import matplotlib.figure
+    Figure = optional("matplotlib.figure", "plots", "to draw figures").Figure
 
     sets = {title: np.asarray(p) for title, p in points.items()}
     low, high = _limits(np.concatenate([np.asarray(refs), *sets.values()]))
     grid, extent = _grid(low, high, resolution)
     values = {title: np.asarray(witness(kernel, p, refs, grid)).reshape(resolution, -1) for title, p in sets.items()}
     most = max(np.abs(v).max() for v in values.values()) or 1.0
-    figure = matplotlib.figure.Figure(figsize=(3.6 * len(sets) + 0.8, 3.5), layout="constrained")
+    figure = Figure(figsize=(3.6 * len(sets) + 0.8, 3.5), layout="constrained")
     panels = figure.subplots(1, len(sets), squeeze=False)[0]
     image: Any = None
     for axes, (title, value) in zip(panels, values.items(), strict=True):
