@@ -1,130 +1,252 @@
 """The command line: `mmdjax sample`, `encode`, `convert` and `inspect`, also `python -m mmdjax`."""
 
 import argparse
+import math
+import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 DTYPES = ("float32", "bfloat16", "float16")
 SAMPLERS = ("ddim", "ddpm", "euler-maruyama", "heun", "dpm++2m")
 PACK = ".safetensors"
+NO_SETTINGS = ("run", "traceback", "quiet")  # what run.json does not record, as it changes no result
+EXAMPLE = """example:
+  mmdjax inspect path/to/stable-diffusion-v1-5
+  mmdjax sample path/to/stable-diffusion-v1-5 --refs pictures/ --prompt "a red cat" -n 16 --out cats
+
+`mmdjax COMMAND --help` tells each option, its default and its units."""
+
+
+QUIET_IS_CACHED = """JAX's persistent compilation cache (JAX_COMPILATION_CACHE_DIR=FOLDER) keeps the program that
+samples with --quiet only: the bar of the steps calls back from inside it."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Its errors are one line: "mmdjax sample: error: --steps is 0; give at least 1"."""
+
+    def error(self, message: str) -> NoReturn:
+        said = re.sub(r"^argument ([^:]+): is ", r"\1 is ", message)
+        self.exit(2, f"{self.prog}: error: {said}{'' if said != message else f'; see {self.prog} --help'}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0, or 2 after an error, which is one message on stderr."""
-    args = parser().parse_args(argv)
+    """Run a command; 0, or 2 after an error, which is one message on stderr, or 130 after Ctrl-C."""
+    try:
+        args = parser().parse_args(argv)
+    except SystemExit as end:  # --help, --version, or options that do not fit: all is said
+        return int(end.code or 0)
+    if args.quiet:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         args.run(args)
-    except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
+    except (ArithmeticError, ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
         if args.traceback:
             raise
-        print(f"mmdjax {args.command}: error: {error}", file=sys.stderr)
+        print(f"mmdjax {args.command}: error: {_in_words(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        resume = "; the same command goes on from there" if args.command == "sample" else ""
+        resume = "; repeat the command to resume" if args.command == "sample" else ""
         print(f"\nmmdjax {args.command}: interrupted; every file that was written is whole{resume}", file=sys.stderr)
         return 130
     return 0
 
 
+def _in_words(error: Exception) -> str:
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return "out of memory; give a smaller --batch-size, --height and --width, or --dtype bfloat16"
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
+
+
 def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="mmdjax",
         description="MMD Guidance for Stable Diffusion and latent diffusion models, in JAX: sample a model so that its "
         "pictures take on the distribution of a folder of references, without training.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--version", action="version", version=_version())
-    commands = top.add_subparsers(dest="command", required=True)
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
 
-    sample = _command(commands, "sample", _sample, "sample a model, guided by reference pictures")
+    sample = _command(commands, "sample", _sample, "sample a model, guided by reference pictures", QUIET_IS_CACHED)
     _model_options(sample)
-    sample.add_argument(
+    group = sample.add_argument_group("output")
+    group.add_argument(
         "--out",
         type=Path,
         required=True,
-        help="a new folder for pictures, figures and run.json; in one where this command was interrupted it goes on",
+        metavar="FOLDER",
+        help="a new folder for pictures, figures, latents and run.json; where this command was interrupted, "
+        "repeat it to resume",
     )
-    sample.add_argument("--refs", type=Path, help="folder of reference pictures, or a pack that `mmdjax encode` wrote")
-    _picture_options(sample)
-    sample.add_argument(
+    group.add_argument(
+        "--num-samples", "-n", type=_whole(1), default=8, metavar="N", help="pictures to make (default 8)"
+    )
+    group.add_argument(
+        "--no-compare", action="store_true", help="leave out the unguided samples of the same noise: half the time"
+    )
+    group = sample.add_argument_group("references")
+    group.add_argument(
+        "--refs",
+        type=Path,
+        metavar="PATH",
+        help="folder of reference pictures, or a pack that `mmdjax encode` wrote (default: none, plain sampling)",
+    )
+    _picture_options(group)
+    group = sample.add_argument_group("prompts")
+    group.add_argument(
         "--prompt",
         action="append",
         default=[],
-        help="may be repeated; sample i takes prompt i modulo their number. Without: the references' captions in turn",
+        metavar="TEXT",
+        help="may be repeated; sample i takes prompt i modulo their number (default: the references' captions in turn, "
+        "else the empty prompt)",
     )
-    sample.add_argument("--prompts", type=Path, help="file of prompts, one a line")
-    sample.add_argument("--negative", default="", help="negative prompt (default: empty)")
-    sample.add_argument("--num-samples", "-n", type=int, default=8, help="pictures to make (default 8)")
-    sample.add_argument("--batch-size", type=int, default=4, help="pictures made at once, at most (default 4)")
-    sample.add_argument("--steps", type=int, default=50, help="network calls a picture (default 50; Heun: twice)")
-    sample.add_argument("--sampler", choices=SAMPLERS, default="ddim", help="default ddim")
-    sample.add_argument("--eta", type=float, default=1.0, help="noise of ddim: 0 is deterministic (default 1)")
-    sample.add_argument(
-        "--cfg-scale", type=float, default=7.5, help="classifier-free guidance; 1 is none (default 7.5)"
+    group.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="text file of prompts, one a line, after those of --prompt"
     )
-    sample.add_argument("--guidance-scale", type=float, default=1.0, help="MMD guidance; 0 is none (default 1)")
-    sample.add_argument(
+    group.add_argument("--negative", default="", metavar="TEXT", help="negative prompt (default: empty)")
+    group.add_argument(
+        "--cfg-scale",
+        type=_real(),
+        default=7.5,
+        metavar="X",
+        help="strength of classifier-free guidance, by prompts; 1 is none (default 7.5)",
+    )
+    group = sample.add_argument_group("guidance by the references")
+    group.add_argument(
+        "--guidance-scale", type=_real(), default=1.0, metavar="X", help="strength; 0 is none (default 1)"
+    )
+    group.add_argument(
         "--at",
         choices=("denoised", "sample", "clean", "diffused"),
         default="denoised",
         help="what the guidance moves, see MMDGuidance (default denoised)",
     )
-    sample.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
-    sample.add_argument("--no-compare", action="store_true", help="leave out the unguided samples: half the time")
+    group.add_argument(
+        "--memory",
+        type=_whole(0),
+        default=1000,
+        metavar="N",
+        help="where the samples take several batches, each is guided around the last N samples of those before it as "
+        "well, so that small batches align as one large batch does; 0: each batch on its own (default 1000)",
+    )
+    group = sample.add_argument_group("sampling")
+    group.add_argument("--sampler", choices=SAMPLERS, default="ddim", help="default ddim")
+    group.add_argument(
+        "--steps",
+        type=_whole(1),
+        default=50,
+        metavar="N",
+        help="steps to a picture, a network call each (default 50; heun takes two calls)",
+    )
+    group.add_argument(
+        "--eta",
+        type=_real(0.0),
+        default=1.0,
+        metavar="X",
+        help="noise of ddim, from 0, deterministic, to 1 (default 1)",
+    )
+    group.add_argument(
+        "--batch-size", type=_whole(1), default=4, metavar="N", help="pictures made at once, at most (default 4)"
+    )
+    group.add_argument(
+        "--seed", type=_whole(-(2**31), 2**32 - 1), default=0, metavar="N", help="of the noise (default 0)"
+    )
 
     encode = _command(commands, "encode", _encode, "encode reference pictures once, into one file to keep or share")
     _model_options(encode)
-    encode.add_argument("refs", type=Path, metavar="PICTURES", help="folder of reference pictures")
-    encode.add_argument("--out", type=Path, required=True, help="the pack to write, NAME.safetensors")
-    encode.add_argument("--batch-size", type=int, default=4, help="pictures encoded at once (default 4)")
-    encode.add_argument("--prompt", help="caption of all pictures, in place of their own")
-    _picture_options(encode)
+    group = encode.add_argument_group("references")
+    group.add_argument("refs", type=Path, metavar="PICTURES", help="folder of reference pictures")
+    group.add_argument("--prompt", metavar="TEXT", help="caption of all pictures, in place of their own")
+    group.add_argument(
+        "--batch-size", type=_whole(1), default=4, metavar="N", help="pictures encoded at once (default 4)"
+    )
+    _picture_options(group)
+    group = encode.add_argument_group("output")
+    group.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="the pack to write, a new NAME.safetensors"
+    )
 
     convert = _command(commands, "convert", _convert, "convert a checkpoint, tensor by tensor")
     _model_options(convert, computes=False)
-    convert.add_argument("--out", type=Path, required=True, help="a new folder")
-    convert.add_argument("--to", choices=("mmdjax", "diffusers"), default="mmdjax", help="layout (default mmdjax)")
-    convert.add_argument("--dtype", choices=DTYPES, help="cast to (default: as stored)")
+    group = convert.add_argument_group("output")
+    group.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a new folder")
+    group.add_argument("--to", choices=("mmdjax", "diffusers"), default="mmdjax", help="layout (default mmdjax)")
+    group.add_argument("--dtype", choices=DTYPES, help="cast to (default: as stored)")
 
     inspect = _command(commands, "inspect", _inspect, "say what a checkpoint is and what it needs in memory")
     _model_options(inspect)
     inspect.add_argument(
-        "--batch-size", type=int, help="compile the U-Net for as many pictures and tell the memory it takes here"
+        "--batch-size",
+        type=_whole(1),
+        metavar="N",
+        help="compile the U-Net for N pictures at once and tell the memory it takes here (default: do not compile)",
     )
     return top
 
 
-def _command(commands: Any, name: str, run: Any, description: str) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=description, description=description[0].upper() + description[1:] + ".")
+def _command(commands: Any, name: str, run: Any, description: str, epilog: str = "") -> argparse.ArgumentParser:
+    sentence = description[0].upper() + description[1:] + "."
+    command = commands.add_parser(name, help=description, description=sentence, epilog=epilog)
     command.set_defaults(run=run)
+    command.add_argument(
+        "--quiet",
+        action="store_true",
+        help="no progress bars and no summary; errors, and what was skipped, are still told",
+    )
     command.add_argument("--traceback", action="store_true", help="show where an error came from")
     return command
 
 
 def _model_options(command: argparse.ArgumentParser, computes: bool = True) -> None:
-    command.add_argument(
+    group = command.add_argument_group("model")
+    group.add_argument(
         "model",
         metavar="MODEL",
         help="a folder in the layout of diffusers or of mmdjax, a .safetensors or .ckpt file, or a hub id",
     )
-    command.add_argument("--variant", help='weights of a folder, such as "fp16"')
-    command.add_argument("--ema", action="store_true", help="the averaged weights of a single file")
-    command.add_argument("--tokenizer", type=Path, help="folder of CLIP's vocabulary, which single files lack")
-    command.add_argument(
+    group.add_argument(
+        "--variant", metavar="NAME", help='weights of a folder, such as "fp16" (default: the plain ones)'
+    )
+    group.add_argument("--ema", action="store_true", help="the averaged weights of a single file")
+    group.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="FOLDER",
+        help="CLIP's vocabulary, which single files lack (default: the model's own)",
+    )
+    group.add_argument(
         "--prediction",
         choices=("epsilon", "v_prediction", "sample"),
         help="what the network predicts, where the checkpoint does not say (single files of Stable Diffusion 2)",
     )
     if computes:
-        command.add_argument("--dtype", choices=DTYPES, default="float32", help="to compute in (default float32)")
+        group.add_argument("--dtype", choices=DTYPES, default="float32", help="to compute in (default float32)")
 
 
-def _picture_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--height", type=int, help="of pictures, in pixels (default: the model's)")
-    command.add_argument("--width", type=int, help="likewise")
-    command.add_argument(
+def _picture_options(group: Any) -> None:
+    sides = {"type": _whole(1), "metavar": "PIXELS"}
+    group.add_argument(
+        "--height",
+        **sides,
+        help="of all pictures, a multiple of the autoencoder's step, mostly 8 (default: the model's)",
+    )
+    group.add_argument("--width", **sides, help="likewise")
+    group.add_argument(
+        "--captions",
+        choices=("use", "ignore"),
+        default="use",
+        help="use: each reference pulls the samples whose prompt is like its caption, and if one picture has a caption "
+        "all need one; ignore: as if there were none (default use)",
+    )
+    group.add_argument(
         "--unreadable",
         choices=("refuse", "skip"),
         default="refuse",
@@ -133,15 +255,60 @@ def _picture_options(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _sample(args: argparse.Namespace) -> None:
-    from mmdjax import DDIM, DDPM, DPMSolverPP2M, EulerMaruyama, Heun, MMDGuidance
-    from mmdjax.sd.run import check_out, sample_to_folder
+def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"is {text!r}; give a whole number") from None
+        if value < least or (most is not None and value > most):
+            wanted = f"at least {least}" if most is None else f"{least} to {most}"
+            raise argparse.ArgumentTypeError(f"is {value}; give {wanted}")
+        return value
 
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("run", "traceback")}
-    if check_out(args.out, settings):  # before minutes of loading
-        print(f"{args.out} holds the {args.num_samples} pictures of this command already; nothing was done")
-        return
+    return convert
+
+
+def _real(least: float = -math.inf) -> Callable[[str], float]:
+    def convert(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"is {text!r}; give a number") from None
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"is {value}; give a finite number")
+        if value < least:
+            raise argparse.ArgumentTypeError(f"is {value:g}; give at least {least:g}")
+        return value
+
+    return convert
+
+
+def _sample(args: argparse.Namespace) -> None:
+    """All that needs no model is checked first, then all that needs no weights; then minutes of loading begin."""
+    _check_together(args)
     prompts = [*args.prompt, *(_lines(args.prompts) if args.prompts else [])]
+    from mmdjax import DDIM, DDPM, DPMSolverPP2M, EulerMaruyama, Heun, MMDGuidance
+    from mmdjax.checkpoint import CheckpointError
+    from mmdjax.sd import load_references
+    from mmdjax.sd.models import check_path
+    from mmdjax.sd.run import check_out, check_settings, check_writable, sample_to_folder
+
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in NO_SETTINGS}
+    if check_out(args.out, settings):
+        _say(args, f"{args.out} holds the {args.num_samples} pictures of this command already; nothing was done")
+        return
+    check_writable(args.out)
+    check_path(args.model)
+    pack, folder = None, None
+    if args.refs is not None and args.refs.is_file():
+        try:
+            pack = load_references(args.refs)
+        except CheckpointError as error:
+            wanted = "a folder of pictures, or a pack that `mmdjax encode` wrote"
+            raise CheckpointError(f"--refs {args.refs}: {error}; give {wanted}") from error
+    elif args.refs is not None:
+        folder = _open_folder(args, captions=args.captions == "use")
     samplers = {
         "ddim": DDIM(eta=args.eta),
         "ddpm": DDPM(),
@@ -149,15 +316,18 @@ def _sample(args: argparse.Namespace) -> None:
         "heun": Heun(),
         "dpm++2m": DPMSolverPP2M(),
     }
-    guidance = MMDGuidance(scale=args.guidance_scale, at=args.at)
-    pipeline, params = _load(args)
-    refs = None
-    if args.refs is not None and args.refs.is_file():
-        from mmdjax.sd import load_references
+    size = {"height": args.height, "width": args.width}
+    outline = _outline(args)
+    check_settings(outline, pack, num_steps=args.steps, prompts=prompts, negative=args.negative, **size)
+    folder = _large_enough(args, folder, outline)
 
-        refs = load_references(args.refs, pipeline, params)
-    elif args.refs is not None:
-        refs = _encode_folder(args, pipeline, params)
+    pipeline, params = _load(args)
+    refs = pack
+    if pack is not None:
+        pack.check(pipeline, params)
+        refs = pack if args.captions == "use" else pack.without_prompts()
+    elif folder is not None:
+        refs = _encode_folder(args, folder, pipeline, params)
     report = sample_to_folder(
         args.out,
         pipeline,
@@ -170,49 +340,87 @@ def _sample(args: argparse.Namespace) -> None:
         cfg_scale=args.cfg_scale,
         num_steps=args.steps,
         sampler=samplers[args.sampler],
-        guidance=guidance,
-        height=args.height,
-        width=args.width,
+        guidance=MMDGuidance(scale=args.guidance_scale, at=args.at),
         batch_size=args.batch_size,
+        memory=args.memory,
         compare=not args.no_compare,
         settings=settings,
+        progress=not args.quiet,
+        **size,
     )
-    distances = report["distances"] or {}
+    lines, distances = [], report["distances"] or {}
     if distances:
-        print(f"\ndistance to the {report['references']} references, in latents (unbiased)")
-        print(f"{'':18}" + "".join(f"{'unguided' if name == 'before' else 'guided':>12}" for name in distances))
+        lines += ["", f"distance to the {report['references']} references, in latents (unbiased)"]
+        lines += [f"{'':18}" + "".join(f"{'unguided' if name == 'before' else 'guided':>12}" for name in distances)]
         for quantity in ("energy_distance", "mmd2"):
-            print(f"{quantity:18}" + "".join(f"{found[quantity]:12.4f}" for found in distances.values()))
-    print(f"\n{args.num_samples} pictures in {args.out}")
+            lines += [f"{quantity:18}" + "".join(f"{found[quantity]:12.4f}" for found in distances.values())]
+    _say(args, *lines, "", f"{args.num_samples} pictures in {args.out}")
+
+
+def _check_together(args: argparse.Namespace) -> None:
+    """Options of `mmdjax sample` that would do nothing beside the others."""
+    changed = {"--guidance-scale": args.guidance_scale != 1, "--at": args.at != "denoised"}
+    changed |= {"--captions": args.captions != "use", "--unreadable": args.unreadable != "refuse"}
+    if args.refs is None:
+        alone = [name for name, given in changed.items() if given]
+        if alone:
+            raise ValueError(f"{', '.join(alone)} without --refs; give --refs, or leave {alone[0]} out")
+    elif args.out.resolve() == args.refs.resolve() or args.refs.resolve() in args.out.resolve().parents:
+        raise ValueError(f"--out {args.out} is within --refs {args.refs}; give an --out outside of it")
+    if args.eta != 1 and args.sampler != "ddim":
+        raise ValueError(f"--eta is for --sampler ddim, not {args.sampler}; leave it out")
+    if args.negative and args.cfg_scale == 1:
+        raise ValueError("--negative needs a --cfg-scale other than 1, which is no classifier-free guidance")
 
 
 def _encode(args: argparse.Namespace) -> None:
+    from mmdjax.sd.models import check_path
+    from mmdjax.sd.run import check_writable
+
     if args.out.suffix != PACK:
         raise ValueError(f"--out is {args.out}; a pack is a {PACK} file, such as {args.out.with_suffix(PACK)}")
     if args.out.exists():
         raise FileExistsError(f"{args.out} exists; nothing was overwritten. Give another --out")
+    check_writable(args.out)
+    check_path(args.model)
+    folder = _open_folder(args, captions=args.captions == "use" and args.prompt is None)
+    outline = _outline(args)
+    outline.latent_shape(args.height, args.width)
+    folder = _large_enough(args, folder, outline)
+
     pipeline, params = _load(args)
-    pack = _encode_folder(args, pipeline, params, args.prompt)
+    pack = _encode_folder(args, folder, pipeline, params, args.prompt)
     pack.save(args.out)
     captions = pack.captions()
-    print(f"{len(pack.latents)} references, {len(set(captions)) if captions else 'no'} prompts, in {args.out}")
+    _say(args, f"{len(pack.latents)} references, {len(set(captions)) if captions else 'no'} prompts, in {args.out}")
 
 
-def _encode_folder(args: argparse.Namespace, pipeline: Any, params: Any, prompt: str | None = None) -> Any:
-    from tqdm.auto import tqdm
-
-    from mmdjax.sd import encode_references
+def _open_folder(args: argparse.Namespace, *, captions: bool) -> Any:
     from mmdjax.sd.pictures import open_pictures
 
-    config = pipeline.autoencoder.config
-    folder = open_pictures(args.refs, smallest=config.downscale, skip=args.unreadable == "skip")
+    return open_pictures(args.refs, skip=args.unreadable == "skip", captions=captions)
+
+
+def _large_enough(args: argparse.Namespace, folder: Any, pipeline: Any) -> Any:
+    if folder is None:
+        return None
+    folder = folder.at_least(pipeline.autoencoder.config.downscale, skip=args.unreadable == "skip")
     for line in folder.skipped:
         print(f"skipped {line}", file=sys.stderr)
+    return folder
+
+
+def _encode_folder(args: argparse.Namespace, folder: Any, pipeline: Any, params: Any, prompt: str | None = None) -> Any:
+    from mmdjax.progress import progress_bar
+    from mmdjax.sd import encode_references
+
+    config = pipeline.autoencoder.config
     height, width = (side * config.downscale for side in pipeline.latent_shape(args.height, args.width)[:2])
     batches = folder.batches(height, width, channels=config.in_channels, batch_size=args.batch_size)
     count = -(-len(folder.paths) // args.batch_size)
     captions = (folder.captions if prompt is None else prompt) if pipeline.conditional else None
-    return encode_references(pipeline, params, tqdm(batches, desc="encoding", total=count), captions)
+    shown = progress_bar(batches, desc="encoding", total=count, disable=args.quiet)
+    return encode_references(pipeline, params, shown, captions)
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -221,20 +429,23 @@ def _convert(args: argparse.Namespace) -> None:
     from mmdjax.sd import export, load_models, save
     from mmdjax.sd.models import local_path
     from mmdjax.sd.pretrained import assemble
-    from mmdjax.sd.run import check_out
+    from mmdjax.sd.run import check_out, check_writable
+    from mmdjax.whole import folder_written_whole
 
     check_out(args.out)
+    check_writable(args.out)
     path = local_path(args.model, args.variant)
     # put: the file's own memory map, so that one tensor at a time is in memory
     how = {"param_dtype": None if args.dtype is None else jnp.dtype(args.dtype), "put": lambda array: array}
-    found = load_models(path, variant=args.variant, ema=args.ema, progress=True, **how)
-    if len(found) == 1:
-        (save if args.to == "mmdjax" else export)(args.out, found)
-    else:
-        pipeline = assemble(path, found, **_assembly(args))
-        write = pipeline.save if args.to == "mmdjax" else pipeline.export
-        write(args.out, {name: component.params for name, component in found.items()})
-    print(f"{', '.join(found)} in {args.out}")
+    found = load_models(path, variant=args.variant, ema=args.ema, progress=not args.quiet, **how)
+    pipeline = assemble(path, found, **_assembly(args)) if len(found) > 1 else None
+    with folder_written_whole(args.out) as out:
+        if pipeline is None:
+            (save if args.to == "mmdjax" else export)(out, found)
+        else:
+            write = pipeline.save if args.to == "mmdjax" else pipeline.export
+            write(out, {name: component.params for name, component in found.items()})
+    _say(args, f"{', '.join(found)} in {args.out}")
 
 
 def _inspect(args: argparse.Namespace) -> None:
@@ -245,6 +456,16 @@ def _inspect(args: argparse.Namespace) -> None:
     dtype = jnp.dtype(args.dtype)
     how = {"variant": args.variant, "ema": args.ema, "dtype": dtype, **_assembly(args)}
     print(describe(args.model, batch_size=args.batch_size, **how))
+
+
+def _outline(args: argparse.Namespace) -> Any:
+    """The pipeline without its weights: every configuration, vocabulary and key is checked, in seconds."""
+    from mmdjax.sd.describe import shape_of
+    from mmdjax.sd.models import load_models, local_path
+    from mmdjax.sd.pretrained import assemble
+
+    path = local_path(args.model, args.variant)
+    return assemble(path, load_models(path, variant=args.variant, ema=args.ema, put=shape_of), **_assembly(args))
 
 
 def _load(args: argparse.Namespace) -> Any:
@@ -259,7 +480,7 @@ def _load(args: argparse.Namespace) -> Any:
         param_dtype=None if args.dtype == "float32" else {"unet": dtype},  # the encoders' stay: packs depend on them
         variant=args.variant,
         ema=args.ema,
-        progress=True,
+        progress=not args.quiet,
         **_assembly(args),
     )
 
@@ -270,10 +491,20 @@ def _assembly(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _lines(path: Path) -> list[str]:
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    if not path.is_file():
+        raise FileNotFoundError(f"--prompts {path} is no file; give a text file, one prompt a line")
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompts {path} is not UTF-8 text; save it as such") from error
     if not any(lines):
         raise ValueError(f"{path} holds no prompts; give one a line")
     return [line for line in lines if line]
+
+
+def _say(args: argparse.Namespace, *lines: str) -> None:
+    if not args.quiet:
+        print(*lines, sep="\n")
 
 
 def _version() -> str:

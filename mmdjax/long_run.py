@@ -39,6 +39,7 @@ from mmdjax.lock import locked
 from mmdjax.memory import Memory
 from mmdjax.particles import Particles, as_particles
 from mmdjax.placement import placement
+from mmdjax.progress import progress_bar
 from mmdjax.provenance import provenance
 from mmdjax.samplers import DDIM, Sampler
 from mmdjax.sampling import as_memory, check_call, guided_sample
@@ -504,9 +505,7 @@ def _here(tree: Any) -> Any:
 
 
 def _bar(num_samples: int, shown: bool) -> Any:
-    from tqdm.auto import tqdm
-
-    return tqdm(total=num_samples, desc="samples", unit="sample", smoothing=0, disable=not shown)
+    return progress_bar(total=num_samples, desc="samples", unit="sample", smoothing=0, disable=not shown)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mmdjax.extras import optional
 from mmdjax.mmd import attribution, witness
 from mmdjax.particles import as_particles
 from mmdjax.whole import written_whole
@@ -82,9 +83,7 @@ def save_labelled_grids(path: str | Path, grids: dict[str, Any], *, columns: int
 
 
 def _figure(**settings: Any) -> Any:
-    import matplotlib.figure
-
-    figure: Any = matplotlib.figure.Figure(**settings)
+    figure: Any = optional("matplotlib.figure", "plots", "to draw figures").Figure(**settings)
     figure._repr_png_ = functools.partial(_png, figure)  # no pyplot made it, so that notebooks would print its name
     return figure
 

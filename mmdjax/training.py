@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 
 from mmdjax.denoisers import DiffusionModel
 from mmdjax.particles import Particles, as_particles, check_points
+from mmdjax.progress import progress_bar
 from mmdjax.sampling import check_key
 from mmdjax.schedules import Level, diffuse
 from mmdjax.tree import pytree
@@ -209,7 +210,6 @@ def fit(
       2.0
     """
     import optax
-    from tqdm.auto import tqdm
 
     data = as_particles(data)
     _check_fit(params, key, data, model, num_steps=num_steps, batch_size=batch_size, chunk=chunk, ema=ema)
@@ -243,7 +243,7 @@ def fit(
 
     params = jax.tree.map(jnp.asarray, params)
     carry, losses = (params, params, optimizer.init(params)), []
-    with tqdm(total=num_steps, desc="training", disable=not progress) as bar:
+    with progress_bar(total=num_steps, desc="training", disable=not progress) as bar:
         for start in range(0, num_steps, chunk):
             indices = jnp.arange(start, min(start + chunk, num_steps))
             carry, loss = steps(carry, indices, key, data, model)

@@ -1,8 +1,9 @@
-"""Files that appear under their name only once they are whole."""
+"""Files and folders that appear under their name only once they are whole."""
 
 import contextlib
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,29 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):  # the error that led here says more
             partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def folder_written_whole(path: str | Path) -> Iterator[Path]:
+    """A folder beside `path` to write into: moved to `path`, which is empty or missing, when the block ends, removed
+    when it fails.
+
+    Example:
+      >>> target = Path(tempfile.mkdtemp()) / "new" / "folder"
+      >>> with folder_written_whole(target) as partial:
+      ...     _ = (partial / "a.txt").write_text("all of it")
+      >>> [path.name for path in target.iterdir()]
+      ['a.txt']
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as private:
+        partial = Path(private) / path.name  # the temporary folder itself is closed to others
+        partial.mkdir()
+        yield partial
+        with contextlib.suppress(FileNotFoundError):
+            path.rmdir()
+        os.replace(partial, path)
 
 
 def write_json(path: str | Path, value: Mapping[str, Any]) -> None:

@@ -85,7 +85,7 @@ def test_interrupted_run_goes_on(sampled, model, refs, tmp_path, monkeypatch, ca
     with monkeypatch.context() as patch:
         patch.setattr(mmdjax.sd.run, "save_picture", interrupted)
         assert run(*words) == 130
-    assert "the same command goes on from there" in capsys.readouterr().err
+    assert "repeat the command to resume" in capsys.readouterr().err
     assert sorted(path.name for path in out.iterdir()) == ["00000.png", "00001.png", "00002.png", "parts"]
     refused(capsys, *words, "--steps", 5, text="holds a run of other settings; nothing was changed")
     refused(capsys, "convert", model, "--out", out, text="exists and is not an empty folder")
@@ -185,7 +185,7 @@ def test_words_that_do_not_fit(model, refs, tmp_path, capsys):
     out = ("--out", tmp_path / "out")
     refused(capsys, "sample", tmp_path / "no" / "model", *out, text="no such file or folder")
     refused(capsys, "sample", model, *out, "--refs", tmp_path / "no", text="no such folder of pictures")
-    refused(capsys, "sample", model, *out, "-n", "0", text="num_samples is 0; give at least 1")
+    refused(capsys, "sample", model, *out, "-n", "0", text="--num-samples/-n is 0; give at least 1")
     refused(capsys, "sample", model, *out, "--height", "9", text="height is 9; give a multiple of 2, such as 8")
     refused(capsys, "sample", model, *out, "--guidance-scale", "nan", text="scale is nan; give a finite number")
     refused(

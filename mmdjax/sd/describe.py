@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmdjax.checkpoint import CheckpointError, open_safetensors
+from mmdjax.extras import installed
 from mmdjax.sd.models import Component, load_models, local_path
 from mmdjax.sd.pack import FORMAT, load_references
 from mmdjax.sd.pipeline import Pipeline
@@ -33,12 +34,12 @@ def describe(path: str | Path, *, batch_size: int | None = None, dtype: Any = jn
         return _pack(path)
     path = local_path(path, how.get("variant"))
     rest = {name: how.pop(name) for name in ("scheduler", "tokenizer") if name in how}
-    found = load_models(path, put=_shape, dtype=dtype, **how)
+    found = load_models(path, put=shape_of, dtype=dtype, **how)
     lines = [str(path), "", *_table(found), ""]
     if len(found) == 1:
         return "\n".join([*lines, "one network, not a whole pipeline"])
     try:
-        pipeline = assemble(path, found, **rest)
+        pipeline = assemble(path, found, **rest, vocabularies=installed("tokenizers"))
     except (CheckpointError, FileNotFoundError, ValueError) as error:
         return "\n".join([*lines, f"not a whole pipeline: {error}"])
     lines += _properties(pipeline)
@@ -48,7 +49,8 @@ def describe(path: str | Path, *, batch_size: int | None = None, dtype: Any = jn
     return "\n".join(lines)
 
 
-def _shape(array: np.ndarray) -> jax.ShapeDtypeStruct:
+def shape_of(array: np.ndarray) -> jax.ShapeDtypeStruct:
+    """`put` of `load_models` that reads no weights: what is left of each is its shape and type."""
     return jax.ShapeDtypeStruct(array.shape, array.dtype)
 
 
@@ -79,6 +81,8 @@ def _properties(pipeline: Pipeline) -> list[str]:
         return [*lines, "prompts: none, unconditional"]
     lacking = [name for name in pipeline.encoders if name not in pipeline.tokenizers]
     note = f"; no vocabulary for {', '.join(lacking)}: give --tokenizer" if lacking else ""
+    if not installed("tokenizers"):
+        note = '; their vocabularies were not looked at: pip install "mmdjax[sd]"'
     return [*lines, f"prompts: through {', '.join(pipeline.encoders)}{note}"]
 
 

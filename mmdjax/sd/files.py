@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from mmdjax.checkpoint import Checkpoint, CheckpointError, open_safetensors, read_json
+from mmdjax.extras import optional
 from mmdjax.sd.archive import open_archive
 
 WEIGHTS = re.compile(
@@ -44,17 +45,22 @@ def download(repo: str, *, variant: str | None = None, revision: str | None = No
 
     Raises:
       ImportError: huggingface_hub is not installed.
+      FileNotFoundError: the hub does not give it: no such model, no permission, no network.
     """
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise ImportError(f"{repo} is no local path; to fetch it from the hub: pip install huggingface_hub") from error
+    hub = optional("huggingface_hub", "sd", f"{repo} is no local path; to fetch it from the hub")
     dot = f".{variant}" if variant else ""
 
     def fetch(stems, ending):
         shapes = (dot, f"{dot}-?????-of-?????", f"-?????-of-?????{dot}")
         weights = [f"*/{stem}{shape}.{ending}" for stem in stems for shape in shapes]
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=["*.json", "*.txt", *weights]))
+        patterns = ["*.json", "*.txt", *weights]
+        try:
+            return Path(hub.snapshot_download(repo, revision=revision, allow_patterns=patterns))
+        except (OSError, ValueError) as error:
+            if getattr(error, "errno", None) is not None:  # of this machine's disk
+                raise
+            said = " ".join(str(error).split())
+            raise FileNotFoundError(f"{repo} is no local path, and the hub does not give it: {said}") from error
 
     folder = fetch(("diffusion_pytorch_model", "model"), "safetensors")
     if any(folder.rglob("*.safetensors")):

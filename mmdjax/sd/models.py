@@ -17,6 +17,7 @@ from flax import linen as nn
 from flax.traverse_util import unflatten_dict
 
 from mmdjax.checkpoint import Checkpoint, CheckpointError, Entry, read_json, write_safetensors
+from mmdjax.progress import progress_bar
 from mmdjax.sd import compvis, convert, single
 from mmdjax.sd.clip import CLIPText, CLIPTextConfig
 from mmdjax.sd.config import class_name
@@ -80,9 +81,8 @@ class _How(NamedTuple):
     @contextlib.contextmanager
     def loading(self, name: str, checkpoint: Checkpoint) -> Iterator[Callable]:
         """`put`, with a bar of the tensors that went through it."""
-        from tqdm.auto import tqdm
-
-        with tqdm(total=len(checkpoint), desc=f"loading {name}", unit="tensor", disable=not self.progress) as bar:
+        how: dict[str, Any] = {"total": len(checkpoint), "desc": f"loading {name}", "unit": "tensor"}
+        with progress_bar(**how, disable=not self.progress) as bar:
 
             def put(array):
                 bar.update()
@@ -162,11 +162,14 @@ def local_path(path: str | Path, variant: str | None = None) -> Path:
     Raises:
       FileNotFoundError: neither a path nor a hub id.
     """
-    if Path(path).exists():
-        return Path(path)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-        return download(str(path), variant=variant)
-    raise FileNotFoundError(f"{path}: no such file or folder")
+    check_path(path)
+    return Path(path) if Path(path).exists() else download(str(path), variant=variant)
+
+
+def check_path(path: str | Path) -> None:
+    """Raise FileNotFoundError unless there is such a path, or it may be a hub id, which is not looked up."""
+    if not Path(path).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        raise FileNotFoundError(f"{path}: no such file or folder")
 
 
 def module_from_config(

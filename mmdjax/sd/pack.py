@@ -52,6 +52,10 @@ class ReferencePack:
         cond = None if self.cond is None else rows(self.cond, self.index)
         return Particles(jnp.asarray(self.latents), cond)
 
+    def without_prompts(self) -> "ReferencePack":
+        """The same references for guidance that leaves their prompts out."""
+        return dataclasses.replace(self, prompts=None, index=None, cond=None)
+
     def captions(self) -> list[str] | None:
         """The prompt of each reference."""
         if self.prompts is None or self.index is None:

@@ -19,6 +19,7 @@ from jaxtyping import Float
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 METADATA = "metadata.jsonl"
+NO_CAPTION = "it has no caption and others have"
 
 
 class PictureError(ValueError):
@@ -31,7 +32,7 @@ class PictureFolder:
 
     Args:
       paths: of the pictures that can be read.
-      captions: one each, or None where no picture has one.
+      captions: one each, or None where no picture has one, or they are ignored.
       skipped: what was left out, and why.
     """
 
@@ -47,14 +48,21 @@ class PictureFolder:
             paths = self.paths[start : start + batch_size]
             yield np.stack([read_picture(path, height, width, channels=channels) for path in paths])
 
+    def at_least(self, smallest: int, *, skip: bool = False) -> "PictureFolder":
+        """The same after a look at the sizes alone, with `smallest` and `skip` as in `open_pictures`."""
+        problems = {path: problem for path in self.paths if (problem := _problem(path, smallest, sizes_only=True))}
+        captions = None if self.captions is None else dict(zip(self.paths, self.captions, strict=True))
+        return _usable(self.paths, captions, problems, [], skip, self.skipped)
 
-def open_pictures(folder: str | Path, *, smallest: int = 2, skip: bool = False) -> PictureFolder:
+
+def open_pictures(folder: str | Path, *, smallest: int = 2, skip: bool = False, captions: bool = True) -> PictureFolder:
     """The pictures and captions of a folder, each looked at; subfolders are not entered.
 
     Args:
       smallest: pixels that the shorter side must have, such as the autoencoder's downscale.
       skip: leave out what cannot be used instead of raising. Where some pictures have captions, those without are left
         out, too.
+      captions: False: captions are neither read nor missed.
     Raises:
       FileNotFoundError: no such folder, or no picture in it.
       PictureError: unreadable pictures, captions without pictures, pictures without a caption where others have one:
@@ -67,19 +75,11 @@ def open_pictures(folder: str | Path, *, smallest: int = 2, skip: bool = False) 
     if not paths:
         raise FileNotFoundError(f"{folder}: no pictures; looked for {', '.join('*' + ending for ending in ENDINGS)}")
     problems = {path: problem for path in paths if (problem := _problem(path, smallest)) is not None}
-    captions, stray = _captions(folder, paths)
-    for path in paths if captions else ():
-        if path.name not in captions:
-            problems.setdefault(path, "it has no caption and others have")
-    lines = [f"{path.name}: {problem}" for path, problem in sorted(problems.items())] + stray
-    usable = tuple(path for path in paths if path not in problems)
-    if lines and (not skip or not usable):
-        remedy = "mend or remove them, or skip them (--unreadable skip)" if usable else "none is left"
-        raise PictureError(
-            "\n  ".join([f"{folder}: {len(lines)} of {len(paths)} pictures or captions: {remedy}", *lines])
-        )
-    found = tuple(captions[path.name] for path in usable) if captions else None
-    return PictureFolder(usable, found, tuple(lines))
+    found, stray = _captions(folder, paths) if captions else ({}, [])
+    for path in paths if found else ():
+        if path not in found:
+            problems.setdefault(path, NO_CAPTION)
+    return _usable(paths, found or None, problems, stray, skip)
 
 
 def read_picture(path: str | Path, height: int, width: int, *, channels: int = 3) -> Float[np.ndarray, "h w c"]:
@@ -113,7 +113,28 @@ def _eight_bit(picture: Any, mode: str) -> Any:
     return picture.convert(mode)
 
 
-def _problem(path: Path, smallest: int) -> str | None:
+def _usable(
+    paths: Sequence[Path],
+    captions: dict[Path, str] | None,
+    problems: dict[Path, str],
+    stray: list[str],
+    skip: bool,
+    skipped: tuple[str, ...] = (),
+) -> PictureFolder:
+    """The pictures without a problem; or all problems in one error, unless they are to be skipped."""
+    lines = [f"{path.name}: {problem}" for path, problem in sorted(problems.items())] + stray
+    usable = tuple(path for path in paths if path not in problems)
+    if lines and (not skip or not usable):
+        remedy = "mend or remove them, or skip them (--unreadable skip)" if usable else "none is left"
+        if usable and (stray or NO_CAPTION in problems.values()):
+            remedy += ", or use no captions (--captions ignore)"
+        head = f"{paths[0].parent}: {len(lines)} of {len(paths)} pictures or captions: {remedy}"
+        raise PictureError("\n  ".join([head, *lines]))
+    found = None if captions is None else tuple(captions[path] for path in usable)
+    return PictureFolder(usable, found, (*skipped, *lines))
+
+
+def _problem(path: Path, smallest: int, *, sizes_only: bool = False) -> str | None:
     # decoding is the only proof that a picture is whole
     from PIL import Image
 
@@ -124,15 +145,16 @@ def _problem(path: Path, smallest: int) -> str | None:
                 return f"it has {frames} frames; save the one that is meant"
             if min(picture.size) < smallest:
                 return f"it has {picture.width} × {picture.height} pixels; the shorter side needs {smallest}"
-            picture.load()
+            if not sizes_only:
+                picture.load()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         return f"not readable as a picture ({error})"
     return None
 
 
-def _captions(folder: Path, paths: Sequence[Path]) -> tuple[dict[str, str], list[str]]:
-    """Captions by picture's name, and what is wrong with them."""
-    names, stems = {path.name for path in paths}, {path.stem: path.name for path in paths}
+def _captions(folder: Path, paths: Sequence[Path]) -> tuple[dict[Path, str], list[str]]:
+    """Captions by picture, and what is wrong with them."""
+    names, stems = {path.name: path for path in paths}, {path.stem: path for path in paths}
     found, stray = {}, []
     metadata = folder / METADATA
     if metadata.exists():
@@ -148,7 +170,7 @@ def _captions(folder: Path, paths: Sequence[Path]) -> tuple[dict[str, str], list
             elif name not in names:
                 stray.append(f"{METADATA}, line {number}: a caption without its picture {name}")
             else:
-                found[name] = text
+                found[names[name]] = text
     for path in sorted(folder.glob("*.txt")):
         if path.stem not in stems:
             stray.append(f"{path.name}: a caption without a picture")

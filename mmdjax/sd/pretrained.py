@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from mmdjax.checkpoint import read_json
+from mmdjax.extras import optional
 from mmdjax.sd.convert import to_device
 from mmdjax.sd.models import Component, load_models, local_path
 from mmdjax.sd.pipeline import TOKENIZERS, Pipeline
@@ -62,6 +63,8 @@ def load(
       FileNotFoundError, CheckpointError, ValueError: see `mmdjax.sd.load_models`; and the pipeline's own.
     """
     path = local_path(path, variant)
+    if tokenizer is not None or any((path / folder).is_dir() for folder in TOKENIZERS.values()):
+        optional("tokenizers", "sd", "to read prompts")  # missing, it is better told before the weights are read
     found = load_models(
         path,
         variant=variant,
@@ -84,10 +87,11 @@ def assemble(
     *,
     scheduler: Mapping[str, Any] | None = None,
     tokenizer: str | Path | Mapping[str, str | Path] | None = None,
+    vocabularies: bool = True,
 ) -> Pipeline:
     """The pipeline of networks that `load_models` found at a path, with the scheduler and vocabularies that lie there.
 
-    See `load`.
+    See `load`. With vocabularies=False none is read, and the pipeline takes no prompts.
     """
     path = Path(path)
     modules = {name: component.module for name, component in found.items()}
@@ -97,7 +101,7 @@ def assemble(
         modules,
         {name: component.config for name, component in found.items()},
         Scheduler(raw),
-        _tokenizers(path, tuple(modules), tokenizer),
+        _tokenizers(path, tuple(modules), tokenizer) if vocabularies else {},
         read_json(index) if index.exists() else {},
     )
 

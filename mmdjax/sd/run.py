@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import shutil
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,18 +35,20 @@ from mmdjax.metrics import energy_distance
 from mmdjax.mmd import mmd2
 from mmdjax.particles import Particles
 from mmdjax.plots import image_grid, save_labelled_grids
+from mmdjax.progress import progress_bar
 from mmdjax.provenance import provenance
 from mmdjax.samplers import DDIM, Sampler
 from mmdjax.sd.pack import ReferencePack
 from mmdjax.sd.pipeline import Pipeline
 from mmdjax.sd.prompts import rows
+from mmdjax.sd.tokenizer import FILES
 from mmdjax.tree import replace, short_repr
 from mmdjax.whole import write_json, written_whole
 
 IN_GRID, IN_COMPARISON = 64, 16  # pictures
 SMALL = 64  # pixels: smaller pictures are enlarged in grids
 PARTS, REPORT = "parts", "run.json"
-REMEMBERED = 1000  # samples of earlier batches that the later ones are guided around
+REMEMBERED = 1000  # samples of earlier batches that the later ones are guided around, unless told otherwise
 
 
 def sample_to_folder(
@@ -65,15 +68,16 @@ def sample_to_folder(
     height: int | None = None,
     width: int | None = None,
     batch_size: int = 4,
+    memory: int = REMEMBERED,
     compare: bool = True,
     settings: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Sample a pipeline guided by references and write pictures and figures; see the top of this module.
 
-    Batches are of one size and joined by a memory of the last 1,000 samples, so that many small batches align as one
-    large one would. Where references and samples have prompts and the guidance names no kernel, it is
-    `pipeline.kernel()`. Whatever interrupts a run, the same call goes on from there.
+    Batches are of one size and joined by a memory of earlier samples, so that many small batches align as one large one
+    would. Where references and samples have prompts and the guidance names no kernel, it is `pipeline.kernel()`.
+    Whatever interrupts a run, repeat the call to resume.
 
     Args:
       out: a folder that does not exist, is empty, or holds an unfinished run of these settings.
@@ -82,28 +86,29 @@ def sample_to_folder(
       negative: the negative prompt.
       cfg_scale: of classifier-free guidance; 1 is none. Unused by models without prompts.
       batch_size: the most samples that are made at once.
+      memory: each batch is guided around so many samples of the batches before it; 0: around its own alone.
       compare: sample without guidance, too, from the same noise: twice the time.
       settings: what else run.json should tell. A folder with a finished run of equal settings is left as it is.
-      progress: show bars.
+      progress: show bars. Without, JAX's persistent compilation cache keeps the programs of the sampling, too.
     Returns:
       What run.json holds.
     Raises:
       FileExistsError: `out` has something else in it, or an unfinished run of other settings; they are named.
       BlockingIOError: another process is at work in `out`.
-      ValueError: prompts for a model without, num_samples or batch_size below 1, references of another size; see
-        `guided_sample`.
+      ValueError: see `check_settings` and `guided_sample`; num_samples or batch_size below 1, a negative memory.
       FloatingPointError: latents or pictures are not finite.
     """
     out, settings = Path(out), dict(settings or {})
     finished = check_out(out, settings)
     if finished is not None:
         return finished
-    for name, value in {"num_samples": num_samples, "batch_size": batch_size}.items():
-        if value < 1:
-            raise ValueError(f"{name} is {value}; give at least 1")
-    _check_size(refs, pipeline.latent_shape(height, width), pipeline.autoencoder.config.downscale)
+    for name, value, least in (("num_samples", num_samples, 1), ("batch_size", batch_size, 1), ("memory", memory, 0)):
+        if value < least:
+            raise ValueError(f"{name} is {value}; give at least {least}")
+    check_settings(pipeline, refs, num_steps=num_steps, prompts=prompts, negative=negative, height=height, width=width)
     started = time.perf_counter()
-    prompts = _prompts(pipeline, refs, prompts)
+    if pipeline.conditional:
+        prompts = prompts or (refs.captions() if refs is not None else None) or [""]
     batches = math.ceil(num_samples / batch_size)
     batch_size = math.ceil(num_samples / batches)
 
@@ -128,7 +133,7 @@ def sample_to_folder(
         "times": pipeline.times(num_steps),
         "progress": progress,
     }
-    memory = min(num_samples, REMEMBERED) if particles is not None and batches > 1 else None
+    capacity = min(num_samples, memory) if particles is not None and batches > 1 else 0
     key, parts = jax.random.key(seed), out / PARTS
 
     def save_pictures(start, latents):
@@ -137,7 +142,7 @@ def sample_to_folder(
             save_picture(out / f"{start + i:05d}.png", picture)
 
     with locked(out):
-        how = {"guidance": guidance, "memory": memory, "each": save_pictures, "out": parts / "guided"}
+        how = {"guidance": guidance, "memory": capacity or None, "each": save_pictures, "out": parts / "guided"}
         arrays = {"latents": np.asarray(sample_many(params, key, particles, **how, **call))}
         if compare and particles is not None:
             arrays["unguided"] = np.asarray(sample_many(params, key, None, out=parts / "unguided", **call))
@@ -165,6 +170,32 @@ def sample_to_folder(
     return report
 
 
+def check_settings(
+    pipeline: Pipeline,
+    refs: ReferencePack | None = None,
+    *,
+    num_steps: int,
+    prompts: Sequence[str] = (),
+    negative: str = "",
+    height: int | None = None,
+    width: int | None = None,
+) -> None:
+    """What `sample_to_folder` refuses that needs no weights; its arguments.
+
+    Raises:
+      ValueError: a size that the autoencoder does not divide, or another one than the references'; a number of steps or
+        a scheduler that has no grid; prompts for a model without, or for text encoders without a vocabulary.
+    """
+    _check_size(refs, pipeline.latent_shape(height, width), pipeline.autoencoder.config.downscale)
+    pipeline.times(num_steps)
+    said = [*prompts, *([negative] if negative else [])]
+    if said and not pipeline.conditional:
+        raise ValueError(f"this model is unconditional; leave out the prompts {said}")
+    lacking = [name for name in pipeline.encoders if name not in pipeline.tokenizers]
+    if pipeline.conditional and lacking:
+        raise ValueError(f"no vocabulary for {', '.join(lacking)}; give --tokenizer a folder with {FILES}")
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Conditions:
     """The conditions of samples by their numbers, of those of each distinct prompt."""
@@ -188,7 +219,8 @@ def check_out(out: str | Path, settings: Mapping[str, Any] | None = None) -> dic
       FileExistsError: it is a file, or holds something else than a run of these settings.
     """
     out = Path(out)
-    if not out.exists() or (out.is_dir() and all(path.name == LOCK for path in out.iterdir())):
+    resumes = settings is not None
+    if not out.exists() or (out.is_dir() and all(resumes and path.name == LOCK for path in out.iterdir())):
         return None
     if settings is not None and (out / REPORT).is_file():
         report = json.loads((out / REPORT).read_text(encoding="utf-8"))
@@ -198,6 +230,19 @@ def check_out(out: str | Path, settings: Mapping[str, Any] | None = None) -> dic
     elif settings is not None and (out / PARTS).is_dir():
         return None
     raise FileExistsError(f"{out} exists and is not an empty folder; nothing was overwritten. Give another --out")
+
+
+def check_writable(out: str | Path) -> None:
+    """Raise OSError where a file or folder of this name cannot be made; makes nothing that stays."""
+    parent = Path(out).absolute()
+    parent = parent if parent.is_dir() else parent.parent
+    while not parent.exists():
+        parent = parent.parent
+    try:
+        tempfile.TemporaryFile(dir=parent).close()  # permissions do not tell all: read-only disks, special file systems
+    except OSError as error:
+        message = f"nothing can be written there ({error.strerror}); give another --out"
+        raise OSError(error.errno, message, str(parent)) from error
 
 
 def save_picture(path: Path, picture: Float[Array | np.ndarray, "h w c"]) -> None:
@@ -220,14 +265,6 @@ def _read_picture(path: Path) -> np.ndarray:
         return np.asarray(picture, np.float32) / 127.5 - 1
 
 
-def _prompts(pipeline: Pipeline, refs: ReferencePack | None, prompts: Sequence[str]) -> Sequence[str]:
-    if not pipeline.conditional:
-        if prompts:
-            raise ValueError(f"this model is unconditional; leave out the prompts {list(prompts)}")
-        return ()
-    return prompts or (refs.captions() if refs is not None else None) or [""]
-
-
 def _check_size(refs: ReferencePack | None, shape: tuple[int, ...], down: int) -> None:
     if refs is not None and tuple(refs.latents.shape[1:]) != shape:
         theirs, ours = ([side * down for side in sides[:2]] for sides in (refs.latents.shape[1:], shape))
@@ -238,9 +275,7 @@ def _check_size(refs: ReferencePack | None, shape: tuple[int, ...], down: int) -
 
 
 def _decode(pipeline: Pipeline, params: Any, latents: Any, progress: bool) -> list[np.ndarray]:
-    from tqdm.auto import tqdm
-
-    one_by_one = tqdm(range(len(latents)), desc="decoding", disable=not progress or not len(latents))
+    one_by_one = progress_bar(range(len(latents)), desc="decoding", disable=not progress or not len(latents))
     return [np.asarray(pipeline.decode(params, latents[i : i + 1]))[0] for i in one_by_one]
 
 

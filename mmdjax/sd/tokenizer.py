@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Int
 
 from mmdjax.checkpoint import CheckpointError, read_json
+from mmdjax.extras import optional
 from mmdjax.tree import short_repr
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -88,16 +89,12 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     from tokenizer_config.json and special_tokens_map.json, where they are.
 
     Raises:
-      ImportError: the library `tokenizers` is not installed.
+      ImportError: the package `tokenizers` is not installed.
       FileNotFoundError: no vocabulary.
       CheckpointError: files that are not a vocabulary of CLIP's kind.
     """
     folder = Path(folder)
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise ImportError("prompts need the library tokenizers: pip install tokenizers") from error
-
+    tokenizers = optional("tokenizers", "sd", "to read prompts")
     settings = _json(folder / "special_tokens_map.json") | _json(folder / "tokenizer_config.json")
     special = {name: _token(settings.get(name), default) for name, default in _DEFAULTS.items()}
     wrong = [token for token in special.values() if not _is_token(token)]
@@ -132,8 +129,8 @@ _DEFAULTS = {"bos_token": START, "eos_token": END, "pad_token": END, "unk_token"
 
 
 def _from_vocabulary(folder: Path, unknown: str) -> Any:
-    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
-
+    library = optional("tokenizers", "sd", "to read prompts")
+    models, normalizers, pre_tokenizers = library.models, library.normalizers, library.pre_tokenizers
     vocabulary = _json(folder / "vocab.json")
     lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
     pairs = [(a, b) for a, _, b in (line.partition(" ") for line in lines if not line.startswith("#version")) if b]
@@ -143,13 +140,13 @@ def _from_vocabulary(folder: Path, unknown: str) -> Any:
         )
     except Exception as error:  # the library raises bare Exceptions
         raise CheckpointError(f"{folder.name}: vocab.json and merges.txt do not fit: {error}") from error
-    encoding = Tokenizer(model)
-    encoding.normalizer = normalizers.Sequence(  # pyright: ignore[reportCallIssue]
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    encoding = library.Tokenizer(model)
+    encoding.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(library.Regex(r"\s+"), " "), normalizers.Lowercase()]
     )
-    encoding.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
+    encoding.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(PIECES), behavior="removed", invert=True),
+            pre_tokenizers.Split(library.Regex(PIECES), behavior="removed", invert=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
