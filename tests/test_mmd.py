@@ -318,14 +318,18 @@ def test_gradient_is_the_finite_difference(kernel, x64):
 # --- types, precision, errors -------------------------------------------------------------------------------------
 
 
+@jax.jit
+def value_and_gradient(kernel, x, cond, q):
+    return jax.value_and_grad(lambda x: mmd2(kernel, Particles(x, cond), q))(x)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("kernel", [RBF(1.3), Energy(), Polynomial(), Cosine(), Product(RBF(), Cosine())])
 def test_half_precision_is_computed_in_float32(dtype, kernel):
     p, q = (Particles(r.x.astype(dtype), r.cond.astype(dtype)) for r in (points(0, 5), points(1, 4)))
     wide_p, wide_q = (Particles(r.x.astype("float32"), r.cond.astype("float32")) for r in (p, q))
-    both = jax.jit(jax.value_and_grad(lambda x, cond, q: mmd2(kernel, Particles(x, cond), q)))
-    value, gradient = both(p.x, p.cond, q)
-    wide_value, wide = both(wide_p.x, wide_p.cond, wide_q)
+    value, gradient = value_and_gradient(kernel, p.x, p.cond, q)
+    wide_value, wide = value_and_gradient(kernel, wide_p.x, wide_p.cond, wide_q)
     assert value.dtype == jnp.float32
     assert value == wide_value
     assert gradient.dtype == dtype

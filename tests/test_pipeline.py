@@ -211,6 +211,7 @@ def test_unconditional(tmp_path):
         pipeline.model(guidance_scale=2.0)
 
 
+@pytest.mark.slow
 def test_guided_by_decoded_pictures(loaded):
     pipeline, params = loaded
     latents = 0.3 * jax.random.normal(jax.random.key(1), (6, 4, 4, 4)) + 1.0
@@ -289,7 +290,7 @@ def toy_sample(refs, cond, kernel):
     ).x  # fmt: skip
 
 
-@pytest.mark.parametrize("level", ["pooled", "tokens"])
+@pytest.mark.parametrize("level", ["pooled", pytest.param("tokens", marks=pytest.mark.slow)])
 def test_reference_of_another_prompt_does_not_pull(level):
     refs = jax.random.normal(jax.random.key(1), (6, 3)) + 3.0
     cond, kernel = prompt(0, 1), prompt_kernel(level=level)  # two samples, orthogonal too
@@ -301,7 +302,7 @@ def test_reference_of_another_prompt_does_not_pull(level):
     np.testing.assert_array_equal(pulled[1], alone[1])
 
 
-@pytest.mark.parametrize("level", ["pooled", "tokens"])
+@pytest.mark.parametrize("level", ["pooled", pytest.param("tokens", marks=pytest.mark.slow)])
 def test_constant_prompt_is_the_plain_kernel(level):
     refs, cond = jax.random.normal(jax.random.key(1), (6, 3)) + 3.0, prompt(1, 1, 1)
     product = toy_sample(Particles(refs, prompt(*[1] * 6)), cond, prompt_kernel(level=level))

@@ -269,7 +269,9 @@ def test_bfloat16_network():
         np.testing.assert_allclose(out.x, run(guidance=guidance_at(at)).x, atol=0.1)  # 8 bits of x̂0 in units of 1
 
 
-@pytest.mark.parametrize("at", PLACEMENTS)
+@pytest.mark.parametrize(
+    "at", ["denoised", "sample", *(pytest.param(at, marks=pytest.mark.slow) for at in ("clean", "diffused"))]
+)
 def test_bfloat16_batch_is_moved_as_in_float32(at):
     """A batch, references and memory in bfloat16 are the float32 ones of the same values, rounded once, at the end."""
     guidance = MMDGuidance(kernel=None if at != "diffused" else RBF(None), at=at)
