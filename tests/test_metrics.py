@@ -284,7 +284,7 @@ def test_balls_are_the_dense_ones(sets, k, small_blocks):
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("n", "d"), [(60, 3), (BLOCK + 300, 40)])
+@pytest.mark.parametrize(("n", "d"), [(60, 3), (BLOCK + 301, 40)])
 def test_a_set_against_itself(n, d, small_blocks):
     """The k-th neighbour lies on the ball, in whatever block its distance is computed, and does not count."""
     x, _ = two_sets(n, 1, d, shift=3.0)

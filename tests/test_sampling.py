@@ -77,8 +77,9 @@ def check_plain_sampling(every):
 
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_scale_zero_and_no_references_are_plain_sampling(every):
-    """Bit for bit, in code that XLA optimises as it does for users."""
-    run_python(f"import test_sampling as t; t.check_plain_sampling({every})", XLA_FLAGS="")
+    """Bit for bit, in code that XLA optimises as it does for users; so is the first sample of the published loop."""
+    code = f"import test_paper, test_sampling; test_sampling.check_plain_sampling({every}); test_paper.check_first_sample()"
+    run_python(code, XLA_FLAGS="")
 
 
 def test_loop_of_ones_own_is_guided_sample():
