@@ -10,8 +10,8 @@ would make (`jax.eval_shape`: no memory) says which keys there must be, and of w
 that lists all.
 """
 
-import re
 import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
