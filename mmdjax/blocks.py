@@ -2,6 +2,8 @@
 
 A set no larger than one block is one plain computation. Sums over pairs can be differentiated: the blocks are computed
 again on the way back, and the memory is that of one block.
+
+The sizes below are read when called, so that a test may set small ones; what `jit` has compiled keeps its own.
 """
 
 import math
@@ -55,17 +57,17 @@ class Rows(NamedTuple):
         return jax.lax.dynamic_update_slice_in_dim(v, values, self.index[0], 0)
 
 
-def rows(n: int, i: Any, block: int = BLOCK) -> Rows:
-    """Block i of n rows."""
+def rows(n: int, i: Any, block: int | None = None) -> Rows:
+    """Block i of n rows; `block` rows at most, None: `BLOCK`."""
     count = num_blocks(n, block)
     size = -(-n // count)
     index = jnp.minimum(i * size, n - size) + jnp.arange(size)
     return Rows(index, index >= i * size)
 
 
-def num_blocks(n: int, block: int = BLOCK) -> int:
+def num_blocks(n: int, block: int | None = None) -> int:
     """How many blocks n rows make."""
-    return -(-n // block)
+    return -(-n // (BLOCK if block is None else block))
 
 
 def row_size(x: Any) -> int:
@@ -123,7 +125,9 @@ def columns_of(term: Callable, m: int, block: int) -> Array:
     return jnp.concatenate([whole, parts[-1, :, count * size - m :]], axis=1)
 
 
-def fold(step: Callable, carry: Any, n: int, m: int, pairs: Any, blocks: tuple[int, int] = (BLOCK, BLOCK)) -> Any:
+def fold(
+    step: Callable, carry: Any, n: int, m: int, pairs: Any, blocks: tuple[int | None, int | None] = (None, None)
+) -> Any:
     """carry = step(carry, rows of n, columns of m) for each pair (i, j) of block numbers in turn."""
 
     def body(carry, pair):
@@ -134,17 +138,17 @@ def fold(step: Callable, carry: Any, n: int, m: int, pairs: Any, blocks: tuple[i
     return jax.lax.scan(jax.checkpoint(body), carry, jnp.asarray(pairs))[0]
 
 
-def all_pairs(n: int, m: int, blocks: tuple[int, int] = (BLOCK, BLOCK)) -> np.ndarray:
+def all_pairs(n: int, m: int, blocks: tuple[int | None, int | None] = (None, None)) -> np.ndarray:
     """Every block of n rows with every block of m."""
     return np.indices((num_blocks(n, blocks[0]), num_blocks(m, blocks[1]))).reshape(2, -1).T
 
 
-def own_pairs(n: int, block: int = BLOCK) -> np.ndarray:
+def own_pairs(n: int, block: int | None = None) -> np.ndarray:
     """Each block of n rows with itself."""
     return np.repeat(np.arange(num_blocks(n, block))[:, None], 2, axis=1)
 
 
-def upper_pairs(n: int, block: int = BLOCK) -> np.ndarray:
+def upper_pairs(n: int, block: int | None = None) -> np.ndarray:
     """Each two different blocks of n rows, once."""
     return np.stack(np.triu_indices(num_blocks(n, block), k=1), axis=1)
 

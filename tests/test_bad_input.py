@@ -272,7 +272,9 @@ def watched(quantity, denoiser=shrink, refs=REFS, **settings):
         run(refs, model=DiffusionModel(denoiser, VPLinear(), (3, 2)), num_steps=10, checks=True, **settings)
 
 
-@pytest.mark.parametrize("at", ["denoised", "sample", "clean", "diffused"])
+@pytest.mark.parametrize(
+    "at", ["denoised", "clean", *(pytest.param(at, marks=pytest.mark.slow) for at in ("sample", "diffused"))]
+)
 def test_checks_name_the_step_and_the_quantity(at):
     """Where a NaN arises: in the network, the sampler, the guidance's kernel, or before the first step."""
 

@@ -5,18 +5,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmdjax import Particles
-from mmdjax.blocks import BLOCK, num_blocks, rows, sum_across, sum_within, triangle
+from mmdjax import Particles, blocks
+from mmdjax.blocks import num_blocks, rows, sum_across, sum_within, triangle
+
+
+BLOCK = 64
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(blocks, "BLOCK", BLOCK)
 
 
 @pytest.mark.parametrize("n", [1, BLOCK, BLOCK + 1, 3 * BLOCK - 1])
 def test_each_row_is_fresh_once(n):
-    blocks = [rows(n, i) for i in range(num_blocks(n))]
-    fresh = np.concatenate([np.asarray(block.index)[np.asarray(block.fresh)] for block in blocks])
+    parts = [rows(n, i) for i in range(num_blocks(n))]
+    fresh = np.concatenate([np.asarray(block.index)[np.asarray(block.fresh)] for block in parts])
     np.testing.assert_array_equal(fresh, np.arange(n))
-    assert {block.index.shape for block in blocks} == {blocks[0].index.shape}
+    assert {block.index.shape for block in parts} == {parts[0].index.shape}
     x = jnp.arange(n)
-    for block in blocks:
+    for block in parts:
         np.testing.assert_array_equal(block.of(x), block.index)
         np.testing.assert_array_equal(block.put(x, -block.of(x))[block.index], -block.index)
 

@@ -121,12 +121,14 @@ def test_pack_samples_as_its_pictures_do(sampled, model, refs, tmp_path):
     assert not (tmp_path / "again" / "comparison.png").exists()
 
 
+@pytest.mark.slow
 def test_unconditional_without_references(tmp_path):
     model = sd_toys.write_pipeline(tmp_path / "ldm", unconditional=True)
     assert run("sample", model, "--out", tmp_path / "out", "-n", 2, "--steps", 2, "--sampler", "heun") == 0
     assert json.loads((tmp_path / "out" / "run.json").read_text())["distances"] is None
 
 
+@pytest.mark.slow
 def test_half_precision_takes_the_same_pack(model, refs, tmp_path):
     pack = tmp_path / "refs.safetensors"
     assert run("encode", model, refs, "--out", pack) == 0

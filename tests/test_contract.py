@@ -1,90 +1,93 @@
-"""Every sampler × kernel × placement, with preconditions and estimators in turn, keeps the contract end to end.
+"""What can be combined keeps the contract, over the one table of `examples`.
 
-For each of the 195 triples one precondition and estimator is drawn so that over the samplers every precondition and
-both estimators meet every kernel and placement; the direction itself is tested for all of them in test_guidance.
+The cube of samplers, kernels, placements, rules and estimators is factored, as each of its sides meets only the next: a
+sampler meets a placement, end to end through `guided_sample`, with one kernel, rule and estimator a pair; a kernel
+meets placement, rule and estimator in the bound guidance, without a network. tests/slow/test_cube.py has all of it.
 """
 
 import functools
 import itertools
 
+import examples
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from examples import KERNELS, PLACEMENTS, RULES, SAMPLERS, SCHEDULES, allowed, diffusable, rules_of
 
 import mmdjax
-from mmdjax import (
-    DDIM,
-    DDPM,
-    IMQ,
-    RBF,
-    Cosine,
-    Delta,
-    DiffusionModel,
-    DPMSolverPP2M,
-    Energy,
-    EulerMaruyama,
-    Heun,
-    Laplacian,
-    Linear,
-    Mapped,
-    MMDGuidance,
-    Particles,
-    Polynomial,
-    Product,
-    RationalQuadratic,
-    Sum,
-    guided_sample,
-)
+from mmdjax import DiffusionModel, MMDGuidance, Particles, guided_sample
+from mmdjax.guidance import bind, fit_kernel
 from mmdjax.schedules import VPLinear
-
-SAMPLERS = {"ddpm": DDPM(), "ddim": DDIM(), "em": EulerMaruyama(), "heun": Heun(), "2m": DPMSolverPP2M()}
-KERNELS = {
-    "rbf": RBF(),
-    "mixture": RBF((0.5, 1.0, 2.0)),
-    "laplacian": Laplacian(),
-    "imq": IMQ(),
-    "rq": RationalQuadratic(),
-    "energy": Energy(),
-    "polynomial": Polynomial(),
-    "linear": Linear(),
-    "cosine": Cosine(),
-    "sum": Sum(RBF(), Energy(), weights=(1.0, 0.5)),
-    "product": Product(x=RBF(), cond=Delta()),
-    "mapped": Mapped(jnp.tanh, RBF()),
-}
-PLACEMENTS = ("denoised", "sample", "clean", "diffused")
-PRECONDITIONS = ("field", "mass", "length", "none", "raw")
-DIFFUSABLE = {"rbf", "mixture", "product"}
-RADIAL = {"rbf", "mixture", "laplacian", "imq", "rq", "energy", "sum", "product"}
 
 REFS = Particles(jax.random.normal(jax.random.key(1), (6, 2)) + 1.0, jnp.arange(6) % 2)
 MODEL = DiffusionModel(lambda params, x, level, cond: level.alpha * x, VPLinear(), (2,))
 TIMES = np.array([0.7, 0.4, 0.1, 0.0])
+COND = jnp.arange(4) % 2
 
 
-def guidance_of(kernel, at, precondition, estimator):
-    scale = 1e-4 if kernel == "polynomial" else 0.01  # plain steps on a cubic gradient diverge at larger ones
-    return MMDGuidance(KERNELS[kernel], scale, at=at, precondition=precondition, estimator=estimator, inner_steps=2)
+def guidance_of(kernel, at, rule, estimator, inner_steps=1):
+    scale = 1e-4 if kernel == "Polynomial" else 0.01  # plain steps on a cubic gradient diverge at larger ones
+    return MMDGuidance(KERNELS[kernel], scale, at=at, precondition=rule, estimator=estimator, inner_steps=inner_steps)
 
 
-@pytest.mark.parametrize(("kernel", "at", "precondition"), list(itertools.product(KERNELS, PLACEMENTS, PRECONDITIONS)))
-def test_what_is_ruled_out_raises(kernel, at, precondition):
-    """Mass needs a kernel of the distance, "diffused" an RBF; everything else can be built."""
-    allowed = (precondition not in ("field", "mass") or kernel in RADIAL) and (at != "diffused" or kernel in DIFFUSABLE)
-    if allowed:
-        assert guidance_of(kernel, at, precondition, "u").at == at
+def test_every_public_class_is_in_the_table():
+    """A new kernel, sampler or schedule without an example would be tested by nothing here."""
+    assert not examples.MISSING, "give each a classmethod example(), or an entry in tests/examples.py"
+    for table in (KERNELS, SAMPLERS, SCHEDULES):
+        assert len(table) > 5  # the scan finds them
+    exported = {name for name in mmdjax.__all__ if isinstance(getattr(mmdjax, name), type)}
+    found = {type(made).__name__ for table in (KERNELS, SAMPLERS) for made in table.values()}
+    here = {"DiffusionModel", "HostReferences", "Level", "MMDGuidance", "Memory", "Particles", "Samples"}
+    assert exported - found - here == {"Delta"}  # a kernel on conditions only
+
+
+@pytest.mark.parametrize(("kernel", "at", "rule"), list(itertools.product(KERNELS, PLACEMENTS, RULES)))
+def test_what_is_ruled_out_raises(kernel, at, rule):
+    if allowed(KERNELS[kernel], at, rule):
+        assert guidance_of(kernel, at, rule, "u").at == at
     else:
         with pytest.raises(ValueError, match=r"none; use precondition|for RBF only"):
-            guidance_of(kernel, at, precondition, "u")
+            guidance_of(kernel, at, rule, "u")
 
 
-def combinations():
-    for (i, sampler), (j, kernel), at in itertools.product(enumerate(SAMPLERS), enumerate(KERNELS), PLACEMENTS):
-        if at == "diffused" and kernel not in DIFFUSABLE:
-            continue
-        choices = PRECONDITIONS if kernel in RADIAL else PRECONDITIONS[2:]
-        yield sampler, kernel, at, choices[(i + j) % len(choices)], "uv"[(i // 2 + j) % 2]
+PAIRS = [(k, at) for k, at in itertools.product(KERNELS, PLACEMENTS) if at != "diffused" or diffusable(KERNELS[k])]
+
+
+@pytest.mark.parametrize(("kernel", "at"), PAIRS)
+def test_bound_guidance(kernel, at):
+    """By two rules and both estimators in turn: finite and moved, and at scale 0 not at all."""
+    level, after = VPLinear()(0.4), VPLinear()(0.1)
+    x = jax.random.normal(jax.random.key(2), (4, 2))
+    turn, rules = 2 * PAIRS.index((kernel, at)), rules_of(KERNELS[kernel])
+    guidances = [guidance_of(kernel, at, rules[(turn + i) % len(rules)], "uv"[i]) for i in range(2)]
+
+    def moved(scale):
+        for guidance in guidances:
+            bound = bind(mmdjax.tree.replace(guidance, scale=scale), fit_kernel(guidance, REFS), REFS, COND)
+            if at == "denoised":
+                yield bound.denoised(x, bound.init(x), 0.5, level)
+            else:
+                yield bound.after_step(jax.random.key(3), x, bound.init(x), 0.5, level, after)
+
+    still, guided = map(jax.jit(lambda scale: list(moved(scale))), (0.0, guidances[0].scale))
+    for guidance, (rest, _), (there, state) in zip(guidances, still, guided, strict=True):
+        np.testing.assert_array_equal(rest, x)
+        assert np.isfinite(there).all(), guidance
+        assert np.abs(there - x).max() > 1e-7, guidance
+        assert np.isfinite(state.mmd2), guidance
+
+
+CLASSES = [name for name, sampler in SAMPLERS.items() if type(sampler).__name__ == name]
+
+
+def end_to_end():
+    """A sampler of each class with every placement; the kernels, rules and estimators in turn."""
+    for (i, at), (j, sampler) in itertools.product(enumerate(PLACEMENTS), enumerate(CLASSES)):
+        kernels = [kernel for kernel, where in PAIRS if where == at]
+        kernel = kernels[(i * len(CLASSES) + j) % len(kernels)]
+        rules = rules_of(KERNELS[kernel])
+        yield sampler, kernel, at, rules[(i + j) % len(rules)], "uv"[j % 2]
 
 
 @functools.cache
@@ -94,10 +97,9 @@ def plain(sampler):
     ).x
 
 
-@pytest.mark.parametrize(("sampler", "kernel", "at", "precondition", "estimator"), list(combinations()))
-def test_contract(sampler, kernel, at, precondition, estimator):
+def check(sampler, kernel, at, rule, estimator):
     """Finite, guided, and plain sampling at scale 0, under the caller's jit and vmap."""
-    guidance = guidance_of(kernel, at, precondition, estimator)
+    guidance = guidance_of(kernel, at, rule, estimator, inner_steps=2)
 
     def sample(scale):
         return guided_sample(
@@ -107,7 +109,7 @@ def test_contract(sampler, kernel, at, precondition, estimator):
             model=MODEL,
             num_samples=4,
             times=TIMES,
-            cond=jnp.arange(4) % 2,
+            cond=COND,
             sampler=SAMPLERS[sampler],
             guidance=mmdjax.tree.replace(guidance, scale=scale),
         ).x
@@ -117,3 +119,14 @@ def test_contract(sampler, kernel, at, precondition, estimator):
     assert bool(jnp.isfinite(guided).all())
     np.testing.assert_allclose(guided[0], plain(sampler), rtol=1e-5, atol=1e-6)  # compiled apart
     assert float(jnp.abs(guided[1] - guided[0]).max()) > 1e-7
+
+
+@pytest.mark.parametrize(("sampler", "kernel", "at", "rule", "estimator"), list(end_to_end()))
+def test_end_to_end(sampler, kernel, at, rule, estimator):
+    check(sampler, kernel, at, rule, estimator)
+
+
+def test_end_to_end_meets_every_side():
+    sides = list(zip(*end_to_end(), strict=True))
+    for found, table in zip(sides, (CLASSES, KERNELS, PLACEMENTS, RULES, "uv"), strict=True):
+        assert set(found) == set(table)

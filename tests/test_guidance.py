@@ -1,5 +1,7 @@
 """Truths about the shift: its formula, its placements and its composition."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +30,10 @@ from mmdjax.guidance import bind, fit_kernel
 from mmdjax.guided import ROUNDING
 from mmdjax.kernels import NearestNeighbour, Neighbourhood
 from mmdjax.schedules import Level, VPLinear
+
+# one program where the operations, each of them compiled for shapes that no other test has, would be fifty
+shifted = jax.jit(shift_direction, static_argnames=("estimator", "precondition"))
+averages = jax.jit(neighbours)
 
 Z = jax.random.normal(jax.random.key(0), (7, 5))
 Y = jax.random.normal(jax.random.key(1), (11, 5)) + 1.0
@@ -69,9 +75,16 @@ def test_direction_is_the_gradient_of_mmd2(name, estimator):
             )
             return mmd2(kernel, joined, refs, estimator=estimator)
 
-        expected = np.asarray(jax.jit(jax.grad(loss))(z))
-        raw = shift_direction(kernel, Particles(z, labels[0]), refs, memory, estimator=estimator, precondition="raw")
-        plain = shift_direction(kernel, Particles(z, labels[0]), refs, memory, estimator=estimator, precondition="none")
+        @jax.jit
+        def both_ways(z):
+            points = Particles(z, labels[0])
+            found = [
+                shift_direction(kernel, points, refs, memory, estimator=estimator, precondition=rule)
+                for rule in ("raw", "none")
+            ]
+            return jax.grad(loss)(z), *found
+
+        expected, raw, plain = map(np.asarray, both_ways(z))
     # two ways of summing the same float64 terms
     np.testing.assert_allclose(raw, expected, rtol=1e-10, atol=1e-13)
     np.testing.assert_allclose(plain, expected * 10, rtol=1e-10, atol=1e-12)  # u_i = 1/(7 + 3)
@@ -127,8 +140,8 @@ def test_a_surplus_is_not_pushed_where_there_is_no_data():
     """Nine particles on a mode that has half of the references, one beside it: "mass" pushes that one away from it."""
     refs = Particles(jnp.array([[0.0, 0.1]] * 5 + [[40.0, 0.0]] * 5))
     z = Particles(jnp.array([[0.1 * i, 0.0] for i in range(9)] + [[3.0, 0.0]]))
-    pushed = -shift_direction(IMQ(1.0), z, refs, None)[9, 0]
-    balanced = -shift_direction(IMQ(1.0), z, refs, None, precondition="field", balance=1.0)[9, 0]
+    pushed = -shifted(IMQ(1.0), z, refs, None)[9, 0]
+    balanced = -shifted(IMQ(1.0), z, refs, None, precondition="field", balance=1.0)[9, 0]
     assert float(pushed) > 0.5
     assert abs(float(balanced)) < 0.3 * float(pushed)
 
@@ -138,11 +151,11 @@ def test_neighbours_average(name):
     """Rows are weights; equal shifts stay; a sample alone is its own average."""
     cond = jnp.zeros(7, int)
     refs = Particles(Y, jnp.zeros(11, int))
-    average = neighbours(KERNELS[name], Particles(Z, cond), refs)
+    average = averages(KERNELS[name], Particles(Z, cond), refs)
     assert bool((average >= 0).all())
     np.testing.assert_allclose(average.sum(1), 1, rtol=1e-5)  # float32
     assert bool((jnp.diagonal(average) >= average.max(1) * (1 - 1e-6)).all())
-    assert neighbours(KERNELS[name], Particles(Z[:1], cond[:1]), refs).tolist() == [[1.0]]
+    assert averages(KERNELS[name], Particles(Z[:1], cond[:1]), refs).tolist() == [[1.0]]
 
 
 def test_what_is_far_from_all_references_moves_on_its_own():
@@ -151,15 +164,15 @@ def test_what_is_far_from_all_references_moves_on_its_own():
     spread = spread2(refs.x, refs.weight)
     assert spread == 1.0
     z = Particles(jnp.array([[3.5], [9.0], [9.5], [1e9]]))  # 9 is the empty slot's
-    average, plain = (neighbours(IMQ(1.0), z, refs, spread2=s) for s in (spread, jnp.inf))
+    average, plain = (averages(IMQ(1.0), z, refs, spread2=s) for s in (spread, jnp.inf))
     np.testing.assert_allclose(average.sum(1), 1, rtol=1e-5)  # float32
     share = (average - jnp.eye(4))[:, 0] / (plain - jnp.eye(4))[:, 0]
     np.testing.assert_allclose(share, 1 / (1 + (np.array([0.25, 1, 2.25, 1e18]) / FAR) ** 8), rtol=1e-4, atol=1e-6)
 
     def total(x):
-        return neighbours(IMQ(1.0), Particles(x), refs, spread2=spread).sum()
+        return averages(IMQ(1.0), Particles(x), refs, spread2=spread).sum()
 
-    assert bool(jnp.isfinite(jax.grad(total)(z.x)).all())
+    assert bool(jnp.isfinite(jax.jit(jax.grad(total))(z.x)).all())
 
 
 SURPLUS_Z = jnp.array([[0.1 * i, 0.0] for i in range(9)] + [[10.0, 0.1 * i] for i in range(3)])
@@ -168,7 +181,7 @@ SURPLUS_REFS = jnp.array([[0.1 * i, 0.3] for i in range(5)] + [[10.0, 0.1 * i] f
 
 def averaged(kernel, z, refs, memory=None):
     """What is left of the average's weight between each particle and its neighbours."""
-    average = neighbours(kernel, z, refs, memory)
+    average = averages(kernel, z, refs, memory)
     plain = jnp.maximum(kernel.pair_weights(z, z, same=True), 0)
     return (1 - jnp.diagonal(average)) / (1 - jnp.diagonal(plain) / plain.sum(1))
 
@@ -182,8 +195,8 @@ def test_a_surplus_moves_on_its_own():
 
 @pytest.mark.parametrize("unit", [1e-12, 1e-3, 1e6])
 def test_the_average_is_the_same_in_any_units(unit):
-    one = neighbours(IMQ(1.0), Particles(SURPLUS_Z), Particles(SURPLUS_REFS))
-    other = neighbours(IMQ(unit), Particles(unit * SURPLUS_Z), Particles(unit * SURPLUS_REFS))
+    one = averages(IMQ(1.0), Particles(SURPLUS_Z), Particles(SURPLUS_REFS))
+    other = averages(IMQ(unit), Particles(unit * SURPLUS_Z), Particles(unit * SURPLUS_REFS))
     np.testing.assert_allclose(other, one, rtol=1e-3, atol=1e-6)  # float32 distances
 
 
@@ -214,8 +227,9 @@ def test_few_references_are_not_copied():
         z = jax.random.normal(jax.random.key(8), (60, 2))
         guidance = MMDGuidance(kernel=IMQ(NearestNeighbour(2.0)), precondition=precondition)
         bound = bind(guidance, fit_kernel(guidance, Particles(refs)), Particles(refs))
+        move = jax.jit(lambda z, bound=bound: bound.denoised(z, bound.init(z), 0.0)[0])
         for _ in range(10):
-            z = bound.denoised(z, bound.init(z), 0.0)[0]
+            z = move(z)
         ratio[precondition] = nearest(z) / fresh
     assert ratio["mass"] < 0.6 < 0.7 < ratio["field"]  # .45 and .78
 
@@ -287,7 +301,7 @@ def test_a_sample_alone_with_its_prompt_is_hardly_pushed_by_others():
     prompts, kernel = 4 * jnp.arange(7.0)[:, None], Product(x=IMQ(1.5), cond=RBF(1.0))
     of_refs = jnp.repeat(prompts, 2, axis=0)
     z, refs = Particles(Z, prompts), Particles(jnp.tile(Y[:1], (14, 1)), of_refs)
-    step = shift_direction(kernel, z, refs, None, precondition="field", balance=0.0)
+    step = shifted(kernel, z, refs, None, precondition="field", balance=0.0)
     to_own = np.asarray(Z - Y[:1])  # the mean-shift step to the references alone
     np.testing.assert_allclose(step, to_own, atol=0.02)
 
@@ -300,7 +314,7 @@ def test_field_compares_at_each_condition_whatever_the_shares(past):
     of_held = jnp.array([0, 1, 1])
 
     def step(k, z, refs, memory):
-        return shift_direction(k, z, refs, memory, precondition="field", balance=0.7)
+        return shifted(k, z, refs, memory, precondition="field", balance=0.7)
 
     memory = Particles(held, of_held, jnp.ones(3)) if past else None
     joint = step(kernel, Particles(Z, labels), Particles(Y, of_refs), memory)
@@ -336,8 +350,8 @@ def test_guidance_with_memory_holds_earlier_samples_fixed():
     """A batch with memory moves as those rows move in one batch that holds the memory's samples fixed."""
     past = jax.random.normal(jax.random.key(4), (3, 5))
     memory = Memory.empty(6, (5,)).push(Particles(past)).particles
-    joint = shift_direction(IMQ(1.5), Particles(jnp.concatenate([Z, past])), Particles(Y), None)[:7]
-    with_memory = shift_direction(IMQ(1.5), Particles(Z), Particles(Y), memory)
+    joint = shifted(IMQ(1.5), Particles(jnp.concatenate([Z, past])), Particles(Y), None)[:7]
+    with_memory = shifted(IMQ(1.5), Particles(Z), Particles(Y), memory)
     np.testing.assert_allclose(with_memory, joint, rtol=1e-4, atol=1e-6)  # float32
 
 
@@ -347,10 +361,10 @@ def test_transform_is_optax_per_sample():
     transform = optax.chain(optax.clip_by_global_norm(0.1), optax.trace(0.9))
     guidance = MMDGuidance(kernel=kernel, inner_steps=3, precondition="length", transform=transform)
     bound = bind(guidance, fit_kernel(guidance, Particles(Y)), Particles(Y))
-    moved, _ = bound.denoised(Z, bound.init(Z), 0.0)
+    moved, _ = jax.jit(bound.denoised)(Z, bound.init(Z), 0.0)
     z, velocity = Z, jnp.zeros_like(Z)
     for _ in range(3):
-        g = shift_direction(kernel, Particles(z), Particles(Y), None, precondition="length")
+        g = shifted(kernel, Particles(z), Particles(Y), None, precondition="length")
         norm = jnp.linalg.norm(g, axis=1, keepdims=True)
         velocity = 0.9 * velocity + jnp.where(norm > 0.1, 0.1 * g / norm, g)
         z = z - velocity
@@ -360,29 +374,34 @@ def test_transform_is_optax_per_sample():
 def test_window_and_scale():
     guidance = MMDGuidance(window=(0.25, 0.75), scale=0.5)
     bound = bind(guidance, fit_kernel(guidance, Particles(Y)), Particles(Y))
-    state = bound.init(Z)
+    state, denoised = bound.init(Z), jax.jit(bound.denoised)
     for fraction, acts in [(0.0, False), (0.25, True), (0.5, True), (0.75, False)]:
-        moved, after = bound.denoised(Z, state, fraction)
+        moved, after = denoised(Z, state, fraction)
         assert bool((moved != Z).any()) == acts
         assert (float(after.shift_norm) > 0) == acts
 
 
 def test_window_edges_fall_on_their_step():
     """k/N as an edge is step k, whatever its last digit."""
+    guidance = MMDGuidance(kernel=IMQ(1.0))
+    bound = bind(guidance, guidance.kernel, REFS)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def acts(start, num_steps):
+        windowed = mmdjax.tree.replace(bound, guidance=mmdjax.tree.replace(guidance, window=(start, 1.0)))
+        return windowed.active(ROUNDING + jnp.arange(num_steps) / num_steps).sum()
+
     for num_steps in (25, 41, 50):
-        guidance = MMDGuidance(kernel=IMQ(1.0))
         for k in range(1, num_steps):
-            bound = bind(mmdjax.tree.replace(guidance, window=(jnp.float32(k / num_steps), 1.0)), guidance.kernel, REFS)
-            fraction = jax.jit(lambda done, n=num_steps: ROUNDING + done / n)(jnp.arange(num_steps))
-            assert int(bound.active(fraction).sum()) == num_steps - k
+            assert int(acts(np.float32(k / num_steps), num_steps)) == num_steps - k
 
 
 def test_mass_has_a_finite_derivative_where_the_kernel_is_nearly_zero():
     """A particle ten bandwidths away has mass 1e-20: it moves, and its derivative is that of the mean shift."""
     far = jnp.array([[10.0, 0.0], [0.1, 0.0]])
     refs = Particles(jnp.array([[0.0, 0.0], [0.2, 0.1]]))
-    step = lambda z: shift_direction(RBF(1.0), Particles(z), refs, None)
-    slope = jax.jacobian(step)(far)
+    step = lambda z: shifted(RBF(1.0), Particles(z), refs, None)
+    slope = jax.jit(jax.jacobian(step))(far)
     assert bool(jnp.isfinite(slope).all())
     numeric = (step(far.at[0, 0].add(0.05)) - step(far.at[0, 0].add(-0.05))) / 0.1
     np.testing.assert_allclose(slope[:, :, 0, 0], numeric, atol=2e-2)  # float32 differences of a step of 0.1
@@ -400,19 +419,21 @@ def test_custom_kernel_sees_conditions():
     for kernel in (both, Product(x=RBF(1.0), cond=Delta())):
         guidance = MMDGuidance(kernel=kernel, precondition="none", inner_steps=1)
         bound = bind(guidance, fit_kernel(guidance, labelled), labelled, cond)
-        moved.append(bound.denoised(Z, bound.init(Z), 0.0)[0])
+        moved.append(jax.jit(bound.denoised)(Z, bound.init(Z), 0.0)[0])
     np.testing.assert_allclose(moved[0], moved[1], rtol=1e-5, atol=1e-6)  # float32
 
 
 def test_what_lies_in_empty_slots_does_not_matter():
+    @jax.jit
+    def moved(refs):
+        guidance = MMDGuidance()
+        bound = bind(guidance, fit_kernel(guidance, refs), refs)
+        return bound.denoised(Z, bound.init(Z), 0.0)[0]
+
+    plain = moved(Particles(Y))
     for junk in (1e6, jnp.nan):
         with_gaps = Particles(jnp.concatenate([Y, jnp.full((3, 5), junk)]), weight=jnp.r_[jnp.ones(11), jnp.zeros(3)])
-        moved = []
-        for refs in (Particles(Y), with_gaps):
-            guidance = MMDGuidance()
-            bound = bind(guidance, fit_kernel(guidance, refs), refs)
-            moved.append(bound.denoised(Z, bound.init(Z), 0.0)[0])
-        np.testing.assert_allclose(moved[0], moved[1], rtol=1e-4, atol=1e-5)  # float32 sums of other lengths
+        np.testing.assert_allclose(plain, moved(with_gaps), rtol=1e-4, atol=1e-5)  # float32 sums of other lengths
 
 
 def test_default_kernel_is_the_neighbourhood_rule():
@@ -427,15 +448,15 @@ def test_sample_step_length_is_the_rule():
     """20 × the decrease in log σ²/α², capped at .575, in ceil(T) equal parts."""
     guidance = MMDGuidance(kernel=IMQ(1.5), at="sample", scale=1e-4)  # so small that the parts do not interact
     bound = bind(guidance, guidance.kernel, Particles(Y))
-    key = jax.random.key(0)
+    key, after_step = jax.random.key(0), jax.jit(bound.after_step)
     for log_ratio, length in [(0.01, 0.2), (0.1, 2.0), (0.3, 6.0), (5.0, 11.5)]:
         t, s = Level(0.5, 1.0, float(np.exp(log_ratio / 2))), Level(0.4, 1.0, 1.0)
-        moved, _ = bound.after_step(key, Z, bound.init(Z), 0.0, t, s)
+        moved, _ = after_step(key, Z, bound.init(Z), 0.0, t, s)
         noisy = mmdjax.schedules.diffuse(jax.random.split(key)[0], Y, s)
         one = shift_direction(IMQ(1.5), Particles(Z), Particles(noisy), None)
         np.testing.assert_allclose((Z - moved) / 1e-4, length * one, rtol=2e-2, atol=5e-3)  # float32 differences
     # the step to the clean level counts as the cap
-    moved, _ = bound.after_step(key, Z, bound.init(Z), 0.0, Level(0.5, 0.9, 0.4), Level(0.0, 1.0, 0.0))
+    moved, _ = after_step(key, Z, bound.init(Z), 0.0, Level(0.5, 0.9, 0.4), Level(0.0, 1.0, 0.0))
     one = shift_direction(IMQ(1.5), Particles(Z), Particles(Y), None)
     np.testing.assert_allclose((Z - moved) / 1e-4, 11.5 * one, rtol=2e-2, atol=5e-3)
 
@@ -448,10 +469,10 @@ def test_guide_denoiser_is_the_denoised_shift():
     z = level.alpha * Z
     kernel = fit_kernel(guidance, Particles(Y))
     # of the points as they come
-    average = neighbours(kernel, Particles(z), Particles(Y), spread2=spread2(Y, jnp.ones(len(Y))))
+    average = averages(kernel, Particles(z), Particles(Y), spread2=spread2(Y, jnp.ones(len(Y))))
     for _ in range(4):
         balance = balance_at(kernel, level)
-        z = z - average @ shift_direction(
+        z = z - average @ shifted(
             kernel, Particles(z), Particles(Y), None, precondition="field", balance=balance
         )
     np.testing.assert_allclose(guided(None, Z, level, None), z, rtol=1e-5, atol=1e-6)  # float32
@@ -496,7 +517,8 @@ def test_float32_points_under_x64(refs_dtype, dimensions):
         refs = jax.random.normal(jax.random.key(1), (9, dimensions), refs_dtype)
         x = jax.random.normal(jax.random.key(2), (4, dimensions), jnp.float32)
         same = lambda params, x, level, cond: x
-        moved = mmdjax.guide_denoiser(same, MMDGuidance(), refs)(None, x, VPLinear()(0.5), None)
+        guide = lambda x, refs: mmdjax.guide_denoiser(same, MMDGuidance(), refs)(None, x, VPLinear()(0.5), None)
+        moved = jax.jit(guide)(x, refs)
         assert moved.dtype == jnp.float32
         gradient, mass = IMQ(1.0).gradient(Particles(x), Particles(refs), jnp.full(9, 1 / 9), precondition="mass")
         assert gradient.dtype == jnp.float32
@@ -511,7 +533,7 @@ def test_weights_that_a_subset_misses_leave_the_trace_finite():
     refs = Particles(jax.random.normal(jax.random.key(1), (4000, 2)), weight=jnp.zeros(4000).at[rows].set(1.0))
     guidance = MMDGuidance(kernel=RBF(1.0))
     bound = bind(guidance, fit_kernel(guidance, refs), refs)
-    moved, state = bound.denoised(Z[:, :2], bound.init(Z[:, :2]), 0.5)
+    moved, state = jax.jit(bound.denoised)(Z[:, :2], bound.init(Z[:, :2]), 0.5)
     assert bool(jnp.isfinite(moved).all())
     assert bool(jnp.isfinite(state.mmd2))
 
@@ -523,6 +545,6 @@ def test_far_from_tight_references_is_told_by_exact_distances():
     spread = spread2(refs.x, jnp.ones(20))
     # far beyond the mode and in it; no surplus, as two more are in the other
     z = Particles(jnp.concatenate([mode[:1] + 1e-3, mode[:1], mode[:2] + 1.0]))
-    average = neighbours(IMQ(1.0), z, refs, spread2=spread)
+    average = averages(IMQ(1.0), z, refs, spread2=spread)
     assert float(average[0, 1]) < 1e-3
     assert float(average[1, 0]) > 0.1

@@ -405,8 +405,9 @@ def numpy_nearest(x, k=1):
     return np.median([row[min(k, len(row)) - 1] for row in rows])
 
 
-@pytest.mark.parametrize("n", [2, 7, 10])
-@pytest.mark.parametrize("d", [3, 20])
+@pytest.mark.parametrize(
+    ("n", "d"), [(2, 3), (10, 20), *(pytest.param(*size, marks=pytest.mark.slow) for size in ((2, 20), (7, 3), (7, 20), (10, 3)))]
+)
 def test_bandwidth_rules_against_numpy(n, d):
     x = np.random.default_rng(n).normal(size=(n, d)).astype(np.float32)
     x = np.concatenate([x, x[:2], 99 * np.ones((3, d), np.float32)])  # two duplicates, three empty slots

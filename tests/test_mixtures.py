@@ -28,7 +28,7 @@ def test_denoiser_is_the_score_of_the_noisy_mixture():
     stds = np.sqrt((level.alpha * np.array([0.5, 1.5])) ** 2 + level.sigma**2)
     noisy = Mixture(level.alpha * MIXED.means, np.log(stds), MIXED.logits)
     x = jax.random.normal(jax.random.key(1), (6, 3))
-    score = jax.vmap(jax.grad(lambda point: noisy.log_density(point[None])[0]))(x)
+    score = jax.jit(jax.vmap(jax.grad(lambda point: noisy.log_density(point[None])[0])))(x)
     np.testing.assert_allclose(
         mixture_denoiser(MIXED, x, level), (x + level.sigma**2 * score) / level.alpha, rtol=2e-4, atol=2e-5
     )

@@ -47,6 +47,10 @@ KERNELS = {
 each_kernel = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
 few = ("rbf", "imq", "energy", "polynomial", "product", "mapped")  # one of each way to compute a Gram
 some_kernels = pytest.mark.parametrize("kernel", [KERNELS[name] for name in few], ids=few)
+SLOW = pytest.mark.slow  # for kernels whose programs take long to compile where one of the same kind is quick
+three = pytest.mark.parametrize(
+    "kernel", [pytest.param(KERNELS[n], marks=() if n in ("energy", "polynomial", "product") else SLOW) for n in few], ids=few
+)
 each_estimator = pytest.mark.parametrize("estimator", ["v", "u"])
 
 
@@ -122,7 +126,7 @@ def generated_and_references(d=12):
 
 def last_row_gradient(kernel, ys, xs):
     """∂ mmd2([Y; y], X)/∂y at y = the last row of Y."""
-    return jax.grad(lambda y: mmd2(kernel, jnp.concatenate([ys[:-1], y[None]]), xs))(ys[-1])
+    return jax.jit(jax.grad(lambda y: mmd2(kernel, jnp.concatenate([ys[:-1], y[None]]), xs)))(ys[-1])
 
 
 def test_polynomial_gradient_is_the_authors(x64):
@@ -143,7 +147,7 @@ def test_rbf_gradient_is_the_closed_form(x64):
     np.testing.assert_allclose(last_row_gradient(RBF(h), ys, xs), expected, rtol=1e-12, atol=1e-14)
 
 
-@some_kernels
+@three
 @each_estimator
 def test_gradient_from_kernel_gradients_is_autodiff(kernel, estimator, x64):
     p, q = points(0, 5), points(1, 4)
@@ -175,7 +179,7 @@ def both(kernel, p, q):
     return mmd2(kernel, p, q, estimator="v") + 3 * mmd2(kernel, p, q, estimator="u")
 
 
-@some_kernels
+@three
 def test_zero_weight_rows_change_nothing(kernel, x64):
     p, q = points(0, 5), points(1, 4)
 
@@ -195,7 +199,7 @@ def test_zero_weight_rows_change_nothing(kernel, x64):
         np.testing.assert_allclose(mine, theirs, rtol=1e-10, atol=1e-12)
 
 
-@some_kernels
+@three
 def test_permuting_particles_permutes_the_gradient(kernel, x64):
     p, q = points(0, 5), points(1, 4)
     order = jnp.array([3, 0, 4, 1, 2])
@@ -258,7 +262,9 @@ def coincident(nudge):
     return Particles(x, cond), Particles(y, cond)
 
 
-@each_kernel
+@pytest.mark.parametrize(
+    "kernel", [pytest.param(k, marks=() if name in few else SLOW) for name, k in KERNELS.items()], ids=KERNELS
+)
 def test_derivatives_are_finite_where_points_coincide(kernel):
     kernel = Product(Energy(), Linear()) if kernel is KERNELS["product"] else kernel
     cond = coincident(0.0)[0].cond
@@ -285,13 +291,16 @@ def test_second_derivatives_of_rbf(x64):
     x = x.at[1].set(x[0]).at[2].set(y[0])  # with coincident points
     v = jax.random.normal(jax.random.key(0), x.shape, float)
     f = functools.partial(mmd2, RBF(2.5))
-    gradient, product = jax.jvp(lambda x: jax.grad(f)(x, y), (x,), (v,))
-    plain_gradient, plain_product = jax.jvp(lambda x: jax.grad(plain_rbf_mmd2)(x, y, 2.5), (x,), (v,))
+    along = jax.jit(lambda x: jax.jvp(lambda x: jax.grad(f)(x, y), (x,), (v,)))
+    gradient, product = along(x)
+    plain = jax.jit(lambda x: jax.jvp(lambda x: jax.grad(plain_rbf_mmd2)(x, y, 2.5), (x,), (v,)))
+    plain_gradient, plain_product = plain(x)
     np.testing.assert_allclose(gradient, plain_gradient, rtol=1e-10, atol=1e-13)
     np.testing.assert_allclose(product, plain_product, rtol=1e-10, atol=1e-13)
-    reverse = jax.grad(lambda x: jnp.vdot(jax.grad(f)(x, y), v))(x)
+    reverse = jax.jit(jax.grad(lambda x: jnp.vdot(jax.grad(f)(x, y), v)))(x)
     np.testing.assert_allclose(reverse, plain_product, rtol=1e-10, atol=1e-13)
-    np.testing.assert_allclose(jax.jvp(lambda x: f(x, y), (x,), (v,))[1], jnp.vdot(plain_gradient, v), rtol=1e-10)
+    forward = jax.jit(lambda x: jax.jvp(lambda x: f(x, y), (x,), (v,))[1])(x)
+    np.testing.assert_allclose(forward, jnp.vdot(plain_gradient, v), rtol=1e-10)
 
 
 @some_kernels
@@ -309,16 +318,20 @@ def test_gradient_is_the_finite_difference(kernel, x64):
 # --- types, precision, errors -------------------------------------------------------------------------------------
 
 
+@jax.jit
+def value_and_gradient(kernel, x, cond, q):
+    return jax.value_and_grad(lambda x: mmd2(kernel, Particles(x, cond), q))(x)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("kernel", [RBF(1.3), Energy(), Polynomial(), Cosine(), Product(RBF(), Cosine())])
 def test_half_precision_is_computed_in_float32(dtype, kernel):
     p, q = (Particles(r.x.astype(dtype), r.cond.astype(dtype)) for r in (points(0, 5), points(1, 4)))
     wide_p, wide_q = (Particles(r.x.astype("float32"), r.cond.astype("float32")) for r in (p, q))
-    value = mmd2(kernel, p, q)
+    value, gradient = value_and_gradient(kernel, p.x, p.cond, q)
+    wide_value, wide = value_and_gradient(kernel, wide_p.x, wide_p.cond, wide_q)
     assert value.dtype == jnp.float32
-    assert value == mmd2(kernel, wide_p, wide_q)
-    gradient = jax.grad(lambda x: mmd2(kernel, Particles(x, p.cond), q))(p.x)
-    wide = jax.grad(lambda x: mmd2(kernel, Particles(x, wide_p.cond), wide_q))(wide_p.x)
+    assert value == wide_value
     assert gradient.dtype == dtype
     np.testing.assert_allclose(gradient.astype("float32"), wide, rtol=4e-3, atol=1e-7)  # rounded once, at the end: 2⁻⁸
 
@@ -391,8 +404,8 @@ def test_witness_is_half_the_slope_in_mass(kernel, x64):
 def test_witness_slope_moves_the_particles(x64):
     # ∂MMD²/∂x_i = 2 u_i ∇f(x_i)
     p, q = points(0, 5), points(1, 4)
-    gradient = jax.grad(lambda x: mmd2(RBF(1.3), Particles(x, weight=p.weight), q))(p.x)
-    slope = jax.grad(lambda z: witness(RBF(1.3), p, q, z).sum())(p.x)
+    gradient = jax.jit(jax.grad(lambda x: mmd2(RBF(1.3), Particles(x, weight=p.weight), q)))(p.x)
+    slope = jax.jit(jax.grad(lambda z: witness(RBF(1.3), p, q, z).sum()))(p.x)
     np.testing.assert_allclose(gradient, 2 * p.probabilities()[:, None] * slope, rtol=1e-10, atol=1e-13)
 
 

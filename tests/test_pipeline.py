@@ -54,7 +54,8 @@ def pictures(n=3):
 def test_pictures_to_latents_scaled_once(loaded):
     pipeline, params = loaded
     latents = pipeline.encode_images(params, pictures())
-    mean = pipeline.modules["vae"].apply({"params": params["vae"]}, jnp.asarray(pictures()), method="encode")[0]
+    encode = jax.jit(lambda p, x: pipeline.modules["vae"].apply({"params": p}, x, method="encode")[0])
+    mean = encode(params["vae"], jnp.asarray(pictures()))
     np.testing.assert_allclose(latents, 0.18215 * mean, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(pipeline.encode_images(params, pictures(), batch_size=2), latents, atol=1e-5)
     images = pipeline.decode(params, latents, batch_size=2, tile=4)  # one tile: exact
@@ -201,7 +202,8 @@ def test_unconditional(tmp_path):
     x = guided_sample(params, jax.random.key(0), None, model=pipeline.model(), num_samples=2, times=pipeline.times(2)).x
     assert pipeline.decode(params, x).shape == (2, 8, 8, 3)
     latents = pipeline.encode_images(params, pictures())
-    raw = pipeline.modules["vqvae"].apply({"params": params["vqvae"]}, jnp.asarray(pictures()), method="encode")
+    encode = jax.jit(lambda p, x: pipeline.modules["vqvae"].apply({"params": p}, x, method="encode"))
+    raw = encode(params["vqvae"], jnp.asarray(pictures()))
     np.testing.assert_allclose(latents, raw, atol=1e-5)  # not scaled: the config has no factor
     with pytest.raises(ValueError, match="unconditional; it takes no prompts"):
         pipeline.encode_prompts(params, ["a cat"])
@@ -211,6 +213,7 @@ def test_unconditional(tmp_path):
         pipeline.model(guidance_scale=2.0)
 
 
+@pytest.mark.slow
 def test_guided_by_decoded_pictures(loaded):
     pipeline, params = loaded
     latents = 0.3 * jax.random.normal(jax.random.key(1), (6, 4, 4, 4)) + 1.0
@@ -290,7 +293,7 @@ def toy_sample(refs, cond, kernel):
     ).x  # fmt: skip
 
 
-@pytest.mark.parametrize("level", ["pooled", "tokens"])
+@pytest.mark.parametrize("level", ["pooled", pytest.param("tokens", marks=pytest.mark.slow)])
 def test_reference_of_another_prompt_does_not_pull(level):
     refs = jax.random.normal(jax.random.key(1), (6, 3)) + 3.0
     cond, kernel = prompt(0, 1), prompt_kernel(level=level)  # two samples, orthogonal too
@@ -302,7 +305,7 @@ def test_reference_of_another_prompt_does_not_pull(level):
     np.testing.assert_array_equal(pulled[1], alone[1])
 
 
-@pytest.mark.parametrize("level", ["pooled", "tokens"])
+@pytest.mark.parametrize("level", ["pooled", pytest.param("tokens", marks=pytest.mark.slow)])
 def test_constant_prompt_is_the_plain_kernel(level):
     refs, cond = jax.random.normal(jax.random.key(1), (6, 3)) + 3.0, prompt(1, 1, 1)
     product = toy_sample(Particles(refs, prompt(*[1] * 6)), cond, prompt_kernel(level=level))

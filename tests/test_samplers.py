@@ -70,7 +70,7 @@ def test_order_on_a_ring():
 
         def solve(sampler, n):
             times = log_snr_times(schedule, n, final=False)
-            return jax.jit(lambda x: toys.run(sampler, world, schedule, times, x))(x)
+            return toys.run(sampler, world, schedule, times, x)
 
         reference = solve(Heun(), 2048)
         for name, sampler in DETERMINISTIC.items():
@@ -161,7 +161,7 @@ def test_step_is_the_papers(name, ends):
 
 def moments(coefficients, schedule, times, world=WORLD):
     """Mean and variance at times[-1], exactly, from those of x at times[0]."""
-    levels = jax.tree.map(np.float64, jax.vmap(schedule)(jnp.asarray(times)))
+    levels = jax.tree.map(np.float64, toys.levels_at(schedule, jnp.asarray(times)))
     at = [Level(*row) for row in zip(levels.t, levels.alpha, levels.sigma, strict=True)]
     mean, var = world.moments(at[0])
     for t, s in itertools.pairwise(at):
@@ -192,7 +192,7 @@ def test_samples_have_the_moments_of_the_recursion(name):
     times = log_snr_times(schedule, 12, final=False)  # few steps: the sampler's own bias must show
     mean, var = moments(COEFFICIENTS[name], schedule, times)
     x = WORLD.sample(jax.random.key(5), n, 1, schedule(1.0))
-    x = np.asarray(jax.jit(lambda x: toys.run(SAMPLERS[name], WORLD, schedule, times, x, jax.random.key(6)))(x))
+    x = np.asarray(toys.run(SAMPLERS[name], WORLD, schedule, times, x, jax.random.key(6)))
     # 4 standard errors of a Gaussian's mean and variance; standard errors are .003 and .002 or so
     assert abs(x.mean(dtype=np.float64) - mean) < 4 * np.sqrt(var / n)
     assert abs(x.var(dtype=np.float64) - var) < 4 * var * np.sqrt(2 / n)
@@ -243,7 +243,8 @@ def dpm_solver_pp_2m(world, levels, x):
 def test_dpm_solver_is_the_printed_algorithm(schedule, num_steps):
     with jax.enable_x64(True):
         times = uniform_times(num_steps)
-        levels = [scalars(schedule(t)) for t in times]
+        grid = toys.levels_at(schedule, jnp.asarray(times))
+        levels = list(zip(np.asarray(grid.alpha), np.asarray(grid.sigma), strict=True))
         x = jax.random.normal(jax.random.key(0), (6, 2)) * levels[0][1]
         found = toys.run(DPMSolverPP2M(), toys.ring(), schedule, times, x)
         np.testing.assert_allclose(found, dpm_solver_pp_2m(toys.ring(), levels, x), rtol=1e-8, atol=1e-9)  # float64
@@ -332,7 +333,6 @@ def test_inside_scan_vmap_and_grad(sampler):
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(jax.random.key(1), (4, 2))
 
-    @jax.jit
     def sample(key, mean):
         return toys.run(sampler, toys.Gaussian(mean, 0.3), schedule, times, x, key)
 

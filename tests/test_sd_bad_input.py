@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import re
+import shutil
 import struct
 import sys
 import zipfile
@@ -19,10 +20,15 @@ from mmdjax.sd.files import open_file
 from mmdjax.sd.models import load_component, load_models, module_from_config, save
 
 
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    return sd_tiny.write(tmp_path_factory.mktemp("sound") / "unet", sd_tiny.UNET)
+
+
 @pytest.fixture
-def unet(tmp_path):
+def unet(sound, tmp_path):
     """A sound folder to be spoilt, and its weights."""
-    return sd_tiny.write(tmp_path / "unet", sd_tiny.UNET)
+    return shutil.copytree(sound.parent, tmp_path / "unet") / sound.name
 
 
 def refused(path, *texts, error=CheckpointError, load=open_file):

@@ -20,13 +20,19 @@ def pointwise(z):
     return jnp.repeat(jnp.repeat(jnp.tanh(z[..., :3]), 8, 1), 8, 2)
 
 
-@pytest.mark.parametrize("size", [1, 2, 5, 8])
+@pytest.mark.parametrize("size", [2, *(pytest.param(size, marks=pytest.mark.slow) for size in (1, 5, 8))])
 def test_slices_are_the_whole(size):
     module, params, _ = sd_tiny.component(sd_tiny.VAE)
     decode = functools.partial(module.apply, {"params": params}, method="from_latents")
     z = normal(5, 4, 6, 4)
     whole, sliced = jax.jit(decode)(z), jax.jit(lambda z: decode_sliced(decode, z, size=size))(z)
     np.testing.assert_allclose(sliced, whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 8])
+def test_slices_of_a_pointwise_decoder_are_the_whole(size):
+    z = normal(5, 4, 6, 4)
+    np.testing.assert_allclose(decode_sliced(pointwise, z, size=size), pointwise(z), atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (16, 16), (21, 13), (7, 40), (33, 9)])

@@ -16,8 +16,10 @@ import numpy as np
 
 from mmdjax import Level
 from mmdjax.schedules import log_snr_times
+from mmdjax.tree import as_component
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Gaussian:
     """x_0 ~ N(mean, var) per coordinate; both scalars or [d]. The instance is the exact denoiser."""
@@ -47,6 +49,7 @@ class Gaussian:
         return mean + jnp.sqrt(var) * jax.random.normal(key, (n, d))
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Mixture:
     """x_0 ~ Σ_k weights_k N(centres_k, std²), centres [k, d]. The instance is the exact denoiser."""
@@ -97,11 +100,21 @@ def noise_prediction(x, index):
     return 0.8 * x / (1 + 0.1 * x * x) + 0.1 - index / 5000
 
 
+@jax.jit
+def levels_at(schedule, times):
+    """The levels of a grid: one program for all schedules of a class."""
+    return jax.vmap(schedule)(times)
+
+
 def run(sampler, denoiser, schedule, times, x, key=None, params=None, cond=None):
     """x at times[0] brought to times[-1], one scan: what `guided_sample` does, without guidance."""
     key = jax.random.key(0) if key is None else key
-    levels = jax.vmap(schedule)(jnp.asarray(times))
+    levels = levels_at(as_component(schedule), jnp.asarray(times))
+    return _run(sampler, as_component(denoiser), levels, x, key, params, cond)
 
+
+@jax.jit
+def _run(sampler, denoiser, levels, x, key, params, cond):
     def denoise(x, level, state):
         return denoiser(params, x, level, cond), state
 
@@ -112,7 +125,7 @@ def run(sampler, denoiser, schedule, times, x, key=None, params=None, cond=None)
         return (x, memory), None
 
     ends = jax.tree.map(lambda v: v[:-1], levels), jax.tree.map(lambda v: v[1:], levels)
-    (x, _), _ = jax.lax.scan(one_step, (x, sampler.init(x)), (jnp.arange(len(times) - 1), *ends))
+    (x, _), _ = jax.lax.scan(one_step, (x, sampler.init(x)), (jnp.arange(len(levels.t) - 1), *ends))
     return x
 
 
@@ -122,7 +135,7 @@ def flow_error(sampler, schedule, num_steps, *, world=None, t_max=1.0, t_min=1e-
     times = log_snr_times(schedule, num_steps, t_max=t_max, t_min=t_min, final=False)
     t, s = schedule(times[0]), schedule(times[-1])
     x = world.sample(jax.random.key(1), 16, 2, t)
-    x_s = jax.jit(lambda x: run(sampler, world, schedule, times, x))(x)
+    x_s = run(sampler, world, schedule, times, x)
     return float(jnp.sqrt(jnp.mean((x_s - world.flow(x, t, s)) ** 2)))
 
 

@@ -1,0 +1,22 @@
+"""Every sampler × kernel × placement, with rules and estimators in turn, keeps the contract end to end.
+
+For each triple one rule and estimator is drawn so that over the samplers every rule and both estimators meet every
+kernel and placement.
+"""
+
+import itertools
+
+import pytest
+from examples import KERNELS, SAMPLERS, rules_of
+from test_contract import PAIRS, check
+
+
+def combinations():
+    for (i, sampler), (j, (kernel, at)) in itertools.product(enumerate(SAMPLERS), enumerate(PAIRS)):
+        rules, number = rules_of(KERNELS[kernel]), list(KERNELS).index(kernel)
+        yield sampler, kernel, at, rules[(i + number) % len(rules)], "uv"[(i // 2 + number) % 2]
+
+
+@pytest.mark.parametrize(("sampler", "kernel", "at", "rule", "estimator"), list(combinations()))
+def test_cube(sampler, kernel, at, rule, estimator):
+    check(sampler, kernel, at, rule, estimator)
