@@ -143,7 +143,8 @@ def _describe(value: Any, within: tuple[int, ...]) -> Any:
                 "defaults": inner((function.__defaults__, function.__kwdefaults__)),
             }
     if dataclasses.is_dataclass(value):
-        names = [field.name for field in dataclasses.fields(value) if field.name not in ("parent", "name")]
+        left_out = [field.name for field in dataclasses.fields(value) if field.metadata.get("derived")]
+        names = [f.name for f in dataclasses.fields(value) if f.name not in ("parent", "name", *left_out)]
         return said | {name: inner(getattr(value, name)) for name in names if hasattr(value, name)}
     if not jax.tree_util.all_leaves([value]):
         return said | {"leaves": [inner(leaf) for leaf in jax.tree.leaves(value)]}
