@@ -81,11 +81,21 @@ def middle(y: Any) -> Float[Array, " d"]:
     Rows far from all others do not move it, as they would a mean. Of an odd number of rows it takes its coordinates
     from theirs, so that differences of integers are integers.
     """
-    y = jax.lax.stop_gradient(y)
+    return median_row(some_rows(y))
+
+
+def width2(y: Any) -> Float[Array, ""]:
+    """The median squared distance of a few rows from their `middle`, detached."""
+    rows = some_rows(y)
+    return median_row(squares(rows - median_row(rows))[:, None])[0]
+
+
+def some_rows(y: Any) -> Float[Array, "k d"]:
+    """An odd number of rows, at most `MIDDLE`, spread evenly; detached."""
     m = jax.tree.leaves(y)[0].shape[0]
     count = min(MIDDLE, m - 1 + m % 2)
     step = m // count
-    return median_row(flat(jax.tree.map(lambda leaf: leaf[step // 2 : count * step : step], y)))
+    return flat(jax.lax.stop_gradient(jax.tree.map(lambda leaf: leaf[step // 2 : count * step : step], y)))
 
 
 def median_row(y: Float[Array, "k d"]) -> Float[Array, " d"]:
