@@ -8,9 +8,9 @@ Guidance moves particles along differences of points. After any number of shifts
 So D is computed once, the shifts change C alone, and the points themselves are made once, at the end. Where z_i and z_j
 lie so close that this cancels, −½ (c_i − c_j) D (c_i − c_j)ᵀ takes its place.
 
-A batch far from the references, in their spreads, would cost digits with the square of that gap, as |p_k − p_l|² between
-the two holds all of it. There D is that of the batch moved by the gap, p'_k = p_k − e; with β_i = 1 − Σ_k c_ik over the
-points that were not moved, and L_i = e · Σ_k c_ik p'_k,
+A batch far from the references, in their spreads, would cost digits with the square of that gap, as |p_k − p_l|²
+between the two holds all of it. There D is that of the batch moved by the gap, p'_k = p_k − e; with β_i = 1 − Σ_k c_ik
+over the points that were not moved, and L_i = e · Σ_k c_ik p'_k,
 
     |z_i − z_j|² = |z'_i − z'_j|² + (β_i − β_j) (2 (L_i − L_j) + (β_i − β_j) |e|²).
 

@@ -220,7 +220,8 @@ def best_on_simplex(gram: Any, mean: Any, square: Any, present: Any) -> np.ndarr
     scale = max(np.abs(np.diagonal(about_mean)).max(), np.finfo(float).tiny)
     values, vectors = np.linalg.eigh(about_mean / scale + 1)  # + 1: rounding of c leaves it positive semidefinite
     root = np.sqrt(np.maximum(values, 0.0))[:, None] * vectors.T
-    w, _ = nnls(np.vstack([root, np.ones(len(kept))]), np.append(np.zeros(len(kept)), 1.0), maxiter=10 * len(kept) + 100)
+    zeros, ones = np.zeros(len(kept)), np.ones(len(kept))
+    w, _ = nnls(np.vstack([root, ones]), np.append(zeros, 1.0), maxiter=10 * len(kept) + 100)
     weights = np.zeros(len(present))
     weights[kept] = w / w.sum()
     return weights

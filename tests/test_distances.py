@@ -222,9 +222,7 @@ def test_points_far_from_all_others_cost_these_no_digits(offset, far, relative):
     coef = np.linspace(0.5, 1.5, 40) * others
     pull = coef * (1 + exact(x, y) / 0.01**2) ** -1.5 / 0.01**2
     expected = np.stack([p @ (y.astype(float) - row) for p, row in zip(pull, x.astype(float), strict=True)])
-    gradient, mass = IMQ(0.01).gradient(
-        Particles(x), Particles(y), jnp.asarray(coef, jnp.float32), precondition="mass"
-    )
+    gradient, mass = IMQ(0.01).gradient(Particles(x), Particles(y), jnp.asarray(coef, jnp.float32), precondition="mass")
     np.testing.assert_allclose(mass[others[:20]], pull.sum(1)[others[:20]], rtol=1e-5)
     rounding = 1e-6 * pull.sum(1) * np.sqrt(50)  # of points about their middle, times what pulls at them
     assert (np.linalg.norm(gradient - expected, axis=1) <= rounding)[others[:20]].all()

@@ -49,8 +49,8 @@ SCHEDULES = {
     "table_of_1": Discrete(np.array([0.5])),
 }
 VP_FAMILY = ["vp", "cosine", "scaled_linear", "ddpm", "zero_terminal", "table_of_4", "table_of_1"]
-# index t T − 1 in float32 is off by up to 6e-5, in which log-SNR, .02 an index, changes by 1e-6; but beside zero terminal
-# SNR by 1.4 an index
+# index t T − 1 in float32 is off by up to 6e-5, in which log-SNR, .02 an index, changes by 1e-6; but beside zero
+# terminal SNR by 1.4 an index
 BETWEEN = {"zero_terminal": 5e-5}
 CLOSED_FORMS = ["vp", "cosine", "ve", "edm", "flow", "flow_shift", "flow_shift_below_1"]
 
@@ -151,7 +151,7 @@ def test_both_ends_keep_their_digits_in_float32(name):
 
 
 def test_a_table_in_float32_keeps_what_1_less_it_needs():
-    """As a leaf that a call under `jit` rounds, as an array that JAX rounded before, and traced, with its derivative."""
+    """As a leaf that `jit` rounds, as an array that JAX rounded before, and traced, with its derivative."""
     table = ddpm_table()
     exact, t = np.sqrt(1 - table), np.float32((np.arange(1000) + 1) / 1000)
     schedule = Discrete(table)

@@ -85,7 +85,9 @@ def test_float32_beside_references(apart, offset, wide):
 @pytest.mark.parametrize("kernel", [IMQ(1e4), Energy(), IMQ(64.0)], ids=["wide", "energy", "narrow"])
 def test_float32_far_from_references_is_nearly_as_good_as_on_points(kernel):
     """Digits go with the gap, as they do for points, and not with its square."""
-    run = jax.jit(lambda x, y, plain: guided(MMDGuidance(kernel), (x, None), (y, None), plain=plain)[0], static_argnums=2)
+    run = jax.jit(
+        lambda x, y, plain: guided(MMDGuidance(kernel), (x, None), (y, None), plain=plain)[0], static_argnums=2
+    )
     for gap in (10.0, 100.0, 1000.0):  # in spreads
         rng = np.random.default_rng(0)
         x = (rng.normal(size=(6, 4096)) + gap * rng.normal(size=4096)).astype(np.float32)

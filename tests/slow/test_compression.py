@@ -111,7 +111,7 @@ def test_weights_are_the_best(method, kernel, refs):
 
 
 def test_weights_are_the_best_where_they_are_hard_to_find():
-    """Points side by side under a wide kernel, whose Gram is nearly singular: 500 steps of descent came nowhere near."""
+    """Points side by side under a wide kernel, whose Gram is nearly singular: descent is slow there."""
     rng = np.random.default_rng(0)
     y = rng.normal(size=(200, 2)).astype(np.float32)
     found = coreset(RBF(2.0), y, 30)
