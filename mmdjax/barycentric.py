@@ -175,9 +175,9 @@ def combinations(
     along = jax.lax.cond(
         far,
         lambda: jnp.concatenate([_along(gap, y, centre) for y in (at_refs, *fixed_sets)]),
-        lambda: jnp.zeros(total, x.dtype),
+        lambda: jnp.zeros(total, at_refs.dtype),
     )
-    aside = jnp.stack([-(jnp.arange(total) >= n).astype(x.dtype), along], axis=1)
+    aside = jnp.stack([-(jnp.arange(total) >= n).astype(at_refs.dtype), along], axis=1)
     known = jnp.eye(n, total, dtype=x.dtype)
 
     def points(c: Array) -> Array:

@@ -138,10 +138,13 @@ def centred_distance(
     if accurate:
         close = value < CANCELLATION * jax.lax.stop_gradient(norms)
         close = close if diagonal is None else close & ~diagonal
-        points, given = jax.lax.stop_gradient((x.points, y))
+        points, given, near = jax.lax.stop_gradient((x.points, y, moved))
+        # of half precision, XLA would cast all rows before the loop over their blocks; but there the difference from
+        # `middle`, whose coordinates are such rows', is exact
+        half = any(jnp.result_type(leaf).itemsize < 4 for leaf in jax.tree.leaves(y))
 
         def of_pairs(row, column):
-            other = flat(jax.tree.map(lambda leaf: leaf[index[column]], given))
+            other = near[column] + x.centre if half else flat(jax.tree.map(lambda leaf: leaf[index[column]], given))
             return jnp.sum((points[row] - other) ** 2, axis=1)
 
         value = by_difference(of_pairs, value, close, x.points.shape[1])

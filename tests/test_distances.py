@@ -228,6 +228,15 @@ def test_points_far_from_all_others_cost_these_no_digits(offset, far, relative):
     assert (np.linalg.norm(gradient - expected, axis=1) <= rounding)[others[:20]].all()
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_close_pairs_of_half_precision_references(dtype):
+    rng = np.random.default_rng(0)
+    y = jnp.asarray(10 + rng.normal(size=(20, 50)), dtype)
+    x = np.asarray(y, np.float32) + 1e-3 * rng.normal(size=(20, 50)).astype(np.float32)
+    d2 = squared_distance(jnp.asarray(x), y, accurate=True)
+    np.testing.assert_allclose(np.diag(d2), np.diag(exact(x, np.asarray(y, np.float32))), rtol=1e-6)
+
+
 def test_a_detached_value_keeps_its_digits_and_takes_another_derivative():
     value, slope = jax.jvp(lambda v: with_derivative(jnp.float32(1e-9), v**2), (jnp.float32(3.0),), (jnp.float32(1.0),))
     assert (value, slope) == (np.float32(1e-9), 6.0)
