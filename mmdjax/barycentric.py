@@ -8,6 +8,12 @@ Guidance moves particles along differences of points. After any number of shifts
 So D is computed once, the shifts change C alone, and the points themselves are made once, at the end. Where z_i and z_j
 lie so close that this cancels, −½ (c_i − c_j) D (c_i − c_j)ᵀ takes its place.
 
+A batch far from the references, in their spreads, would cost digits with the square of that gap, as |p_k − p_l|²
+between the two holds all of it. There D is that of the batch moved by the gap, p'_k = p_k − e; with β_i = 1 − Σ_k c_ik
+over the points that were not moved, and L_i = e · Σ_k c_ik p'_k,
+
+    |z_i − z_j|² = |z'_i − z'_j|² + (β_i − β_j) (2 (L_i − L_j) + (β_i − β_j) |e|²).
+
 References:
   Schoenberg 1935 (distances of combinations from distances).
 """
@@ -19,13 +25,23 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mmdjax.blocks import block_beside, sum_over
-from mmdjax.distances import CANCELLATION, by_difference, middle, squared_distance
+from mmdjax.blocks import block_beside, columns_of, sum_over
+from mmdjax.distances import (
+    CANCELLATION,
+    by_difference,
+    middle,
+    squared_distance,
+    squares,
+    width2,
+    with_derivative,
+)
 from mmdjax.kernels import Energy, Kernel, Product, Scaled, Sum
 from mmdjax.numerics import product
 from mmdjax.particles import Particles, flat
 from mmdjax.radial import Radial
 from mmdjax.tree import pytree, replace
+
+APART = 4  # spreads of batch and references together, from which on the gap between them is taken out
 
 
 @pytree
@@ -37,11 +53,15 @@ class Barycentric(Radial):
 
     Args:
       kernel: of the distance alone.
-      distances: D, the squared distances between known points [N, N].
+      distances: D, the squared distances between known points, the batch moved by the gap [N, N].
+      aside: −1 for the points that were not moved and 0 for others, which sums to β − 1; and e · p'_k. [N, 2].
+      gap2: |e|².
     """
 
     kernel: Any
     distances: Any
+    aside: Any
+    gap2: Any
 
     def profile(self, d2):
         """As of the kernel."""
@@ -72,15 +92,19 @@ class Barycentric(Radial):
         a, b = a.x, b.x
         to_known, half = self._to_known(a)
         if b.ndim == 1:
-            there, its_half = jax.lax.dynamic_slice_in_dim(to_known, b[0].astype(int), b.shape[0], 1), 0.0
+            first = b[0].astype(int)
+            there, its_half = jax.lax.dynamic_slice_in_dim(to_known, first, b.shape[0], 1), 0.0
+            its_aside = jax.lax.dynamic_slice_in_dim(self.aside, first, b.shape[0])
         else:
             b_to_known, its_half = self._to_known(b)
-            there = product(to_known, b.T)
-        d2 = there - half[:, None] - its_half
-        value, c, e = jax.lax.stop_gradient((d2, a, to_known))
+            there, its_aside = product(to_known, b.T), product(b, self.aside)
+        moved = there - half[:, None] - its_half
+        share, along = jnp.moveaxis(product(a, self.aside)[:, None] - its_aside, 2, 0)
+        by_gap = share * (2 * along + share * self.gap2)
+        value, c, e = jax.lax.stop_gradient((moved, a, to_known))
         terms = jnp.maximum(there, half[:, None] + its_half) * jnp.abs(a).sum(1, keepdims=True)
         close = value < CANCELLATION * jax.lax.stop_gradient(terms)
-        diagonal = jnp.eye(*d2.shape, dtype=bool) if same else jnp.zeros(d2.shape, bool)
+        diagonal = jnp.eye(*value.shape, dtype=bool) if same else jnp.zeros(value.shape, bool)
 
         def of_pairs(row, column):
             if b.ndim == 1:
@@ -93,8 +117,8 @@ class Barycentric(Radial):
             return -0.5 * jnp.sum(apart * along, axis=1)
 
         value = by_difference(of_pairs, value, close & ~diagonal, a.shape[1])
-        value = jnp.where(diagonal, 0.0, jnp.maximum(value, 0.0))
-        return d2 + jax.lax.stop_gradient(value - d2)
+        value = jnp.maximum(jnp.maximum(value, 0.0) + jax.lax.stop_gradient(by_gap), 0.0)
+        return with_derivative(jnp.where(diagonal, 0.0, value), moved + by_gap)
 
     def _to_known(self, c):
         """Σ_k c_ik D_kl and half of Σ_kl c_ik c_il D_kl."""
@@ -141,16 +165,24 @@ def combinations(
     """
     n, m, total = z.n, refs.n, z.n + fixed.shape[0]
     x = flat(z.x)
-    across = [squared_distance(x, p.x, accurate=True) for p in (refs, memory) if p is not None]
+    fixed_sets = [p.x for p in (refs, memory) if p is not None]
+    centre = middle(refs.x)
+    gap, far = _gap(x, refs.x)
+    at_refs = x - gap
     own = squared_distance(x, x, same=True, accurate=True)
-    to_fixed = jnp.concatenate(across, axis=1)
+    to_fixed = jnp.concatenate([squared_distance(at_refs, y, accurate=True) for y in fixed_sets], axis=1)
     distances = jnp.block([[own, to_fixed], [to_fixed.T, fixed]])
+    along = jax.lax.cond(
+        far,
+        lambda: jnp.concatenate([_along(gap, y, centre) for y in (at_refs, *fixed_sets)]),
+        lambda: jnp.zeros(total, at_refs.dtype),
+    )
+    aside = jnp.stack([-(jnp.arange(total) >= n).astype(at_refs.dtype), along], axis=1)
     known = jnp.eye(n, total, dtype=x.dtype)
 
-    centre = middle(refs.x)  # of no consequence but for rounding
-
     def points(c: Array) -> Array:
-        moved = product(c[:, :n] - known[:, :n], x - centre) + _combine(c[:, n : n + m], refs.x, centre)
+        moved = product(c[:, :n] - known[:, :n], at_refs - centre) + _combine(c[:, n : n + m], refs.x, centre)
+        moved -= c[:, n:].sum(1, keepdims=True) * gap
         if memory is not None:
             moved += _combine(c[:, n + m :], memory.x, centre)
         return z.x + moved.reshape(z.x.shape)
@@ -159,16 +191,30 @@ def combinations(
     if memory is not None:
         memory_rows = jnp.eye(memory.n, total, k=n + m, dtype=x.dtype)
         remembered = replace(memory, x=memory_rows)
-    return _known(kernel, distances), replace(z, x=known), corners, remembered, points
+    return _known(kernel, distances, aside, squares(gap[None])[0]), replace(z, x=known), corners, remembered, points
 
 
-def _known(kernel: Kernel, distances: Array) -> Kernel:
+def _gap(x: Float[Array, "n d"], refs: Any) -> tuple[Float[Array, " d"], Array]:
+    """From the middle of the references to that of the batch, where that is far; else 0. Detached."""
+    gap = middle(x) - middle(refs)
+    far = squares(gap[None])[0] > APART**2 * (width2(x) + width2(refs))
+    return jnp.where(far, gap, 0.0), far
+
+
+def _along(gap: Array, x: Any, centre: Array) -> Float[Array, " n"]:
+    def of_rows(rows):
+        return product(flat(rows.of(x)) - centre, gap)[None]
+
+    return columns_of(of_rows, jax.tree.leaves(x)[0].shape[0], block_beside(1, x))[0]
+
+
+def _known(kernel: Kernel, *known: Array) -> Kernel:
     match kernel:
         case Sum(kernels=kernels):
-            return replace(kernel, kernels=tuple(_known(k, distances) for k in kernels))
+            return replace(kernel, kernels=tuple(_known(k, *known) for k in kernels))
         case Product(x=x):
-            return replace(kernel, x=_known(x, distances))
-    return Barycentric(kernel, distances)
+            return replace(kernel, x=_known(x, *known))
+    return Barycentric(kernel, *known)
 
 
 def _combine(c: Array, x: Any, centre: Array) -> Array:

@@ -12,13 +12,17 @@ References:
   (Nyström). Sutherland & Schneider 2015 (error of MMD² by random features).
 """
 
+import contextlib
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
+from scipy.optimize import nnls
 
+from mmdjax.barycentric import of_distance
 from mmdjax.blocks import block_of, columns_of, row_size, sum_over
 from mmdjax.comparable import with_kernel
 from mmdjax.host import HostReferences
@@ -26,7 +30,7 @@ from mmdjax.kernels import IMQ, RBF, Kernel, Laplacian, Linear, Mapped, Rational
 from mmdjax.mmd import Estimator, check_estimator, embedding, mmd2, pair_norm
 from mmdjax.numerics import product
 from mmdjax.particles import Particles, as_particles, flat, wide_dtype
-from mmdjax.tree import pytree, replace, static
+from mmdjax.tree import is_concrete, is_traced, pytree, replace, static
 
 HELD = 10_000  # references whose Gram is held by "thinning": 400 MB
 
@@ -48,12 +52,14 @@ def coreset(kernel: Any, refs: Any, size: int, *, method: str = "herding", rewei
 
     "herding" adds the reference that brings the sum closest, one at a time; time m² + m · size kernel values, memory
     that of blocks. "thinning" starts from all and drops the one that is missed least; m² values, all of them held.
+    Weights of refs are those of the sum to come close to. References of weight 0 are never chosen.
 
     Args:
       kernel: a bandwidth of None is taken from refs.
       refs: m Particles or an array [m, ...].
-      size: how many to keep.
-      reweight: then find the best non-negative weights; False: equal ones.
+      size: how many to keep. Where fewer have a weight above 0, these are kept, each once: then the result is smaller
+        (inside `jit`, where that is not seen, the rest of it has weight 0).
+      reweight: then give them the best non-negative weights, some of which may be 0; False: equal ones.
     Raises:
       ValueError: size not in 1 … m, a method that does not exist, "thinning" of more than 10,000 references.
 
@@ -70,15 +76,29 @@ def coreset(kernel: Any, refs: Any, size: int, *, method: str = "herding", rewei
         raise ValueError(f"size is {size}; give a number of references from 1 to {refs.n}")
     if method not in ("herding", "thinning"):
         raise ValueError(f'method is {method!r}; choose "herding" or "thinning"')
+    refs = _counting(refs)
     if method == "thinning" and refs.n > HELD:
         raise ValueError(f'"thinning" holds the Gram of all references and {refs.n} are too many; use "herding"')
-    chosen = jax.jit(_herd if method == "herding" else _thin, static_argnums=2)(kernel, refs, int(size))
+    size = min(int(size), refs.n)
+    if method == "herding":
+        chosen, square = jax.jit(_herd, static_argnums=2)(kernel, refs, size)
+    else:
+        chosen, square = jax.jit(_thin, static_argnums=(2, 3))(kernel, refs, size, reweight)
+    present = jnp.arange(size) < (refs.probabilities() > 0).sum()
     few = _on_device(Particles(*jax.tree.map(lambda leaf: jnp.asarray(leaf)[chosen], (refs.x, refs.cond))))
-    weight = jnp.full(size, 1 / size, wide_dtype(refs.x))
+    weight = jnp.asarray(present / present.sum(), wide_dtype(refs.x))
     if reweight:
-        weight = jax.jit(_best_weights)(kernel, refs, few)
+        weight = _best_weights(kernel, refs, few, square, present)
     few = Particles(few.x, few.cond, weight)
     return Coreset(few, jnp.sqrt(jnp.maximum(jax.jit(mmd2)(kernel, refs, few), 0.0)))
+
+
+def _counting(refs):
+    """References without those of weight 0, where it is known which they are."""
+    if refs.weight is None or not is_concrete(refs.weight) or (np.asarray(refs.weight) > 0).all():
+        return refs
+    counts = np.flatnonzero(np.asarray(refs.weight) > 0)
+    return jax.tree.map(lambda leaf: leaf[counts], refs)
 
 
 def _mean_kernel(kernel, points, refs):
@@ -106,8 +126,9 @@ def _self_values(kernel, refs):
 
 
 def _herd(kernel, refs, size):
-    mean, own = _mean_kernel(kernel, refs, refs), _self_values(kernel, refs)
-    empty = refs.probabilities() == 0
+    # of the references chosen: their numbers; and E k(y, y')
+    v = refs.probabilities()
+    mean, own, empty = _mean_kernel(kernel, refs, refs), _self_values(kernel, refs), v == 0
 
     def add(carry, t):
         # MMD² after adding j: [S + 2 s_j + k_jj]/(t+1)² − 2 [B + μ_j]/(t+1), s_j the sum over those there
@@ -118,52 +139,92 @@ def _herd(kernel, refs, size):
         return (among + column, taken.at[j].set(True)), j
 
     start = jnp.zeros_like(mean), empty
-    return jax.lax.scan(add, start, jnp.arange(size, dtype=mean.dtype))[1]
+    return jax.lax.scan(add, start, jnp.arange(size, dtype=mean.dtype))[1], product(v, mean)
 
 
-def _thin(kernel, refs, size):
+def _thin(kernel, refs, size, reweight):
+    v = refs.probabilities()
     gram = kernel.gram(refs, refs, same=True)
-    mean, own = product(gram, refs.probabilities()), jnp.diagonal(gram)
-    there = jnp.ones(refs.n, bool)
+    mean, own, empty = product(gram, v), jnp.diagonal(gram), v == 0
+    # weights of those that are there, before they are normalised: their own, or equal ones as the result will have
+    u = v / v.max() if reweight else jnp.where(empty, 0.0, 1.0)
 
-    def drop(carry, n):
-        # MMD² without j: [A − 2 s_j + k_jj]/(n−1)² − 2 [B − μ_j]/(n−1)
+    def drop(carry, _):
+        # MMD² is A/U² − 2 B/U, U the sum of the weights; without j, r = U − u_j in its place, it is more by
+        # u_j/r {[A/U² (U + r) − 2 s_j + u_j k_jj]/r − 2 (B/U − μ_j)}
         among, there = carry
-        change = (own - 2 * among) / (n - 1) + 2 * mean
-        j = jnp.argmin(jnp.where(there, change, jnp.inf))
-        return (among - gram[:, j], there.at[j].set(False)), None
+        w = jnp.where(there, u, 0.0)
+        total = w.sum()
+        square, mixed = product(w, among) / total**2, product(w, mean) / total
+        rest = jnp.maximum(total - u, jnp.finfo(u.dtype).tiny)
+        more = u / rest * ((square * (total + rest) - 2 * among + u * own) / rest - 2 * (mixed - mean))
+        j = jnp.argmin(jnp.where(there, jnp.where(empty, -jnp.inf, more), jnp.inf))
+        return (among - u[j] * gram[:, j], there.at[j].set(False)), None
 
-    counts = jnp.arange(refs.n, size, -1, dtype=gram.dtype)
-    (_, there), _ = jax.lax.scan(drop, (gram.sum(1), there), counts)
-    return jnp.nonzero(there, size=size)[0]
-
-
-def _best_weights(kernel, refs, few):
-    """argmin over the simplex of wᵀKw − 2wᵀμ, by accelerated projected gradient from equal weights."""
-    gram, mean = kernel.gram(few, few, same=True), _mean_kernel(kernel, few, refs)
-    step = 1 / jnp.abs(gram).sum(1).max()
-
-    def loss(w):
-        return product(product(w, gram), w) - 2 * product(w, mean)
-
-    def one(carry, t):
-        w, ahead = carry
-        new = _on_simplex(ahead - step * (product(gram, ahead) - mean))
-        new = jnp.where(loss(new) <= loss(w), new, w)  # never worse than before
-        restarted = _on_simplex(w - step * (product(gram, w) - mean))
-        new = jnp.where(loss(restarted) < loss(new), restarted, new)
-        return (new, new + t / (t + 3) * (new - w)), None
-
-    equal = jnp.full(few.n, 1 / few.n, mean.dtype)
-    return jax.lax.scan(one, (equal, equal), jnp.arange(500, dtype=mean.dtype))[0][0]
+    there = jnp.ones(refs.n, bool)
+    (_, there), _ = jax.lax.scan(drop, (product(gram, u), there), length=refs.n - size)
+    return jnp.argsort(jnp.where(there, jnp.where(empty, 1, 0), 2), stable=True)[:size], product(v, mean)
 
 
-def _on_simplex(v):
-    """The nearest weights that are non-negative and sum to one.  Duchi et al. 2008, figure 1."""
-    ordered = jnp.sort(v)[::-1]
-    excess = (jnp.cumsum(ordered) - 1) / jnp.arange(1, v.size + 1)
-    count = jnp.sum(ordered > excess)
-    return jnp.maximum(v - excess[count - 1], 0.0)
+def _best_weights(kernel, refs, few, square, present):
+    """argmin over the simplex of wᵀKw − 2wᵀμ, on the host; `square` is E k(y, y')."""
+    traced, dtype = is_traced((kernel, refs, few)), wide_dtype(refs.x)
+    in_float64 = of_distance(kernel) and not traced  # functions of one's own may not work there
+    with jax.enable_x64(True) if in_float64 else contextlib.nullcontext():
+        given = *jax.jit(_gram_and_mean)(kernel, refs, few), square, present
+    if not traced:
+        return jnp.asarray(best_on_simplex(*given), dtype)
+    like = jax.ShapeDtypeStruct((few.n,), dtype)
+    return jax.pure_callback(
+        lambda *given: best_on_simplex(*given).astype(dtype), like, *given, vmap_method="sequential"
+    )
+
+
+def _gram_and_mean(kernel, refs, few):
+    """K among the few and μ of all; in float64 where that is enabled, whatever the points are stored as."""
+
+    def widest(tree):
+        def cast(leaf):
+            floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+            return leaf.astype(jnp.promote_types(leaf.dtype, jnp.result_type(float))) if floating else leaf
+
+        return jax.tree.map(cast, tree)
+
+    few = widest(few)
+    v = widest(jnp.ones(refs.n) if refs.weight is None else jnp.asarray(refs.weight))
+
+    def term(rows):
+        return product(kernel.gram(few, widest(_on_device(rows.of(refs)))), rows.weights(v / v.sum()))
+
+    return kernel.gram(few, few, same=True), sum_over(term, refs.n, block_of(refs.x))
+
+
+def best_on_simplex(gram: Any, mean: Any, square: Any, present: Any) -> np.ndarray:
+    """argmin of wᵀKw − 2wᵀμ + c over the weights of those present that are non-negative and sum to one, in float64.
+
+    There it is wᵀMw with M = K − μ1ᵀ − 1μᵀ + c11ᵀ, the Gram about the mean embedding, which is positive semidefinite,
+    also for a kernel that is so only conditionally. With LᵀL = M the best weights are those of the least squares
+    |Lw|² + (1ᵀw − 1)² over w ≥ 0, normalised: for w = s p with p on the simplex and pᵀMp = q that is s²q + (s − 1)², at
+    best q/(1 + q), which increases in q. Lawson & Hanson 1974.
+
+    Args:
+      gram: K, among the points.
+      mean: μ.
+      square: c; more than E k(y, y') does as well, being constant on the simplex.
+      present: which of the points count; the others get 0.
+    """
+    gram, mean, square, present = (np.asarray(v, np.float64) for v in (gram, mean, square, present))
+    kept = np.flatnonzero(present)
+    gram, mean = gram[np.ix_(kept, kept)], mean[kept]
+    about_mean = (gram + gram.T) / 2 - mean[:, None] - mean[None, :] + square
+    scale = max(np.abs(np.diagonal(about_mean)).max(), np.finfo(float).tiny)
+    values, vectors = np.linalg.eigh(about_mean / scale + 1)  # + 1: rounding of c leaves it positive semidefinite
+    root = np.sqrt(np.maximum(values, 0.0))[:, None] * vectors.T
+    zeros, ones = np.zeros(len(kept)), np.ones(len(kept))
+    w, _ = nnls(np.vstack([root, ones]), np.append(zeros, 1.0), maxiter=10 * len(kept) + 100)
+    weights = np.zeros(len(present))
+    weights[kept] = w / w.sum()
+    return weights
 
 
 @pytree

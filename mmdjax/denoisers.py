@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from mmdjax.particles import per_sample
+from mmdjax.particles import per_sample, wide_dtype
 from mmdjax.schedules import Level
 from mmdjax.tree import as_component, by_value, check_function, check_number, pytree, shown, static
 
@@ -40,7 +40,7 @@ class FromModel:
 
     def __call__(self, params, x, level, cond):
         t = level.t if self.time is None else self.time(level.t)
-        output = self.apply(params, x, jnp.broadcast_to(jnp.asarray(t, jnp.float32), x.shape[:1]), cond)
+        output = self.apply(params, x, jnp.broadcast_to(jnp.asarray(t, wide_dtype(x)), x.shape[:1]), cond)
         return x0_from_prediction(self.prediction, x, output, level)
 
 
@@ -48,8 +48,8 @@ def from_model(apply: Callable, prediction: Prediction = "eps", time: Callable |
     """A denoiser from a network and what it predicts.
 
     Args:
-      apply: (params, x [n, ...], t [n], cond) -> [n, ...]. A bound Linen `module.apply` compares by the module's value;
-        any other function by identity, so make it once.
+      apply: (params, x [n, ...], t [n], cond) -> [n, ...]; t is float32, or float64 where x is. A bound Linen
+        `module.apply` compares by the module's value; any other function by identity, so make it once.
       prediction: "eps", "v" (α ε − σ x_0), "x0", "score" (∇ log p_t) or "flow" (ε − x_0).
       time: maps level.t in [0, 1] to what the network wants; `DiscreteTime(T)` for the index of a discrete model.
     Raises:

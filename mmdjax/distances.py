@@ -1,22 +1,22 @@
 """Squared distances between rows, right to the last digits that matter.
 
-By matrix products, |x|² + |y|² − 2 xᵀy about the middle of y, in at least float32 at full precision. That cancels for
+By matrix products, |x|² + |y|² − 2 xᵀy about a point amid y, in at least float32 at full precision. That cancels for
 pairs much closer than their norm: 15% off at 1e-3 of it in float32. Where a kernel resolves such distances they are
-computed again by difference; the derivative is that of the polynomial throughout, so it is exact there and at the clip
-at zero, to any order.
+computed again by difference, of the points as they are given; the derivative is that of the polynomial throughout, so
+it is exact there and at the clip at zero, to any order.
 """
 
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from mmdjax.blocks import PLAIN, block_beside, columns_of, row_size
+from mmdjax.blocks import block_beside, columns_of
 from mmdjax.numerics import product
 from mmdjax.particles import Particles, flat
 from mmdjax.placement import current
@@ -24,7 +24,31 @@ from mmdjax.tree import is_traced
 
 CANCELLATION = 1e-3  # of |x|² + |y|²; there a float32 product is off by about 1e-4
 DIRECT = 4  # dimensions up to which distances are sums of squared differences, which lose nothing
+MIDDLE = 9  # rows whose median is the origin: four of them may lie anywhere, and norms grow by a sixth over a mean's
 SUBSET = 2000  # references that a bandwidth or a constant is taken from
+
+
+class About(NamedTuple):
+    """Points and where they lie about a centre: what `centred_distance` is taken from.
+
+    Args:
+      points: as they are given.
+      centre: [d], or 0.
+      moved: points − centre.
+      squares: |points − centre|².
+    """
+
+    points: Float[Array, "n d"]
+    centre: Any
+    moved: Float[Array, "n d"]
+    squares: Float[Array, " n"]
+
+
+def about(points: Float[Array, "n d"], centre: Any) -> About:
+    """Points about a centre; in few dimensions about 0, as their distances are taken by difference."""
+    centre = 0.0 if points.shape[1] <= DIRECT else centre
+    moved = points - centre
+    return About(points, centre, moved, squares(moved))
 
 
 @functools.partial(jax.jit, static_argnames=("same", "accurate"))
@@ -42,25 +66,46 @@ def squared_distance(
       >>> squared_distance(jnp.array([[0.0, 0.0]]), jnp.array([[3.0, 4.0]])).tolist()
       [[25.0]]
     """
-    centre = 0.0 if x.shape[1] <= DIRECT else middle(y)
-    x = x - centre
-    x2 = squares(x)
+    left = about(x, middle(y))
 
     def block(columns):
         diagonal = columns.index == jnp.arange(x.shape[0])[:, None] if same else None
-        return centred_distance(x, x2, flat(columns.of(y)) - centre, diagonal=diagonal, accurate=accurate)
+        moved = flat(columns.of(y)) - left.centre
+        return centred_distance(left, moved, y, columns.index, diagonal=diagonal, accurate=accurate)
 
     return columns_of(block, jax.tree.leaves(y)[0].shape[0], block_beside(x.shape[0], y))
 
 
 def middle(y: Any) -> Float[Array, " d"]:
-    """A point amid the rows of an array or pytree [m, ...], detached: their mean, of very many that of some 64 rows."""
-    y = jax.lax.stop_gradient(y)
+    """A point amid the rows of an array or pytree [m, ...], detached: by coordinate, the median of a few of them.
+
+    Rows far from all others do not move it, as they would a mean. Of an odd number of rows it takes its coordinates
+    from theirs, so that differences of integers are integers.
+    """
+    return median_row(some_rows(y))
+
+
+def width2(y: Any) -> Float[Array, ""]:
+    """The median squared distance of a few rows from their `middle`, detached."""
+    rows = some_rows(y)
+    return median_row(squares(rows - median_row(rows))[:, None])[0]
+
+
+def some_rows(y: Any) -> Float[Array, "k d"]:
+    """An odd number of rows, at most `MIDDLE`, spread evenly; detached."""
     m = jax.tree.leaves(y)[0].shape[0]
-    if m * row_size(y) > PLAIN:
-        y = jax.tree.map(lambda leaf: leaf[:: -(-m // 64)], y)
-    y = flat(y)
-    return product(jnp.full(y.shape[0], 1 / y.shape[0], y.dtype), y)  # on CPU 7 times faster than mean(0)
+    count = min(MIDDLE, m - 1 + m % 2)
+    step = m // count
+    return flat(jax.lax.stop_gradient(jax.tree.map(lambda leaf: leaf[step // 2 : count * step : step], y)))
+
+
+def median_row(y: Float[Array, "k d"]) -> Float[Array, " d"]:
+    """The median of an odd number of rows, by coordinate; of so few that exchanges are faster than `jnp.sort`."""
+    rows = list(y)
+    for i in range(len(rows)):  # odd-even transposition sort
+        for j in range(i % 2, len(rows) - 1, 2):
+            rows[j], rows[j + 1] = jnp.minimum(rows[j], rows[j + 1]), jnp.maximum(rows[j], rows[j + 1])
+    return rows[len(rows) // 2]
 
 
 def squares(x: Float[Array, "n d"]) -> Float[Array, " n"]:
@@ -70,29 +115,48 @@ def squares(x: Float[Array, "n d"]) -> Float[Array, " n"]:
 
 @functools.partial(jax.jit, static_argnames=("accurate",))  # outside jit, `cond` would compile at each call
 def centred_distance(
-    x: Float[Array, "n d"],
-    x2: Float[Array, " n"],
-    y: Float[Array, "m d"],
+    x: About,
+    moved: Float[Array, "k d"],
+    y: Any,
+    index: Int[Array, " k"],
     *,
-    diagonal: Bool[Array, "n m"] | None = None,
+    diagonal: Bool[Array, "n k"] | None = None,
     accurate: bool = False,
-) -> Float[Array, "n m"]:
-    """`squared_distance` of points about their `middle` (in few dimensions: of the points), squares of x known."""
-    if x.shape[1] <= DIRECT:
-        return jnp.sum((x[:, None] - y[None]) ** 2, axis=-1)
-    norms = x2[:, None] + squares(y)[None, :]
-    d2 = norms - 2 * product(x, y.T)
+) -> Float[Array, "n k"]:
+    """`squared_distance` between x and some rows of y.
+
+    Args:
+      x: n points about a centre, by `about`.
+      moved: those rows of y less the centre.
+      y: an array or pytree [m, ...] of which the rows come: close pairs are computed from it, as it is given.
+      index: which rows.
+    """
+    if x.points.shape[1] <= DIRECT:
+        return jnp.sum((x.moved[:, None] - moved[None]) ** 2, axis=-1)
+    norms = x.squares[:, None] + squares(moved)[None, :]
+    d2 = norms - 2 * product(x.moved, moved.T)
     value = jax.lax.stop_gradient(d2)
     if accurate:
         close = value < CANCELLATION * jax.lax.stop_gradient(norms)
         close = close if diagonal is None else close & ~diagonal
-        left, right = jax.lax.stop_gradient((x, y))
-        value = by_difference(
-            lambda row, column: jnp.sum((left[row] - right[column]) ** 2, axis=1), value, close, x.shape[1]
-        )
+        points, given, near = jax.lax.stop_gradient((x.points, y, moved))
+        # of half precision, XLA would cast all rows before the loop over their blocks; but there the difference from
+        # `middle`, whose coordinates are such rows', is exact
+        half = any(jnp.result_type(leaf).itemsize < 4 for leaf in jax.tree.leaves(y))
+
+        def of_pairs(row, column):
+            other = near[column] + x.centre if half else flat(jax.tree.map(lambda leaf: leaf[index[column]], given))
+            return jnp.sum((points[row] - other) ** 2, axis=1)
+
+        value = by_difference(of_pairs, value, close, x.points.shape[1])
     value = jnp.maximum(value, 0.0)
     value = value if diagonal is None else jnp.where(diagonal, 0.0, value)
-    return d2 + jax.lax.stop_gradient(value - d2)
+    return with_derivative(value, d2)
+
+
+def with_derivative(value: Array, of: Array) -> Array:
+    """A detached value with the derivative of another, to any order; not a digit of the value is lost."""
+    return value + (of - jax.lax.stop_gradient(of))
 
 
 def by_difference(

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mmdjax.comparable import check_comparable
 from mmdjax.denoisers import FORM, Denoiser
@@ -18,6 +19,15 @@ from mmdjax.samplers import Sampler, as_sampler, take_step
 from mmdjax.tree import as_arrays, as_component, check_function, pytree, static
 
 ROUNDING = 1e-5  # added to a fraction of steps: k/N may fall short of a window's edge at k/N by its last digit
+
+
+def steps_done(fraction: Any) -> Any:
+    """A fraction of the steps as a window reads it: at an edge that it meets but for rounding, and always below 1.
+
+    So a window that starts where another ends takes over from it, and one that ends at 1 has the clean end in it.
+    """
+    fraction = jnp.asarray(fraction, float)
+    return jnp.minimum(fraction + ROUNDING, np.nextafter(fraction.dtype.type(1), fraction.dtype.type(0)))
 
 
 @pytree
@@ -37,7 +47,7 @@ class GuidedDenoiser:
         reused = self.refs.n <= 8 * x.shape[0]  # at once: here all of it is made anew at each call
         bound = bind(self.guidance, self.kernel, self.refs, cond, reused=reused, spread=self.spread)
         x0 = self.denoiser(params, x, level, cond)
-        return bound.denoised(x0, bound.init(x0), 1 - level.t + ROUNDING, level)[0]
+        return bound.denoised(x0, bound.init(x0), steps_done(1 - level.t), level)[0]
 
 
 def guide_denoiser(denoiser: Denoiser, guidance: MMDGuidance, refs: Any) -> GuidedDenoiser:
@@ -94,7 +104,7 @@ class GuidedSampler:
     def step(self, key, x, carry, state, denoise, t, s):
         """The inner sampler's step, guided."""
         carry, guidance_state, done = carry
-        fraction = ROUNDING + (1 - t.t if self.num_steps is None else done / self.num_steps)
+        fraction = steps_done(1 - t.t if self.num_steps is None else done / self.num_steps)
         if self.bound.guidance.at == "denoised":
 
             def guided(x, level, states):

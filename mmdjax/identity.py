@@ -356,12 +356,13 @@ def _attributes(value: Any) -> dict[str, Any]:
 
 
 def _fields(value: Any) -> dict[str, Any]:
-    """What a dataclass holds, its fields first."""
+    """What a dataclass holds, its fields first, without those that follow from others (`metadata={"derived": True}`)."""
     names = [field.name for field in dataclasses.fields(value)]
     held = {name: getattr(value, name) for name in names if hasattr(value, name)}
     if _is_linen(type(value)):  # a module's place among others, and its bookkeeping
         return {name: item for name, item in held.items() if name not in ("parent", "name")}
-    return held | _attributes(value)
+    derived = {field.name for field in dataclasses.fields(value) if field.metadata.get("derived")}
+    return {name: item for name, item in (held | _attributes(value)).items() if name not in derived}
 
 
 def _describe_class(kind: type, within: tuple[int, ...]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float
 
 from mmdjax.bandwidths import Median, Neighbourhood
 from mmdjax.blocks import block_beside, sum_over
-from mmdjax.distances import DIRECT, centred_distance, middle, squared_distance, squares
+from mmdjax.distances import about, centred_distance, middle, squared_distance
 from mmdjax.numerics import product, reciprocal, safe_sqrt
 from mmdjax.particles import Particles, as_particles, flat, wide_dtype
 from mmdjax.schedules import Level
@@ -289,24 +289,24 @@ class Radial(Kernel):
     def gradient(self, a, b, coef, *, same=False, precondition="none"):
         points, unflatten = jax.vjp(flat, a.x)
         coef = coef if jnp.ndim(coef) else jnp.broadcast_to(coef, (b.n,))
-        centre = middle(b.x)  # a common offset costs no digits
-        origin = 0.0 if points.shape[1] <= DIRECT else centre  # of distances
-        from_origin, x = points - origin, points - centre
-        x2 = squares(from_origin)
+        centre = middle(b.x)  # a common offset costs no digits, nor does a point far from all others
+        left = about(points, centre)
+        x = points - centre
 
         def pull(columns):
             y, c = flat(columns.of(b.x)), columns.weights(coef.T).T
             diagonal = columns.index == jnp.arange(a.n)[:, None] if same else None
-            d2 = centred_distance(from_origin, x2, y - origin, diagonal=diagonal, accurate=True)
+            d2 = centred_distance(left, y - left.centre, b.x, columns.index, diagonal=diagonal, accurate=True)
             weight = self.preconditioned_weight(a, d2, precondition)
             pulls = c * weight
-            mass = jnp.sum(jnp.abs(c) * weight, axis=1) if precondition == "mass" else jnp.zeros_like(x2)
+            mass = jnp.sum(jnp.abs(c) * weight, axis=1) if precondition == "mass" else jnp.zeros_like(left.squares)
             return product(pulls, y - centre), pulls.sum(1), mass
 
         # Σ_j pull_ij (y_j − x_i), b read in blocks
         towards, total, mass = sum_over(pull, b.n, block_beside(a.n, b.x))
         gradient = towards - total[:, None] * x
-        return unflatten(gradient.astype(points.dtype))[0], mass if precondition == "mass" else jnp.ones_like(x2)
+        mass = mass if precondition == "mass" else jnp.ones_like(left.squares)
+        return unflatten(gradient.astype(points.dtype))[0], mass
 
 
 class Scaled(Radial):

@@ -8,6 +8,7 @@ References:
   Karras et al. 2022 (EDM, eq. 5), Lipman et al. 2023 (flow matching), Kingma et al. 2021 (log-SNR).
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -77,10 +78,14 @@ class Cosine:
     def __call__(self, t) -> Level:
         t = jnp.asarray(t, float)
         phi_0 = 0.5 * math.pi * self.offset / (1 + self.offset)
-        turn = t * (jnp.arccos(self.alpha_min * jnp.cos(phi_0)) - phi_0)  # φ − φ_0
+        whole = jnp.arccos(self.alpha_min * jnp.cos(phi_0)) - phi_0
+        turn = t * whole  # φ − φ_0
         # 1 − α² = sin(φ − φ_0) sin(φ + φ_0) / cos² φ_0, without cancellation near t = 0
         sigma2 = jnp.sin(turn) * jnp.sin(turn + 2 * phi_0) / jnp.cos(phi_0) ** 2
-        return Level(t, jnp.cos(phi_0 + turn) / jnp.cos(phi_0), safe_sqrt(sigma2))
+        # cos φ from what φ lacks of π/2, where that is small
+        lack = jnp.arcsin(self.alpha_min * jnp.cos(phi_0)) + (1 - t) * whole
+        alpha = jnp.where(t < 0.5, jnp.cos(phi_0 + turn), jnp.sin(lack)) / jnp.cos(phi_0)
+        return Level(t, alpha, safe_sqrt(sigma2))
 
 
 @pytree
@@ -143,6 +148,7 @@ class Discrete:
 
     Args:
       alphas_cumprod: [T], decreasing, in (0, 1); the last may be 0.
+      rounding: made from it: the table less itself in float32, without which 1 − ᾱ near 1 would keep three digits.
     Raises:
       ValueError: the table is not decreasing in [0, 1).
 
@@ -153,35 +159,42 @@ class Discrete:
     """
 
     alphas_cumprod: Any
+    rounding: Any = dataclasses.field(init=False, repr=False, compare=False, metadata={"derived": True})
 
     def __post_init__(self):
+        rounding = np.zeros(np.shape(self.alphas_cumprod), np.float32)
         if is_concrete(self.alphas_cumprod):
             table = np.asarray(self.alphas_cumprod)
             ok = table.ndim == 1 and table.size and np.isfinite(table).all() and table[-1] >= 0 and table[0] < 1
             if not (ok and (np.diff(table) < 0).all()):
                 raise ValueError(f"alphas_cumprod must be decreasing in [0, 1), shape [T]; it is {table}")
+            rounding = (table.astype(np.float64) - table.astype(np.float32)).astype(np.float32)
+        object.__setattr__(self, "rounding", rounding)
 
     def __call__(self, t) -> Level:
         t = jnp.asarray(t, float)
         table = jnp.asarray(self.alphas_cumprod)
+        rest = 1 - table  # 1 − ᾱ
+        if table.dtype == jnp.float32:  # float64, under `jax_enable_x64`, holds the table as it is
+            rest = rest - self.rounding
         num_steps = table.shape[0]
         position = _position(t, num_steps)
         lower = jnp.clip(jnp.floor(position), 0, num_steps - 1).astype(int)
         fraction = jnp.clip(position - lower, 0.0, 1.0)
-        first, ends_clean = table[jnp.maximum(lower - 1, 0)], lower == 0
-        last = table[lower]
+        before, ends_clean = jnp.maximum(lower - 1, 0), lower == 0
+        first, first_rest, last, last_rest = table[before], rest[before], table[lower], rest[lower]
         ends_pure = last <= 0
-        inner_first = jnp.where(ends_clean, 0.5, first)
-        inner_last = jnp.where(ends_pure, 0.5, last)
         # odds = α²/σ²; each case computes only with numbers that are finite in it, for the gradient's sake
-        odds_first, odds_last = inner_first / (1 - inner_first), inner_last / (1 - inner_last)
+        odds_first = jnp.where(ends_clean, 1.0, first) / jnp.where(ends_clean, 1.0, first_rest)
+        odds_last = jnp.where(ends_pure, 1.0, last) / jnp.where(ends_pure, 1.0, last_rest)
         log_linear = jnp.exp((1 - fraction) * jnp.log(odds_first) + fraction * jnp.log(odds_last))
-        signal = jnp.where(ends_clean, 1.0, jnp.where(ends_pure, (1 - fraction) * odds_first, log_linear))
+        left = jnp.clip((1 - t) * num_steps, 0.0, 1.0)  # 1 − fraction in the last interval, not from t T near T
+        signal = jnp.where(ends_clean, 1.0, jnp.where(ends_pure, left * odds_first, log_linear))
         noise = jnp.where(ends_clean, jnp.where(ends_pure, fraction, fraction / odds_last), 1.0)
         total = signal + noise
         at_first, at_last = (fraction == 0) & ~ends_clean, fraction == 1
         alpha2 = jnp.where(at_last, last, jnp.where(at_first, first, signal / total))
-        sigma2 = jnp.where(at_last, 1 - last, jnp.where(at_first, 1 - first, noise / total))
+        sigma2 = jnp.where(at_last, last_rest, jnp.where(at_first, first_rest, noise / total))
         return Level(t, safe_sqrt(alpha2), safe_sqrt(sigma2))
 
 

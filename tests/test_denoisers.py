@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import toys
 
-from mmdjax import DiffusionModel, Level, cfg, from_model, guided_sample
+from mmdjax import IMQ, DiffusionModel, Level, MMDGuidance, cfg, from_model, guide_denoiser, guided_sample
 from mmdjax.denoisers import PREDICTIONS, Clipped, Thresholded, prediction_from_x0, score, x0_from_prediction
-from mmdjax.schedules import DiscreteTime, ScaledLinear, VPLinear
+from mmdjax.guided import steps_done
+from mmdjax.schedules import DiscreteTime, ScaledLinear, VPLinear, uniform_times
 
 LEVELS = {
     "vp": Level(0.5, 0.8, 0.6),
@@ -101,6 +102,48 @@ def test_low_precision_output_comes_back_float32(prediction, dtype):
     assert x0.dtype == jnp.float32
     # the arithmetic is float32's too: the same as from the output widened first, to the last bit
     np.testing.assert_array_equal(x0, x0_from_prediction(prediction, x, output.astype(jnp.float32), level))
+
+
+@pytest.mark.parametrize("time", [None, DiscreteTime(1000)])
+def test_networks_see_time_in_the_precision_of_the_samples(time):
+    denoiser = from_model(lambda params, x, t, cond: jnp.broadcast_to(t[:, None], x.shape), "x0", time)
+    with jax.enable_x64(True):
+        level = VPLinear()(1 / 3)
+        for dtype in (np.float64, np.float32):
+            expected = dtype(1 / 3 if time is None else 1000 / 3 - 1)
+            seen = denoiser(None, jnp.zeros((2, 3), dtype), level, None)
+            assert seen.dtype == dtype
+            np.testing.assert_array_max_ulp(seen, np.full((2, 3), expected), 1)
+
+
+@pytest.mark.parametrize("num_steps", [1, 3, 7, 10, 50, 1000, 200_000])
+def test_windows_part_the_steps_between_them(num_steps):
+    """Each step k/N of a grid is in one of two windows that meet at an edge j/N, the one that starts there."""
+    edges = sorted({0, 1, num_steps // 3, num_steps // 2, num_steps})
+    steps = np.unique([*edges, 0, num_steps - 1]) if num_steps > 1000 else np.arange(num_steps + 1)
+    grids = steps / num_steps, 1 - uniform_times(num_steps).astype(np.float32)[steps]  # of a loop, and 1 − t
+    for fraction in (np.asarray(steps_done(jnp.asarray(g, jnp.float32))) for g in grids):
+        for j in edges:
+            met = fraction >= np.float32(j / num_steps)
+            if num_steps < 100_000:
+                expected = steps >= j if j < num_steps else np.zeros(len(steps), bool)
+                np.testing.assert_array_equal(met, expected)
+        assert (fraction < 1).all()  # the window's end
+
+
+@pytest.mark.parametrize("t", [0.0, 1e-8, 1e-5, 2e-5])
+def test_a_window_to_the_end_has_the_clean_end_in_it(t):
+    refs = np.random.default_rng(0).normal(size=(6, 2)).astype(np.float32)
+    x = jnp.asarray(refs[:3] + 0.3)
+    plain = from_model(lambda params, x, t, cond: x, "x0")
+
+    def moved(window):
+        guidance = MMDGuidance(IMQ(1.0), window=window)
+        return np.abs(guide_denoiser(plain, guidance, refs)(None, x, VPLinear()(t), None) - x).max()
+
+    assert moved((0.0, 1.0)) > 0.01
+    assert moved((0.5, 1.0)) > 0.01
+    assert moved((0.0, 0.99)) == 0
 
 
 def test_wrong_output_shape_raises():

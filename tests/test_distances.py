@@ -8,12 +8,14 @@ import pytest
 from mmdjax import IMQ, RBF, Cosine, Energy, Laplacian, Particles, Polynomial, RationalQuadratic, mmd2
 from mmdjax.distances import (
     SUBSET,
+    middle,
     nearest_distance,
     neighbour_distance,
     pairwise_median,
     spread2,
     squared_distance,
     subset,
+    with_derivative,
 )
 
 LARGE = 65_536
@@ -193,8 +195,60 @@ def test_few_dimensions_lose_nothing_to_a_far_point():
 
 
 def test_integer_distances_are_exact():
-    x = np.random.default_rng(0).integers(-8, 9, (9, 7)).astype(np.float32)
-    np.testing.assert_allclose(squared_distance(jnp.asarray(x), jnp.asarray(x), same=True), exact(x, x), atol=1e-4)
+    x = np.random.default_rng(0).integers(-8, 9, (8, 7)).astype(np.float32)
+    for accurate in (False, True):
+        d2 = squared_distance(jnp.asarray(x[:5]), jnp.asarray(x), accurate=accurate)
+        np.testing.assert_array_equal(d2, exact(x[:5], x))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+@pytest.mark.parametrize("far", [0.0, 1e4, 1e8])  # in spreads, of one reference in eight
+@pytest.mark.parametrize("relative", [1e-2, 1e-5])
+def test_points_far_from_all_others_cost_these_no_digits(offset, far, relative):
+    rng = np.random.default_rng(0)
+    y = rng.normal(size=(40, 50))
+    x = y[:20] + relative * rng.normal(size=(20, 50))
+    y[::8] += far * rng.normal(size=(5, 50))
+    x, y = (x + offset).astype(np.float32), (y + offset).astype(np.float32)
+    others, close = np.arange(40) % 8 > 0, np.eye(20, 40, dtype=bool)
+    error = np.abs(squared_distance(jnp.asarray(x), jnp.asarray(y), accurate=True) - exact(x, y))
+    pairs = close & others & (exact(x, y) > 0)  # about 1e4, points 1e-5 apart are the same in float32
+    assert (error[pairs] <= 1e-6 * exact(x, y)[pairs]).all()  # rounding of squares and of a sum of 50
+    assert (error[close & others & ~pairs] == 0).all()
+    apart = ~close & others
+    assert (error[apart] <= 4e-6 * exact(x, y)[apart]).all()  # products of numbers of the size of the spread
+    if offset:
+        return
+    coef = np.linspace(0.5, 1.5, 40) * others
+    pull = coef * (1 + exact(x, y) / 0.01**2) ** -1.5 / 0.01**2
+    expected = np.stack([p @ (y.astype(float) - row) for p, row in zip(pull, x.astype(float), strict=True)])
+    gradient, mass = IMQ(0.01).gradient(Particles(x), Particles(y), jnp.asarray(coef, jnp.float32), precondition="mass")
+    np.testing.assert_allclose(mass[others[:20]], pull.sum(1)[others[:20]], rtol=1e-5)
+    rounding = 1e-6 * pull.sum(1) * np.sqrt(50)  # of points about their middle, times what pulls at them
+    assert (np.linalg.norm(gradient - expected, axis=1) <= rounding)[others[:20]].all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_close_pairs_of_half_precision_references(dtype):
+    rng = np.random.default_rng(0)
+    y = jnp.asarray(10 + rng.normal(size=(20, 50)), dtype)
+    x = np.asarray(y, np.float32) + 1e-3 * rng.normal(size=(20, 50)).astype(np.float32)
+    d2 = squared_distance(jnp.asarray(x), y, accurate=True)
+    np.testing.assert_allclose(np.diag(d2), np.diag(exact(x, np.asarray(y, np.float32))), rtol=1e-6)
+
+
+def test_a_detached_value_keeps_its_digits_and_takes_another_derivative():
+    value, slope = jax.jvp(lambda v: with_derivative(jnp.float32(1e-9), v**2), (jnp.float32(3.0),), (jnp.float32(1.0),))
+    assert (value, slope) == (np.float32(1e-9), 6.0)
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 8, 9, 100])
+def test_middle_is_the_median_of_rows_spread_evenly(m):
+    y = np.random.default_rng(m).normal(size=(m, 6)).astype(np.float32)
+    count = min(9, m if m % 2 else m - 1)
+    rows = [m // count // 2 + i * (m // count) for i in range(count)]
+    assert rows[-1] < m
+    np.testing.assert_array_equal(middle(jnp.asarray(y)), np.median(y[rows], axis=0))
 
 
 # --- what bandwidths are taken from -------------------------------------------------------------------------------

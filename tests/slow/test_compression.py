@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.optimize import minimize
 
 from mmdjax import (
     IMQ,
@@ -67,6 +68,119 @@ def test_coreset_keeps_conditions_apart_and_leaves_out_empty_slots(refs):
     assert np.bincount(found.cond, minlength=3)[2] == 0
     shares = [float(found.weight[found.cond == c].sum()) for c in (0, 1)]
     np.testing.assert_allclose(shares, 0.5, atol=0.05)  # each label's mass, which twelve points can nearly match
+
+
+def values(kernel, x, y):
+    """k in float64, from differences."""
+    d2 = ((np.asarray(x, float)[:, None] - np.asarray(y, float)[None]) ** 2).sum(-1)
+    if isinstance(kernel, Energy):
+        return -np.sqrt(d2)
+    return (1 + d2 / 4) ** -0.5 if isinstance(kernel, IMQ) else np.exp(-d2 / 8)
+
+
+@pytest.mark.parametrize("method", ["herding", "thinning"])
+@pytest.mark.parametrize("kernel", [IMQ(2.0), RBF(2.0), Energy()])
+def test_weights_are_the_best(method, kernel, refs):
+    """The Karush–Kuhn–Tucker conditions of the quadratic programme, and no better ones by another solver."""
+    v = np.random.default_rng(5).uniform(0.2, 5.0, M)
+    found = coreset(kernel, Particles(refs, weight=jnp.asarray(v, jnp.float32)), 25, method=method)
+    x, w = np.asarray(found.particles.x), np.asarray(found.particles.weight, float)
+    v = np.asarray(v, np.float32).astype(float)
+    v /= v.sum()
+    gram, mean, square = values(kernel, x, x), values(kernel, x, refs) @ v, v @ values(kernel, refs, refs) @ v
+
+    def mmd2_of(w):
+        return w @ gram @ w - 2 * w @ mean + square
+
+    assert (w >= 0).all()
+    np.testing.assert_allclose(w.sum(), 1.0, rtol=1e-6)
+    slope = gram @ w - mean
+    slope -= slope.min()
+    assert (slope[w > 0] < 1e-6).all()  # weights are rounded to float32, and the kernel's values are near 1
+    other = minimize(
+        lambda w: 1e4 * mmd2_of(w),
+        np.full(25, 1 / 25),
+        jac=lambda w: 2e4 * (gram @ w - mean),
+        method="SLSQP",
+        bounds=[(0, 1)] * 25,
+        constraints={"type": "eq", "fun": lambda w: w.sum() - 1, "jac": np.ones_like},
+        options={"ftol": 1e-12, "maxiter": 500},
+    )
+    assert mmd2_of(w) <= other.fun / 1e4 * (1 + 1e-4)
+    np.testing.assert_allclose(found.mmd**2, mmd2_of(w), atol=2e-6)  # float32 sums near 1
+
+
+def test_weights_are_the_best_where_they_are_hard_to_find():
+    """Points side by side under a wide kernel, whose Gram is nearly singular: descent is slow there."""
+    rng = np.random.default_rng(0)
+    y = rng.normal(size=(200, 2)).astype(np.float32)
+    found = coreset(RBF(2.0), y, 30)
+    x, w = np.asarray(found.particles.x), np.asarray(found.particles.weight, float)
+    gram, mean, square = values(RBF(), x, x), values(RBF(), x, y).mean(1), values(RBF(), y, y).mean()
+
+    def mmd2_of(w):
+        return w @ gram @ w - 2 * w @ mean + square
+
+    z = np.full(30, 1 / 30)  # Frank & Wolfe's steps with line search and away steps
+    for _ in range(20_000):
+        slope = gram @ z - mean
+        best, worst = slope.argmin(), np.where(z > 0, slope, -np.inf).argmax()
+        step = np.eye(30)[best] - np.eye(30)[worst]
+        z += min(z[worst], (slope[worst] - slope[best]) / max(step @ gram @ step, 1e-300)) * step
+    assert mmd2_of(w) <= mmd2_of(z) + 1e-9  # weights rounded to float32: their error squared, times some 30
+
+
+@pytest.mark.parametrize("method", ["herding", "thinning"])
+@pytest.mark.parametrize("reweight", [True, False])
+def test_rows_of_weight_0_change_nothing(method, reweight, refs):
+    y, w = refs[:40], np.random.default_rng(3).uniform(0.5, 2.0, 40).astype(np.float32)
+    rows = np.random.default_rng(4).permutation(90)[:40]
+    x, weight = np.full((90, D), np.nan, np.float32), np.zeros(90, np.float32)
+    x[np.sort(rows)], weight[np.sort(rows)] = y, w
+    plain = coreset(IMQ(2.0), Particles(y, weight=w), 10, method=method, reweight=reweight)
+    padded = coreset(IMQ(2.0), Particles(x, weight=weight), 10, method=method, reweight=reweight)
+    np.testing.assert_array_equal(padded.particles.x, plain.particles.x)
+    np.testing.assert_allclose(padded.particles.weight, plain.particles.weight, rtol=1e-6)
+    # more than there are: those that count, once
+    few = Particles(x[:50], weight=weight[:50])
+    count = int((weight[:50] > 0).sum())
+    found = coreset(IMQ(2.0), few, 45, method=method, reweight=reweight).particles
+    assert found.x.shape == (count, D)
+    assert {row.tobytes() for row in np.asarray(found.x)} == {row.tobytes() for row in x[:50][weight[:50] > 0]}
+    if reweight:
+        order = [np.flatnonzero((np.asarray(found.x) == row).all(1))[0] for row in x[:50][weight[:50] > 0]]
+        expected = weight[:50][weight[:50] > 0]
+        np.testing.assert_allclose(np.asarray(found.weight)[order], expected / expected.sum(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["herding", "thinning"])
+def test_coreset_inside_jit_has_its_size_and_weight_0_beyond_what_counts(method, refs):
+    weight = jnp.where(jnp.arange(30) < 12, 1.0, 0.0)
+    traced = jax.jit(lambda x, w: coreset(IMQ(2.0), Particles(x, weight=w), 20, method=method))
+    found, plain = traced(refs[:30], weight), coreset(IMQ(2.0), refs[:12], 20 - 8, method=method)
+    assert found.particles.x.shape == (20, D)
+    np.testing.assert_array_equal(found.particles.x[:12], plain.particles.x)
+    np.testing.assert_array_equal(found.particles.weight[12:], 0.0)
+    np.testing.assert_allclose(found.particles.weight[:12], 1 / 12, rtol=1e-3)  # kernel values in float32
+
+
+def test_thinning_keeps_what_weighs_most():
+    """Greedily by the whole MMD² in float64, at each step, among references whose weights differ by 100."""
+    rng = np.random.default_rng(7)
+    y, v = rng.normal(size=(12, 3)).astype(np.float32), rng.choice([1.0, 10.0, 100.0], 12)
+    v /= v.sum()
+    gram = values(IMQ(), y, y)
+
+    def mmd2_of(rows):
+        w = np.zeros(12)
+        w[rows] = v[rows] / v[rows].sum()
+        return (w - v) @ gram @ (w - v)
+
+    there = list(range(12))
+    while len(there) > 4:
+        there.remove(min(there, key=lambda j: mmd2_of([i for i in there if i != j])))
+    found = coreset(IMQ(2.0), Particles(y, weight=jnp.asarray(v, jnp.float32)), 4, method="thinning")
+    np.testing.assert_array_equal(found.particles.x, y[there])
 
 
 @pytest.mark.parametrize("kernel", [RBF(2.0), RBF((1.0, 3.0)), Laplacian(2.0), IMQ(2.0), RationalQuadratic(2.0, 1.5)])
