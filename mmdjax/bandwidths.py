@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from mmdjax.distances import nearest_distance, neighbour_distance, pairwise_median, subset
 from mmdjax.numerics import all_finite
-from mmdjax.particles import Particles, as_particles, check_points, flat
+from mmdjax.particles import Particles, as_particles, check_points, flat, whole
 from mmdjax.tree import is_concrete, pytree
 
 
@@ -56,7 +56,7 @@ class Neighbourhood:
 
 def _some(refs: Particles) -> tuple[Array, Array]:
     # the rows that are looked at, before they are cast: a cast of all of them would be a copy of the references
-    rows = subset(refs.n)
+    refs, rows = whole(refs), subset(refs.n)
     return flat(jax.tree.map(lambda leaf: leaf[rows], refs.x)), refs.probabilities()[rows]
 
 
