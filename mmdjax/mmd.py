@@ -50,6 +50,17 @@ def pair_norm(u: Array, estimator: str) -> Array:
     return jnp.where(rest > 0, rest, jnp.inf)
 
 
+def per_pair(total: Array, u: Array, estimator: str) -> Array:
+    """total / `pair_norm`."""
+    return quotient(total, pair_norm(u, estimator))
+
+
+def quotient(x: Array, y: Array) -> Array:
+    """x / y for y ≥ 0, differentiable also where y² is no number of the type."""
+    scale = jax.lax.stop_gradient(jnp.where((y > 0) & (y < 1e-10), 1 / jnp.where(y > 0, y, 1.0), 1.0))
+    return (x * scale) / (y * scale)
+
+
 def if_known(value: Array, estimator: str, *weights: Array) -> Array:
     """A public estimate; NaN where all weight is one particle's, so that its own term in "u" is unknown."""
     known = [jnp.isfinite(pair_norm(jax.lax.stop_gradient(u), estimator)) for u in weights]
@@ -84,7 +95,7 @@ def _form(gram, u, v):
 def self_term(kernel: Any, p: Particles, estimator: str) -> Float[Array, ""]:
     """E k(x, x') over a point set."""
     u = p.probabilities()
-    return pair_sum(kernel, p, u, p, u, same=True, self_pairs=estimator == "v") / pair_norm(u, estimator)
+    return per_pair(pair_sum(kernel, p, u, p, u, same=True, self_pairs=estimator == "v"), u, estimator)
 
 
 def cross_term(kernel: Any, p: Particles, q: Particles) -> Float[Array, ""]:
@@ -170,8 +181,7 @@ def attribution(kernel: Any, points: Any, refs: Any) -> Float[Array, "n m"]:
     v = refs.probabilities()
     weighted = v * kernel.gram(points, refs)
     total = weighted.sum(1, keepdims=True)
-    limits = jnp.finfo(weighted.dtype)
-    sees = jnp.abs(total) > limits.tiny / limits.eps  # below, terms have underflowed
+    sees = jnp.abs(total) > jnp.finfo(weighted.dtype).eps ** 2  # below, terms and their derivatives underflow
     shares = weighted / jnp.where(sees, total, 1.0)
     log = jnp.where(v > 0, _log_gram(kernel, points, refs), -jnp.inf)
     nearest = log.max(1, keepdims=True)

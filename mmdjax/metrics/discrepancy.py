@@ -15,8 +15,8 @@ from jaxtyping import Array, Float
 from mmdjax.blocks import sum_across, sum_within, triangle
 from mmdjax.comparable import as_sets, with_kernel
 from mmdjax.kernels import Energy, Polynomial
-from mmdjax.mmd import Estimator, check_estimator, distinct_pairs, if_known, pair_norm
-from mmdjax.numerics import product, safe_sqrt
+from mmdjax.mmd import Estimator, check_estimator, distinct_pairs, if_known, pair_norm, per_pair, quotient
+from mmdjax.numerics import product
 from mmdjax.particles import flat, wide_dtype
 from mmdjax.sampling import check_key
 
@@ -170,11 +170,16 @@ def _form(k, u, v):
 def _mmd2(kernel, p, q, estimator):
     u, v = (r.probabilities()[:, None] for r in (p, q))
     own = [
-        sum_within(kernel.gram, _form, r, w, self_pairs=estimator == "v") / pair_norm(w, estimator)
+        per_pair(sum_within(kernel.gram, _form, r, w, self_pairs=estimator == "v"), w, estimator)
         for r, w in ((p, u), (q, v))
     ]
     value = jnp.squeeze(own[0] - 2 * sum_across(kernel.gram, _form, p, q, u, v) + own[1])
     return if_known(value, estimator, u, v)
+
+
+def _root(x):
+    # with derivative 0 at 0; NaN stays NaN
+    return jnp.where(x == 0, 0.0, jnp.sqrt(jnp.where(x == 0, 1.0, x)))
 
 
 @functools.partial(jax.jit, static_argnames="num_blocks")
@@ -198,15 +203,15 @@ def _jackknife(kernel, p, q, num_blocks):
         pairs = jnp.outer(share, share) * others + jnp.diag(jax.vmap(distinct_pairs, 1)(weight))
         left_own, left_pairs = (jnp.sum(product(others, table) * others, axis=1) for table in (own, pairs))
         some = left > jnp.finfo(left.dtype).eps  # else the block's term is 0, being the weight left times what is bounded
-        changed = left_own / jnp.where(some, left_pairs, 1.0)
+        changed = quotient(left_own, jnp.where(some, left_pairs, 1.0))
         changed -= 2 * product(others, cross.sum(1)) / jnp.where(some, left, 1.0)
-        whole = own.sum() / pair_norm(weight, "u") - 2 * cross.sum()
+        whole = per_pair(own.sum(), weight, "u") - 2 * cross.sum()
         count = (share > 0).sum()
         return jnp.sum(jnp.where(some, left * (changed - whole), 0.0) ** 2) * count / (count - 1)
 
-    terms = [table.sum() / pair_norm(w, "u") for table, w in zip(own, (u, v), strict=True)]
+    terms = [per_pair(table.sum(), w, "u") for table, w in zip(own, (u, v), strict=True)]
     error2 = without(u, own[0], cross) + without(v, own[1], cross.T)
-    return Estimate(if_known(terms[0] - 2 * cross.sum() + terms[1], "u", u, v), safe_sqrt(error2))
+    return Estimate(if_known(terms[0] - 2 * cross.sum() + terms[1], "u", u, v), _root(error2))
 
 
 @jax.jit

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 from mmdjax.blocks import BLOCK, num_blocks, rows, sum_within, triangle
 from mmdjax.comparable import with_kernel
 from mmdjax.kernels import Cosine, Linear
-from mmdjax.mmd import Estimator, check_estimator, if_known, pair_norm
+from mmdjax.mmd import Estimator, check_estimator, if_known, per_pair
 from mmdjax.numerics import product, reciprocal, safe_sqrt
 from mmdjax.particles import flat
 from mmdjax.tree import is_concrete
@@ -147,5 +147,5 @@ def _rke(kernel, p, estimator):
 
     total = jax.lax.map(trace, jnp.arange(num_blocks(p.n))).sum()
     alike = sum_within(squared, form, p, u, self_pairs=estimator == "v")
-    score = if_known(total**2 * pair_norm(u, estimator) / alike, estimator, u)
+    score = if_known(total**2 / per_pair(alike, u, estimator), estimator, u)
     return jnp.where(total > 0, score, jnp.nan)

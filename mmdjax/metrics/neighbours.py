@@ -259,7 +259,11 @@ def _accuracy(p, q):
 
 @jax.jit
 def _nearest_ratio(p, refs, fresh):
-    near_p, near_fresh = (
-        product(r.probabilities(), safe_sqrt(_across(_sets(r, refs)).nearest_x)) for r in (p, fresh)
-    )
-    return near_p / near_fresh
+    y = flat(refs.x)
+    centre = middle(y) if y.shape[1] > DIRECT else jnp.zeros(y.shape[1], y.dtype)
+
+    def near(points):
+        sets = _Sets(flat(points.x), y, centre, jnp.zeros((), y.dtype))
+        return product(points.probabilities(), safe_sqrt(_across(sets).nearest_x))
+
+    return near(p) / near(fresh)

@@ -32,7 +32,7 @@ from mmdjax.lock import locked
 from mmdjax.long_run import sample_many
 from mmdjax.metrics import energy_distance
 from mmdjax.mmd import mmd2
-from mmdjax.particles import Particles
+from mmdjax.particles import Particles, num_present
 from mmdjax.plots import image_grid, save_labelled_grids
 from mmdjax.provenance import provenance
 from mmdjax.samplers import DDIM, Sampler
