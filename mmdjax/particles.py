@@ -107,18 +107,18 @@ def whole(points: T) -> T:
     """A pytree of arrays, those that lie on a mesh of Explicit axes now whole on every device; others as they are.
 
     Operations on all pairs of rows cannot say how their results are to be split over such axes, so they raise. Outside
-    of `jax.set_mesh` even a derivative does: there the axes become Auto ones.
+    of `jax.set_mesh` even a derivative does, and what mixes them with new arrays: there the axes become Auto ones.
     """
 
     def gather(leaf):
         sharding = getattr(jax.typeof(leaf), "sharding", None) if isinstance(leaf, jax.Array) else None
         if not isinstance(sharding, NamedSharding) or AxisType.Explicit not in sharding.mesh.axis_types:
             return leaf
-        mesh = _mesh_of(leaf)
-        if mesh is None or not jax.sharding.get_abstract_mesh().empty:
-            return jax.sharding.reshard(leaf, NamedSharding(sharding.mesh, P()))
-        mesh = mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))
-        return jax.device_put(leaf, NamedSharding(mesh, P()))
+        leaf, mesh = jax.sharding.reshard(leaf, NamedSharding(sharding.mesh, P())), _mesh_of(leaf) or sharding.mesh
+        if not jax.sharding.get_abstract_mesh().empty:
+            return leaf
+        auto = mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+        return jax.device_put(leaf, NamedSharding(auto, P()))
 
     return jax.tree.map(gather, points)
 

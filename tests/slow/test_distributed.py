@@ -48,7 +48,7 @@ def free_port():
         return listener.getsockname()[1]
 
 
-@pytest.mark.parametrize("name", ["agree", "counts", "transformations", "sent", "flops", "placed"])
+@pytest.mark.parametrize("name", ["agree", "counts", "transformations", "sent", "flops", "placed", "metrics"])
 def test_8_devices(name):
     finish(start(name, *(sharded.CASES if name == "agree" else ()), devices=8))
 
