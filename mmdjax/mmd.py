@@ -4,8 +4,8 @@ For P = Σ u_i δ(x_i), Q = Σ v_j δ(y_j) with weights summing to one,
 
     MMD²_v(P, Q) = uᵀ K_xx u − 2 uᵀ K_xy v + vᵀ K_yy v,
 
-and MMD²_u leaves the self-pairs out: uᵀ K_xx u becomes Σ_{i≠j} u_i u_j k(x_i, x_j) / (1 − Σ u_i²). For one particle that
-is unknown: `mmd2` refuses it, the guidance, whose gradient does not ask for it, takes 0.
+and MMD²_u leaves the self-pairs out: uᵀ K_xx u becomes Σ_{i≠j} u_i u_j k(x_i, x_j) / (1 − Σ u_i²). For one particle
+that is unknown: `mmd2` refuses it; the guidance, whose gradient does not ask for it, takes 0.
 
 References:
   Gretton et al., A Kernel Two-Sample Test, JMLR 2012, eq. 3 ("u") and 5 ("v").
@@ -112,7 +112,8 @@ def mmd2(kernel: Any, p: Any, q: Any, *, estimator: Estimator = "v") -> Float[Ar
       kernel: a bandwidth of None is taken from q.
       p: n particles, or an array or pytree of arrays [n, ...]; zero-weight rows drop out.
       q: m particles, likewise.
-      estimator: "v", biased, zero when p and q coincide; "u", unbiased and possibly negative, for two particles or more.
+      estimator: "v", biased, zero when p and q coincide; "u", unbiased and possibly negative, of two particles or
+        more.
     Returns:
       Scalar, in the kernel's units.
     Raises:

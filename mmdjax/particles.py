@@ -97,7 +97,9 @@ def _as_array(name: str, leaf: Any) -> Any:
     try:
         array = np.asarray(leaf)
     except Exception as error:
-        raise TypeError(f"{name} is a {kind} that numpy cannot read ({error}); give a numpy array in its place") from error
+        raise TypeError(
+            f"{name} is a {kind} that numpy cannot read ({error}); give a numpy array in its place"
+        ) from error
     if not _is_array(array):
         raise TypeError(f"{name} is a {kind}, which becomes an array of {array.dtype}; give an array of numbers")
     return array
@@ -132,11 +134,13 @@ def _mesh_of(leaf: Any) -> Any:
 
 def _summable(weight: Array) -> Array:
     """Weights, those so large that their sum could overflow times a power of two, which is exact."""
-    return weight * jnp.where(jax.lax.stop_gradient(weight.max(initial=0)) > 2.0**64, 2.0**-64, 1.0).astype(weight.dtype)
+    return weight * jnp.where(jax.lax.stop_gradient(weight.max(initial=0)) > 2.0**64, 2.0**-64, 1.0).astype(
+        weight.dtype
+    )
 
 
 def num_present(points: Particles) -> int:
-    """How many rows count: those whose weight, as a share of the largest, is a number above 0; all where none is seen."""
+    """How many rows have a weight that counts beside the largest one; all of them where weights are not seen."""
     if points.weight is None or not is_concrete(points.weight):
         return points.n
     weight = np.asarray(points.weight).astype(np.float64)

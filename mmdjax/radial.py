@@ -194,7 +194,9 @@ class Scaled(Radial):
                     f"bandwidth is {h}; a length above 0 is needed ({type(self).__name__}(None) takes it from refs)"
                 )
             limits = jnp.finfo(jnp.result_type(float))
-            if is_concrete(h) and not all(limits.tiny <= v * v <= limits.max for v in np.ravel(h).astype(float).tolist()):
+            if is_concrete(h) and not all(
+                limits.tiny <= v * v <= limits.max for v in np.ravel(h).astype(float).tolist()
+            ):
                 raise ValueError(
                     f"bandwidth is {h}, whose square is no {limits.dtype} number; scale the data, so that their "
                     "distances are nearer 1, and the bandwidth with them"

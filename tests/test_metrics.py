@@ -171,7 +171,9 @@ def test_standard_error_of_constant_data_and_of_empty_slots():
         assert jnp.isfinite(slope).all()
     x, y = (v[:24] for v in ONE)
     padded = Particles(np.insert(x, [0, 5, 5, 5], np.nan, axis=0), weight=np.insert(np.ones(24), [0, 5, 5, 5], 0))
-    for a, b in zip(mmd2_with_error(RBF(2.0), padded, y, num_blocks=7), mmd2_with_error(RBF(2.0), x, y, num_blocks=7), strict=True):
+    for a, b in zip(
+        mmd2_with_error(RBF(2.0), padded, y, num_blocks=7), mmd2_with_error(RBF(2.0), x, y, num_blocks=7), strict=True
+    ):
         assert float(a) == pytest.approx(float(b), rel=1e-5)
 
 
@@ -612,8 +614,16 @@ MISTAKES = {
     "estimator": (ValueError, "estimator is 'w'", lambda: energy_distance(X, Y, estimator="w")),
     "one sample": (ValueError, "x has 1 samples; at least 2", lambda: frechet_distance(X[:1], Y)),
     "few samples": (ValueError, "y has 3 samples; at least 4", lambda: kid(X, Y[:3])),
-    "one sample, unbiased": (ValueError, 'x has 1 samples; at least 2 .*estimator="v"', lambda: energy_distance(X[:1], Y)),
-    "one mode": (ValueError, 'x has 1 samples; at least 2 .*estimator="v"', lambda: rke(RBF(1.0), X[:1], estimator="u")),
+    "one sample, unbiased": (
+        ValueError,
+        'x has 1 samples; at least 2 .*estimator="v"',
+        lambda: energy_distance(X[:1], Y),
+    ),
+    "one mode": (
+        ValueError,
+        'x has 1 samples; at least 2 .*estimator="v"',
+        lambda: rke(RBF(1.0), X[:1], estimator="u"),
+    ),
     "one weight": (
         ValueError,
         "x has 1 samples of weight above 0",
@@ -630,7 +640,11 @@ MISTAKES = {
         lambda: frechet_distance(Particles(X, weight=np.eye(6)[2]), Y),
     ),
     "no numbers": (TypeError, "y holds the number 3", lambda: energy_distance(X, [3] * 6)),
-    "out of range": (ValueError, r"x has values up to 1e\+20 .*scale the data", lambda: kid(X * np.float32(1e20 / abs(X).max()), X)),
+    "out of range": (
+        ValueError,
+        r"x has values up to 1e\+20 .*scale the data",
+        lambda: kid(X * np.float32(1e20 / abs(X).max()), X),
+    ),
     "one block": (ValueError, "num_blocks is 1", lambda: kid(X, Y, num_blocks=1)),
     "no permutation": (
         ValueError,

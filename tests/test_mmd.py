@@ -268,8 +268,9 @@ def test_unequal_weights_keep_their_digits(small):
     weight = np.array([1, small, small / 2], np.float32)
     gram = lambda a, b: np.exp(-((a.astype(float)[:, None] - b.astype(float)[None]) ** 2).sum(-1) / 2)
     p, q = (w.astype(float) / w.astype(float).sum() for w in (np.ones(3), weight))
-    own = lambda k, w: sum(w[i] * w[j] * k[i, j] for i in range(3) for j in range(3) if i != j) / sum(
-        w[i] * w[j] for i in range(3) for j in range(3) if i != j
+    own = lambda k, w: (
+        sum(w[i] * w[j] * k[i, j] for i in range(3) for j in range(3) if i != j)
+        / sum(w[i] * w[j] for i in range(3) for j in range(3) if i != j)
     )
     expected = own(gram(x, x), p) - 2 * p @ gram(x, y) @ q + own(gram(y, y), q)
     value = mmd2(RBF(1.0), x, Particles(y, weight=weight), estimator="u")
@@ -285,6 +286,16 @@ def test_equal_weights_of_any_size_are_equal_weights(weight):
     for estimator in ("u", "v"):
         value, equal = (mmd2(RBF(1.0), r, q, estimator=estimator) for r in (weighted, p))
         assert float(value) == pytest.approx(float(equal), abs=1e-6)  # 1/5 to rounding, of kernel values of 1
+
+
+@pytest.mark.parametrize("kernel", [RBF, Laplacian, IMQ, RationalQuadratic])
+def test_bandwidths_that_squares_cannot_hold_are_named(kernel):
+    for h in (1e-30, 1e20, (1.0, 1e-25), np.float32(1e-20)):
+        with pytest.raises(ValueError, match=r"bandwidth is .*, whose square is no float32 number; scale the data"):
+            kernel(h)
+    with jax.enable_x64(True):
+        kernel(1e-30)
+    kernel(1.1e-19)  # its square is the least number of float32
 
 
 FAR = {

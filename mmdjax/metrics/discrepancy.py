@@ -202,7 +202,9 @@ def _jackknife(kernel, p, q, num_blocks):
         left = product(others, share)
         pairs = jnp.outer(share, share) * others + jnp.diag(jax.vmap(distinct_pairs, 1)(weight))
         left_own, left_pairs = (jnp.sum(product(others, table) * others, axis=1) for table in (own, pairs))
-        some = left > jnp.finfo(left.dtype).eps  # else the block's term is 0, being the weight left times what is bounded
+        some = (
+            left > jnp.finfo(left.dtype).eps
+        )  # else the block's term is 0, being the weight left times what is bounded
         changed = quotient(left_own, jnp.where(some, left_pairs, 1.0))
         changed -= 2 * product(others, cross.sum(1)) / jnp.where(some, left, 1.0)
         whole = per_pair(own.sum(), weight, "u") - 2 * cross.sum()

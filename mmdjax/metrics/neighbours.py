@@ -1,7 +1,7 @@
 """Metrics of nearest neighbours: fidelity, coverage, a classifier test, memorisation.
 
-Of features on a grid, such as integers, equal distances are equal here, unless their squares outgrow a float's digits; of
-other features distances that differ by no more than rounding count as equal.
+Of features on a grid, such as integers, equal distances are equal here, unless their squares outgrow a float's digits;
+of other features, distances that differ by no more than rounding count as equal.
 
 References:
   Kynkäänniemi et al. 2019 (improved precision and recall), Naeem et al. 2020 (density and coverage), Lopez-Paz & Oquab
