@@ -195,7 +195,7 @@ class Scaled(Radial):
                 )
             limits = jnp.finfo(jnp.result_type(float))
             if is_concrete(h) and not all(
-                limits.tiny <= v * v <= limits.max for v in np.ravel(h).astype(float).tolist()
+                float(limits.tiny) <= v * v <= float(limits.max) for v in np.ravel(h).astype(float).tolist()
             ):
                 raise ValueError(
                     f"bandwidth is {h}, whose square is no {limits.dtype} number; scale the data, so that their "
