@@ -54,7 +54,7 @@ def loops(name: str) -> int:
 def program(num_samples: int, num_refs: int, guidance: Any, devices: int, split_refs: bool = False) -> Any:
     """The compiled sampler of the digits' model; guidance None: unguided."""
     model, params = load_digits()
-    mesh = batch_mesh(jax.devices()[:devices])
+    mesh = batch_mesh(jax.devices()[:devices], explicit=True)  # inside jit, split references are seen as such
     refs = None
     if guidance is not None:
         refs = normal(0, num_refs, *model.shape)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from mmdjax.distances import nearest_distance, neighbour_distance, pairwise_median, subset_of
 from mmdjax.numerics import all_finite
-from mmdjax.particles import Particles, as_particles, check_points, flat
+from mmdjax.particles import Particles, as_particles, check_points, flat, whole
 from mmdjax.tree import is_concrete, pytree
 
 
@@ -55,6 +55,7 @@ class Neighbourhood:
 
 def _some(refs: Particles) -> tuple[Array, Array]:
     # the rows that are looked at, before they are cast: a cast of all of them would be a copy of the references
+    refs = whole(refs)
     looked_at = subset_of(Particles(refs.x, weight=refs.weight))
     return flat(looked_at.x), looked_at.probabilities()
 

@@ -9,7 +9,7 @@ import numpy as np
 from mmdjax.distances import subset
 from mmdjax.host import HostReferences
 from mmdjax.kernels import as_kernel, check_fitted
-from mmdjax.particles import Particles, as_particles, check_points, widen
+from mmdjax.particles import Particles, as_particles, check_points, num_present, whole, widen
 
 
 def check_comparable(name_p: str, p: Particles, name_q: str, q: Particles, kernel_uses_cond: bool = True) -> None:
@@ -34,30 +34,41 @@ def _one_leaf(v):
     return np.broadcast_to(np.float32(0), v.shape) if isinstance(v, HostReferences) else v
 
 
-def as_sets(*, weighted: bool = True, at_least: int = 1, uses_cond: bool = False, **sets: Any) -> list[Particles]:
-    """The named sets as Particles in at least float32, empty slots filled.
+def as_sets(
+    *, weighted: bool = True, at_least: int = 1, estimator: str = "v", uses_cond: bool = False, **sets: Any
+) -> list[Particles]:
+    """The named sets as Particles in at least float32, empty slots filled, whole on every device of Explicit axes.
 
+    Args:
+      at_least: samples that a set needs, counting those of weight above 0 where weights are concrete; with the
+        estimator "u" 2 at least, as the own term of one sample is unknown.
     Raises:
+      TypeError: a set is none of arrays.
       ValueError: a set is empty, too small or not finite, its samples have another shape than the last set's, or it has
         weights where they mean nothing.
     """
-    particles = {name: as_particles(points) for name, points in sets.items()}
+    particles = {name: as_particles(points, name) for name, points in sets.items()}
     last = list(particles)[-1]
+    if estimator == "u":
+        at_least = max(2, at_least)
     for name, points in particles.items():
         check_points(name, points)
         check_comparable(name, points, last, particles[last], kernel_uses_cond=uses_cond)
-        if points.n < at_least:
-            raise ValueError(f"{name} has {points.n} samples; at least {at_least} are needed")
+        count = num_present(points)
+        if count < at_least:
+            why = "" if count == points.n else " of weight above 0 (in its precision)"
+            remedy = ' by the unbiased estimator; give more, or take estimator="v"' if estimator == "u" else ""
+            raise ValueError(f"{name} has {count} samples{why}; at least {at_least} are needed{remedy}")
         if not weighted and points.weight is not None:
             raise ValueError(f"{name} has weights, which mean nothing here; draw rows in proportion to them instead")
-    return [widen(points) for points in particles.values()]
+    return [widen(points) for points in whole(list(particles.values()))]
 
 
 def with_kernel(kernel: Any, *, fit_to_all: bool = False, **settings: Any) -> tuple[Any, ...]:
     """`as_sets`, and before them the kernel, with what it takes from references taken from the last set, or from all.
 
     Raises:
-      TypeError: the kernel is not callable.
+      TypeError: the kernel is not callable, or as `as_sets`.
       ValueError: as `as_sets`, or a bandwidth comes out as 0.
     """
     kernel = as_kernel(kernel)

@@ -29,7 +29,7 @@ from mmdjax.host import HostReferences
 from mmdjax.kernels import IMQ, RBF, Kernel, Laplacian, Linear, Mapped, RationalQuadratic
 from mmdjax.mmd import Estimator, check_estimator, embedding, mmd2, pair_norm
 from mmdjax.numerics import product
-from mmdjax.particles import Particles, as_particles, flat, wide_dtype
+from mmdjax.particles import Particles, as_particles, flat, whole, wide_dtype
 from mmdjax.tree import is_concrete, is_traced, pytree, replace, static
 
 HELD = 10_000  # references whose Gram is held by "thinning": 400 MB
@@ -383,7 +383,7 @@ class MeanEmbedding:
 
     def mmd2(self, z: Any) -> Float[Array, ""]:
         """MMD² between particles z and the references under k̂."""
-        z = as_particles(z)
+        z = whole(as_particles(z, "z"))
         u = z.probabilities()
         phi = self.features(z.x)
         mean = product(u, phi)
@@ -392,7 +392,7 @@ class MeanEmbedding:
 
     def gradient(self, z: Any) -> Any:
         """∂MMD²/∂z_i / u_i, as `mmdjax.direction` has it with precondition "none"; descend it."""
-        z = as_particles(z)
+        z = whole(as_particles(z, "z"))
         u = z.probabilities()
         phi, pull_back = jax.vjp(self.features, z.x)
         mean = product(u, phi)
@@ -417,7 +417,7 @@ def embed(features: Any, refs: Any, *, estimator: Estimator = "u") -> MeanEmbedd
       (2, 1)
     """
     check_estimator(estimator)
-    refs = as_particles(refs)
+    refs = whole(as_particles(refs))
     v = refs.probabilities()
 
     def term(rows):

@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Int, Shaped
 
@@ -80,15 +80,22 @@ def initialize(
         raise
 
 
-def batch_mesh(devices: Sequence[Any] | None = None, *, axis: str = "batch") -> Mesh:
+def batch_mesh(devices: Sequence[Any] | None = None, *, axis: str = "batch", explicit: bool = False) -> Mesh:
     """A mesh with one axis: all devices of all processes, or those given.
+
+    Args:
+      devices: None for all.
+      axis: its name.
+      explicit: whether the axis is Explicit. By default it is Auto: samples split over it are arrays like others, to be
+        sliced and compared at will. Over an Explicit one, references that come split into a `jit` of one's own stay so.
 
     Example:
       >>> batch_mesh(jax.devices()[:1]).axis_names
       ('batch',)
     """
     devices = jax.devices() if devices is None else list(devices)
-    return jax.make_mesh((len(devices),), (axis,), devices=devices)
+    kind = AxisType.Explicit if explicit else AxisType.Auto
+    return jax.make_mesh((len(devices),), (axis,), axis_types=(kind,), devices=devices)
 
 
 def batch_sharding(mesh: Mesh | None = None, axis: str = "batch") -> NamedSharding:

@@ -4,7 +4,8 @@ For P = Σ u_i δ(x_i), Q = Σ v_j δ(y_j) with weights summing to one,
 
     MMD²_v(P, Q) = uᵀ K_xx u − 2 uᵀ K_xy v + vᵀ K_yy v,
 
-and MMD²_u leaves the self-pairs out: uᵀ K_xx u becomes Σ_{i≠j} u_i u_j k(x_i, x_j) / (1 − Σ u_i²), 0 for one particle.
+and MMD²_u leaves the self-pairs out: uᵀ K_xx u becomes Σ_{i≠j} u_i u_j k(x_i, x_j) / (1 − Σ u_i²). For one particle
+that is unknown: `mmd2` refuses it; the guidance, whose gradient does not ask for it, takes 0.
 
 References:
   Gretton et al., A Kernel Two-Sample Test, JMLR 2012, eq. 3 ("u") and 5 ("v").
@@ -12,13 +13,16 @@ References:
 
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mmdjax.blocks import block_beside, sum_across, sum_over, sum_within
 from mmdjax.comparable import with_kernel
-from mmdjax.numerics import product
+from mmdjax.kernels import IMQ, RBF, Laplacian, Mapped, Product, RationalQuadratic, Scaled, Sum
+from mmdjax.numerics import product, safe_sqrt
 from mmdjax.particles import Particles
+from mmdjax.tree import replace
 
 Estimator = Literal["u", "v"]
 
@@ -29,12 +33,38 @@ def check_estimator(estimator: str) -> None:
         raise ValueError(f'estimator is {estimator!r}; choose "u" (unbiased, without self-pairs) or "v"')
 
 
+def distinct_pairs(u: Array) -> Array:
+    """Σ_{i≠j} u_i u_j to the last digits, also where one u is nearly all: (Σu)² − Σu² would cancel."""
+    u = u.reshape(-1)
+    largest = jnp.arange(u.size) == jnp.argmax(u)
+    top, others = jnp.where(largest, u, 0.0).sum(), jnp.where(largest, 0.0, u)
+    return others.sum() * (2 * top + others.sum()) - jnp.sum(others**2)
+
+
 def pair_norm(u: Array, estimator: str) -> Array:
     """What uᵀKu is divided by: 1 ("v"), or 1 − Σu² ("u"; ∞ for one particle, whose term is then 0)."""
     if estimator == "v":
         return jnp.ones((), u.dtype)
     rest = 1 - jnp.sum(u**2)
-    return jnp.where(rest > 10 * jnp.finfo(u.dtype).eps, rest, jnp.inf)
+    rest = jnp.where(rest < 0.5, distinct_pairs(u), rest)  # equal weights give 0.5 or more
+    return jnp.where(rest > 0, rest, jnp.inf)
+
+
+def per_pair(total: Array, u: Array, estimator: str) -> Array:
+    """total / `pair_norm`."""
+    return quotient(total, pair_norm(u, estimator))
+
+
+def quotient(x: Array, y: Array) -> Array:
+    """x / y for y ≥ 0, differentiable also where y² is no number of the type."""
+    scale = jax.lax.stop_gradient(jnp.where((y > 0) & (y < 1e-10), 1 / jnp.where(y > 0, y, 1.0), 1.0))
+    return (x * scale) / (y * scale)
+
+
+def if_known(value: Array, estimator: str, *weights: Array) -> Array:
+    """A public estimate; NaN where all weight is one particle's, so that its own term in "u" is unknown."""
+    known = [jnp.isfinite(pair_norm(jax.lax.stop_gradient(u), estimator)) for u in weights]
+    return jnp.where(jnp.stack(known).all(), value, jnp.nan)
 
 
 def pair_sum(
@@ -65,7 +95,7 @@ def _form(gram, u, v):
 def self_term(kernel: Any, p: Particles, estimator: str) -> Float[Array, ""]:
     """E k(x, x') over a point set."""
     u = p.probabilities()
-    return pair_sum(kernel, p, u, p, u, same=True, self_pairs=estimator == "v") / pair_norm(u, estimator)
+    return per_pair(pair_sum(kernel, p, u, p, u, same=True, self_pairs=estimator == "v"), u, estimator)
 
 
 def cross_term(kernel: Any, p: Particles, q: Particles) -> Float[Array, ""]:
@@ -82,12 +112,15 @@ def mmd2(kernel: Any, p: Any, q: Any, *, estimator: Estimator = "v") -> Float[Ar
       kernel: a bandwidth of None is taken from q.
       p: n particles, or an array or pytree of arrays [n, ...]; zero-weight rows drop out.
       q: m particles, likewise.
-      estimator: "v", biased, zero when p and q coincide; "u", unbiased and possibly negative.
+      estimator: "v", biased, zero when p and q coincide; "u", unbiased and possibly negative, of two particles or
+        more.
     Returns:
       Scalar, in the kernel's units.
     Raises:
-      ValueError: the samples' shapes differ (both are named), a Product kernel meets particles without cond, or q gives
-        a bandwidth of 0, all of it being equal.
+      TypeError: p or q holds something else than arrays of numbers.
+      ValueError: the samples' shapes differ (both are named), a Product kernel meets particles without cond, q gives
+        a bandwidth of 0, all of it being equal, or "u" and a set of one particle, or of one that has all the weight
+        (inside `jit`, where weights are not seen, NaN).
 
     Example:
       >>> from mmdjax import RBF
@@ -98,8 +131,9 @@ def mmd2(kernel: Any, p: Any, q: Any, *, estimator: Estimator = "v") -> Float[Ar
     Source: Gretton et al. 2012, eq. 3 and 5.
     """
     check_estimator(estimator)
-    kernel, p, q = with_kernel(kernel, p=p, q=q)
-    return self_term(kernel, p, estimator) - 2 * cross_term(kernel, p, q) + self_term(kernel, q, estimator)
+    kernel, p, q = with_kernel(kernel, estimator=estimator, p=p, q=q)
+    value = self_term(kernel, p, estimator) - 2 * cross_term(kernel, p, q) + self_term(kernel, q, estimator)
+    return value if estimator == "v" else if_known(value, estimator, p.probabilities(), q.probabilities())
 
 
 def witness(kernel: Any, p: Any, q: Any, points: Any) -> Float[Array, " k"]:
@@ -129,6 +163,9 @@ def witness(kernel: Any, p: Any, q: Any, points: Any) -> Float[Array, " k"]:
 def attribution(kernel: Any, points: Any, refs: Any) -> Float[Array, "n m"]:
     """The share of each reference in the pull on each point: v_j k(z_i, y_j) / Σ_l v_l k(z_i, y_l); rows sum to 1.
 
+    Far from all references, where the kernel underflows, it is the limit: the nearest ones' share of an RBF. A row is
+    0 where nothing pulls, as for a label that no reference has.
+
     Args:
       kernel: a non-negative one, such as that of the guidance; a bandwidth of None is taken from refs.
       points: n particles or an array [n, ...].
@@ -142,5 +179,42 @@ def attribution(kernel: Any, points: Any, refs: Any) -> Float[Array, "n m"]:
       [[0.667..., 0.333...]]
     """
     kernel, points, refs = with_kernel(kernel, points=points, refs=refs)
-    weighted = refs.probabilities() * kernel.gram(points, refs)
-    return weighted / weighted.sum(1, keepdims=True)
+    v = refs.probabilities()
+    weighted = v * kernel.gram(points, refs)
+    total = weighted.sum(1, keepdims=True)
+    sees = jnp.abs(total) > jnp.finfo(weighted.dtype).eps ** 2  # below, terms and their derivatives underflow
+    shares = weighted / jnp.where(sees, total, 1.0)
+    log = jnp.where(v > 0, _log_gram(kernel, points, refs), -jnp.inf)
+    nearest = log.max(1, keepdims=True)
+    pulled = jnp.isfinite(nearest)
+    limit = v * jnp.exp(log - jax.lax.stop_gradient(jnp.where(pulled, nearest, 0.0)))
+    return jnp.where(sees, shares, limit / jnp.where(pulled, limit.sum(1, keepdims=True), 1.0))
+
+
+def _log_gram(kernel, a, b):
+    """log k(a_i, b_j), right where k underflows; −∞ where it is 0."""
+
+    def of_sum(parts):
+        return jax.nn.logsumexp(jnp.stack([jnp.log(w) + _log_gram(k, a, b) for w, k in parts]), axis=0)
+
+    match kernel:
+        case Mapped():
+            return _log_gram(kernel.kernel, *(replace(r, x=kernel.fn(r.x)) for r in (a, b)))
+        case Product():
+            of_x = _log_gram(kernel.x, Particles(a.x), Particles(b.x))
+            return of_x + _log_gram(kernel.cond, Particles(a.cond), Particles(b.cond))
+        case Sum():
+            return of_sum(zip(kernel.weights, kernel.kernels, strict=True))
+        case Scaled() if isinstance(kernel.bandwidth, tuple):
+            return of_sum(kernel.components())
+        case RBF():
+            return -kernel.distance2(a, b) / (2 * kernel.bandwidth**2)
+        case Laplacian():
+            return -safe_sqrt(kernel.distance2(a, b)) / kernel.bandwidth
+        case IMQ():
+            return jnp.log(kernel.bandwidth) - 0.5 * jnp.log(kernel.bandwidth**2 + kernel.distance2(a, b))
+        case RationalQuadratic():
+            width = 2 * kernel.shape * kernel.bandwidth**2
+            return kernel.shape * (jnp.log(width) - jnp.log(width + kernel.distance2(a, b)))
+    gram = kernel.gram(a, b)
+    return jnp.where(gram > 0, jnp.log(jnp.where(gram > 0, gram, 1.0)), -jnp.inf)

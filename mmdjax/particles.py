@@ -4,16 +4,21 @@ A point set stands for the measure Σ_i u_i δ(x_i), weights summing to one. Ref
 memory are all `Particles`.
 """
 
-from typing import Any
+import functools
+import os
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PyTree
 
 from mmdjax.host import HostReferences
-from mmdjax.numerics import all_finite
-from mmdjax.tree import is_concrete, pytree, replace
+from mmdjax.tree import is_concrete, is_traced, pytree, replace
+
+T = TypeVar("T")
 
 
 @pytree
@@ -44,14 +49,103 @@ class Particles:
         """The weights, normalised to sum to one; all zero if every slot is empty."""
         if self.weight is None:
             return jnp.full((self.n,), 1.0 / self.n, wide_dtype(self.x))
-        weight = jnp.asarray(self.weight, wide_dtype(self.x))
+        weight = _summable(jnp.asarray(self.weight, wide_dtype(self.x)))
         total = weight.sum()
         return weight / jnp.where(total > 0, total, 1.0)
 
 
-def as_particles(points: Any) -> Particles:
-    """Particles unchanged; an array or pytree [n, ...] as particles of equal weight."""
-    return points if isinstance(points, Particles) else Particles(points)
+def as_particles(points: Any, name: str = "refs") -> Particles:
+    """Particles unchanged; an array or pytree [n, ...] as particles of equal weight.
+
+    What is no array but read by numpy (a torch tensor, a pandas frame) becomes one.
+
+    Raises:
+      TypeError: numpy cannot read it, or it holds something else than arrays of numbers; `name` is what it is called.
+    """
+    points = points if isinstance(points, Particles) else Particles(points)
+    weight = points.weight
+    if weight is not None and not _is_array(weight):  # one array, never a tree
+        weight = _as_array(f"{name}.weight", np.asarray(weight) if isinstance(weight, list | tuple) else weight)
+    if all(map(_is_array, jax.tree.leaves((points.x, points.cond)))):
+        return points if weight is points.weight else replace(points, weight=weight)
+    x = jax.tree.map(functools.partial(_as_array, name), points.x)
+    cond = jax.tree.map(functools.partial(_as_array, f"{name}.cond"), points.cond)
+    return Particles(x, cond, weight)
+
+
+def _is_array(leaf: Any) -> bool:
+    if isinstance(leaf, np.ndarray | np.generic):
+        return leaf.dtype.kind not in "OUSMm"  # objects, text, dates
+    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
+
+
+def _as_array(name: str, leaf: Any) -> Any:
+    if _is_array(leaf):
+        return leaf
+    kind = f"{type(leaf).__module__.split('.')[0]}.{type(leaf).__name__}".removeprefix("builtins.")
+    if isinstance(leaf, np.ndarray | np.generic):
+        raise TypeError(f"{name} has dtype {leaf.dtype}; give an array of numbers")
+    if isinstance(leaf, str | bytes | os.PathLike) or kind.startswith("PIL."):
+        raise TypeError(
+            f"{name} holds a {kind}; give one array [m, height, width, channels] of numbers: "
+            "mmdjax.sd.pictures.read_picture(path, height, width) reads a file, np.stack joins several"
+        )
+    if isinstance(leaf, bool | int | float | complex):
+        raise TypeError(f"{name} holds the number {leaf!r} where an array is wanted; give np.asarray({name})")
+    if not hasattr(leaf, "__array__"):
+        raise TypeError(f"{name} holds a {kind}; give an array of numbers, such as np.asarray({name})")
+    try:
+        array = np.asarray(leaf)
+    except Exception as error:
+        raise TypeError(
+            f"{name} is a {kind} that numpy cannot read ({error}); give a numpy array in its place"
+        ) from error
+    if not _is_array(array):
+        raise TypeError(f"{name} is a {kind}, which becomes an array of {array.dtype}; give an array of numbers")
+    return array
+
+
+def whole(points: T) -> T:
+    """A pytree of arrays, those that lie on a mesh of Explicit axes now whole on every device; others as they are.
+
+    Operations on all pairs of rows cannot say how their results are to be split over such axes, so they raise. Outside
+    of `jax.set_mesh` even a derivative does, and what mixes them with new arrays: there the axes become Auto ones.
+    """
+
+    def gather(leaf):
+        sharding = getattr(jax.typeof(leaf), "sharding", None) if isinstance(leaf, jax.Array) else None
+        if not isinstance(sharding, NamedSharding) or AxisType.Explicit not in sharding.mesh.axis_types:
+            return leaf
+        leaf, mesh = jax.sharding.reshard(leaf, NamedSharding(sharding.mesh, P())), _mesh_of(leaf) or sharding.mesh
+        if not jax.sharding.get_abstract_mesh().empty:
+            return leaf
+        auto = mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+        return jax.device_put(leaf, NamedSharding(auto, P()))
+
+    return jax.tree.map(gather, points)
+
+
+def _mesh_of(leaf: Any) -> Any:
+    # an array being differentiated or mapped over outside of `jit` has a value, and that a mesh
+    while is_traced(leaf):
+        leaf = getattr(leaf, "primal", getattr(leaf, "val", None))
+    return leaf.sharding.mesh if isinstance(leaf, jax.Array) else None
+
+
+def _summable(weight: Array) -> Array:
+    """Weights, those so large that their sum could overflow times a power of two, which is exact."""
+    return weight * jnp.where(jax.lax.stop_gradient(weight.max(initial=0)) > 2.0**64, 2.0**-64, 1.0).astype(
+        weight.dtype
+    )
+
+
+def num_present(points: Particles) -> int:
+    """How many rows have a weight that counts beside the largest one; all of them where weights are not seen."""
+    if points.weight is None or not is_concrete(points.weight):
+        return points.n
+    weight = np.asarray(points.weight).astype(np.float64)
+    least = float(jnp.finfo(wide_dtype(points.x)).tiny) * weight.max(initial=0)
+    return int(((weight > 0) & (weight >= least)).sum())
 
 
 def wide_dtype(tree: PyTree) -> Any:
@@ -76,7 +170,8 @@ def fill_empty(points: Particles) -> Particles:
     """The points with what lies in empty slots replaced by a row that counts."""
     if points.weight is None:
         return points
-    counts = jnp.asarray(points.weight) > 0
+    weight = jnp.asarray(points.weight)
+    counts = weight > 0
     row = jnp.argmax(counts)
 
     def fill(v):
@@ -84,7 +179,9 @@ def fill_empty(points: Particles) -> Particles:
         return jnp.where(per_sample(counts, v), v, v[row])
 
     x, cond = jax.tree.map(fill, (points.x, points.cond))
-    return replace(points, x=x, cond=cond)
+    floating = jnp.issubdtype(weight.dtype, jnp.floating)
+    weight = _summable(weight.astype(jnp.promote_types(weight.dtype, jnp.float32))) if floating else points.weight
+    return replace(points, x=x, cond=cond, weight=weight)
 
 
 def flat(x: PyTree) -> Float[Array, "n d"]:
@@ -111,8 +208,8 @@ def check_points(name: str, points: Particles, *, floats: bool = False) -> None:
 
     Raises:
       TypeError: with `floats`, x is not made of floating-point arrays.
-      ValueError: no rows, rows of different number, values that are not finite, or weights that are negative or all
-        zero.
+      ValueError: no rows, rows of different number, values that are not finite or whose squares overflow, or weights
+        that are negative, all zero, or out of range.
     """
     leaves = [points.x] if isinstance(points.x, HostReferences) else jax.tree.leaves(points.x)
     if not leaves:
@@ -131,22 +228,46 @@ def check_points(name: str, points: Particles, *, floats: bool = False) -> None:
         raise ValueError(
             f"{name} is empty (shape {np.shape(leaves[0])}); give at least one sample, or None for no guidance"
         )
+    counts = np.ones(points.n, bool)
+    if points.weight is not None and is_concrete(points.weight):
+        counts = _check_weight(name, np.asarray(points.weight), jnp.finfo(wide_dtype(points.x)))
     for part, value in (("", points.x), (".cond", points.cond)):
         for leaf in jax.tree.leaves(value):
-            floating = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-            if floating and is_concrete((leaf, points.weight)) and not all_finite(leaf):
-                finite = np.isfinite(np.asarray(leaf, np.float32)).reshape(points.n, -1).all(1)
-                counts = True if points.weight is None else np.asarray(points.weight) > 0
-                bad = np.flatnonzero(~finite & counts).tolist()
-                if not bad:
-                    continue
-                raise ValueError(f"{name}{part} is NaN or infinite in rows {_shorten(bad)}; remove or repair them")
-    if points.weight is not None and is_concrete(points.weight):
-        weight = np.asarray(points.weight)
-        if not np.isfinite(weight).all() or (weight < 0).any() or weight.sum() == 0:
-            raise ValueError(
-                f"{name}.weight must be finite, non-negative and not all zero; it is {_shorten(weight.tolist())}"
-            )
+            if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) and is_concrete((leaf, points.weight)):
+                _check_values(f"{name}{part}", leaf, counts)
+
+
+def _check_weight(name: str, weight: np.ndarray, limits: Any) -> np.ndarray:
+    """Which rows count."""
+    if not np.isfinite(weight).all() or (weight < 0).any() or not (weight > 0).any():
+        raise ValueError(
+            f"{name}.weight must be finite, non-negative and not all zero; it is {_shorten(weight.tolist())}"
+        )
+    if not float(limits.tiny) <= float(weight.max()) <= float(limits.max):
+        raise ValueError(
+            f"{name}.weight is at most {weight.max()}, which {limits.dtype} cannot hold; divide it by its largest entry"
+        )
+    return weight > 0
+
+
+def _check_values(what: str, leaf: Any, counts: np.ndarray) -> None:
+    limits = jnp.finfo(wide_dtype(leaf))
+    with jax.ensure_compile_time_eval():
+        largest = float(jnp.max(jnp.abs(jnp.asarray(leaf)), initial=0))  # NaN if there is one
+    most2 = float(limits.max) / 4  # of |x|²: |x − y|² is at most four times as much
+    if largest * largest * np.prod(np.shape(leaf)[1:]) <= most2:
+        return
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = np.asarray(leaf, limits.dtype).reshape(len(counts), -1).astype(np.float64)
+        bad = np.flatnonzero(~np.isfinite(values).all(1) & counts).tolist()
+        far = np.flatnonzero(((values**2).sum(1) > most2) & counts).tolist()
+    if bad:
+        raise ValueError(f"{what} is NaN or infinite in rows {_shorten(bad)}; remove or repair them")
+    if far:
+        raise ValueError(
+            f"{what} has values up to {np.abs(values[far]).max():.3g} in rows {_shorten(far)}, so far apart that their "
+            f"squared distances overflow in {limits.dtype}; scale the data"
+        )
 
 
 def _shorten(values: list) -> str:

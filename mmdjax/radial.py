@@ -28,7 +28,7 @@ from mmdjax.bandwidths import Median, Neighbourhood
 from mmdjax.blocks import block_beside, sum_over
 from mmdjax.distances import about, centred_distance, middle, squared_distance
 from mmdjax.numerics import product, reciprocal, safe_sqrt
-from mmdjax.particles import Particles, as_particles, flat, wide_dtype
+from mmdjax.particles import Particles, as_particles, flat, whole, wide_dtype
 from mmdjax.schedules import Level
 from mmdjax.tree import are_numbers, as_component, check_instance, complete, is_concrete, pytree, replace, static
 
@@ -52,7 +52,8 @@ class Kernel:
     def __call__(self, a: Particles, b: Particles) -> Float[Array, "n m"]:
         """The Gram matrix k(a_i, b_j)."""
         same = a is b
-        return self.gram(as_particles(a), as_particles(b), same=same)
+        a, b = (whole(as_particles(points, name)) for points, name in ((a, "a"), (b, "b")))
+        return self.gram(a, b, same=same)
 
     @property
     def has_mass(self) -> bool:
@@ -339,6 +340,14 @@ class Scaled(Radial):
             if is_concrete(h) and not (np.asarray(h) > 0).all():
                 raise ValueError(
                     f"bandwidth is {h}; a length above 0 is needed ({type(self).__name__}(None) takes it from refs)"
+                )
+            limits = jnp.finfo(jnp.result_type(float))
+            if is_concrete(h) and not all(
+                float(limits.tiny) <= v * v <= float(limits.max) for v in np.ravel(h).astype(float).tolist()
+            ):
+                raise ValueError(
+                    f"bandwidth is {h}, whose square is no {limits.dtype} number; scale the data, so that their "
+                    "distances are nearer 1, and the bandwidth with them"
                 )
 
     def default_rule(self) -> "Callable[[Particles], Array]":

@@ -8,7 +8,6 @@ import pytest
 from mmdjax import Particles, blocks
 from mmdjax.blocks import num_blocks, rows, sum_across, sum_within, triangle
 
-
 BLOCK = 64
 
 

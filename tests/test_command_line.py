@@ -72,6 +72,16 @@ def test_sample_writes_all_of_it(sampled, refs):
     assert after["mmd2"] < before["mmd2"]
 
 
+@pytest.mark.parametrize(("samples", "references"), [(1, 3), (3, 1)])
+def test_distances_of_one_sample_are_left_out(samples, references):
+    """Unbiased ones are unknown; so says run.json, and a run of one picture ends well."""
+    draw = np.random.default_rng(0).normal
+    particles = mmdjax.Particles(draw(size=(references, 2)).astype(np.float32))
+    arrays = {"latents": draw(size=(samples, 2)).astype(np.float32)}
+    guidance = mmdjax.MMDGuidance(mmdjax.IMQ(1.0))
+    assert mmdjax.sd.run._distances(guidance, particles, arrays, None) == {}
+
+
 def test_interrupted_run_goes_on(sampled, model, refs, tmp_path, monkeypatch, capsys):
     """Ctrl-C at the fourth picture, then the same command: its files are those of a run that nothing interrupted."""
     out, save_picture = tmp_path / "out", mmdjax.sd.run.save_picture

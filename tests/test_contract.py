@@ -8,14 +8,14 @@ meets placement, rule and estimator in the bound guidance, without a network. te
 import functools
 import itertools
 
-import examples
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from examples import KERNELS, PLACEMENTS, RULES, SAMPLERS, SCHEDULES, allowed, diffusable, rules_of
 
+import examples
 import mmdjax
+from examples import KERNELS, PLACEMENTS, RULES, SAMPLERS, SCHEDULES, allowed, diffusable, rules_of
 from mmdjax import DiffusionModel, MMDGuidance, Particles, guided_sample
 from mmdjax.guidance import bind, fit_kernel
 from mmdjax.schedules import VPLinear

@@ -159,7 +159,9 @@ def test_scale_zero_is_the_plain_flow():
 
 
 # by rounding, the average of "field" changes the sizes of adaptive steps, and these the samples: far below tolerance
-@pytest.mark.parametrize(("precondition", "rtol"), [pytest.param("mass", 1e-9, marks=pytest.mark.slow), ("field", 1e-7)])
+@pytest.mark.parametrize(
+    ("precondition", "rtol"), [pytest.param("mass", 1e-9, marks=pytest.mark.slow), ("field", 1e-7)]
+)
 def test_permuting_the_batch_permutes_the_samples(float64, precondition, rtol):
     x, refs = start(), references()
     order = jnp.array([3, 0, 5, 1, 7, 4, 2, 6])

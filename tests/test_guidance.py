@@ -472,9 +472,7 @@ def test_guide_denoiser_is_the_denoised_shift():
     average = averages(kernel, Particles(z), Particles(Y), spread2=spread2(Y, jnp.ones(len(Y))))
     for _ in range(4):
         balance = balance_at(kernel, level)
-        z = z - average @ shifted(
-            kernel, Particles(z), Particles(Y), None, precondition="field", balance=balance
-        )
+        z = z - average @ shifted(kernel, Particles(z), Particles(Y), None, precondition="field", balance=balance)
     np.testing.assert_allclose(guided(None, Z, level, None), z, rtol=1e-5, atol=1e-6)  # float32
 
 

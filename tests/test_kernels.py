@@ -406,7 +406,8 @@ def numpy_nearest(x, k=1):
 
 
 @pytest.mark.parametrize(
-    ("n", "d"), [(2, 3), (10, 20), *(pytest.param(*size, marks=pytest.mark.slow) for size in ((2, 20), (7, 3), (7, 20), (10, 3)))]
+    ("n", "d"),
+    [(2, 3), (10, 20), *(pytest.param(*size, marks=pytest.mark.slow) for size in ((2, 20), (7, 3), (7, 20), (10, 3)))],
 )
 def test_bandwidth_rules_against_numpy(n, d):
     x = np.random.default_rng(n).normal(size=(n, d)).astype(np.float32)

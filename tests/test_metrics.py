@@ -139,6 +139,52 @@ def test_estimate_is_the_unbiased_mmd2(kernel, x64):
     assert float(estimate.value) == pytest.approx(float(mmd2(kernel, p, q, estimator="u")), rel=1e-10)
 
 
+def test_standard_error_where_a_block_has_all_the_weight():
+    rng = np.random.default_rng(0)
+    x, y = (Particles(rng.normal(size=(n, 2)).astype(np.float32)) for n in (9, 8))
+    for small in (1e-6, 1e-12, 1e-30):
+        weight = np.float32([1] + [small] * 8)
+        found = mmd2_with_error(RBF(1.0), Particles(x.x, weight=weight), y, num_blocks=3)
+        u = weight.astype(float) / weight.astype(float).sum()
+        k = np.exp(-(distances(x.x, x.x) ** 2) / 2), np.exp(-(distances(x.x, y.x) ** 2) / 2)
+
+        def theta(rows, u=u, k=k):  # what depends on x, of these rows
+            pairs = [(i, j) for i in rows for j in rows if i != j]
+            own = sum(u[i] * u[j] * k[0][i, j] for i, j in pairs) / sum(u[i] * u[j] for i, j in pairs)
+            return own - 2 * sum(u[i] * k[1][i].mean() for i in rows) / sum(u[i] for i in rows)
+
+        left = [np.delete(np.arange(9), block) for block in np.arange(9).reshape(3, 3)]
+        of_x = sum((u[rows].sum() * (theta(rows) - theta(range(9)))) ** 2 for rows in left) * 3 / 2
+        of_y = []  # what depends on y: its blocks of 3, 3 and 2 rows
+        k_yy = np.exp(-(distances(y.x, y.x) ** 2) / 2) * (1 - np.eye(8))
+        to_y = u @ k[1]
+        value = lambda rows, k_yy=k_yy, to_y=to_y: (
+            k_yy[np.ix_(rows, rows)].sum() / (len(rows) * (len(rows) - 1)) - 2 * to_y[rows].mean()
+        )
+        for block in range(3):
+            rows = np.flatnonzero(np.arange(8) * 3 // 8 != block)
+            of_y.append((len(rows) / 8 * (value(rows) - value(np.arange(8)))) ** 2 * 3 / 2)
+        assert jnp.isfinite(found.value)
+        assert float(found.error) == pytest.approx(math.sqrt(of_x + sum(of_y)), rel=1e-5)
+        slope = jax.grad(lambda v, w=weight: mmd2_with_error(RBF(1.0), Particles(v, weight=w), y, num_blocks=3).error)
+        assert jnp.isfinite(slope(x.x)).all()
+
+
+def test_standard_error_of_constant_data_and_of_empty_slots():
+    x, y = np.ones((6, 2), np.float32), np.ones((5, 2), np.float32)
+    estimate = mmd2_with_error(RBF(1.0), x, y)
+    assert estimate == (pytest.approx(0, abs=1e-6), pytest.approx(0, abs=5e-6))  # sums of 6 × 1/6 in float32
+    for value in (0.0, 1.0):  # the kernel is Linear: exact zeros at 0
+        slope = jax.grad(lambda x: mmd2_with_error(Linear(), x, y * 0).error)(x * value)
+        assert jnp.isfinite(slope).all()
+    x, y = (v[:24] for v in ONE)
+    padded = Particles(np.insert(x, [0, 5, 5, 5], np.nan, axis=0), weight=np.insert(np.ones(24), [0, 5, 5, 5], 0))
+    for a, b in zip(
+        mmd2_with_error(RBF(2.0), padded, y, num_blocks=7), mmd2_with_error(RBF(2.0), x, y, num_blocks=7), strict=True
+    ):
+        assert float(a) == pytest.approx(float(b), rel=1e-5)
+
+
 def test_kid_in_blocks_is_the_dense_one(small_blocks):
     x, y = SEVERAL
     expected = dense_mmd2(lambda a, b: (np.float64(a) @ np.float64(b).T / 6 + 1) ** 3, x, y)
@@ -415,6 +461,74 @@ def test_derivatives_of_diversity(score, x64):
         np.testing.assert_allclose(jax.grad(f)(0.0), difference, rtol=1e-6)
 
 
+@pytest.mark.parametrize("order", [0.05, 0.1, 0.5])
+@pytest.mark.parametrize("copies", [1, 40, 400])
+@pytest.mark.parametrize("kernel", [RBF(1.0), Cosine()], ids=["rbf", "cosine"])
+def test_small_orders_do_not_count_rounding(kernel, copies, order):
+    points = np.float32([[30, 0, 0], [0, 30, 0], [0, 0, 30]])
+    assert float(vendi(kernel, np.repeat(points, copies, axis=0), order=order)) == pytest.approx(3, rel=1e-5)
+
+
+def test_small_orders_of_overlapping_copies():
+    """Against the eigenvalues in float64 of the distinct points alone."""
+    rng = np.random.default_rng(0)
+    points, which = 2 * rng.normal(size=(5, 2)).astype(np.float32), rng.integers(0, 5, 400)
+    share = np.bincount(which, minlength=5) / 400
+    gram = np.exp(-(distances(points, points) ** 2) / 2) * np.sqrt(share[:, None] * share)
+    spectrum = np.linalg.eigvalsh(gram)
+    assert spectrum.min() > 0.01 * spectrum.max()  # far above rounding
+    expected = (spectrum**0.1).sum() ** (1 / 0.9)
+    assert float(vendi(RBF(1.0), points[which], order=0.1)) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("order", [0.999, 0.9999999, 1.0000001, 1.001, 50.0, 200.0])
+def test_orders_near_one_and_large_ones(order):
+    x, _ = ONE
+    spectrum = np.linalg.eigvalsh(np.exp(-(distances(x, x) ** 2) / 2) / len(x))
+    entropy = np.log(np.sum((spectrum / spectrum.max()) ** order)) + order * np.log(spectrum.max())
+    # in float64 the sum near 1 is good to 1e-16/1e-7; eigenvalues of 60 samples in float32 to some 1e-6
+    assert float(vendi(RBF(1.0), x, order=order)) == pytest.approx(np.exp(entropy / (1 - order)), rel=1e-5)
+    assert jnp.isfinite(jax.grad(lambda x: vendi(RBF(1.0), x, order=order))(x)).all()
+
+
+def integer_metrics(x, y, k):
+    """By whole matrices of int64: precision, recall, density, coverage, accuracy."""
+    xx, yy, xy = (((a[:, None] - b[None]) ** 2).sum(-1) for a, b in ((x, x), (y, y), (x, y)))
+    xx, yy = (d2 + 2**40 * np.eye(len(d2), dtype=np.int64) for d2 in (xx, yy))
+    radius_x, radius_y = (np.sort(d2, axis=1)[:, k - 1] for d2 in (xx, yy))
+    in_y, in_x = xy < radius_y, xy < radius_x[:, None]
+    rates = [
+        ((own < other) / 2 + (own <= other) / 2).mean()
+        for own, other in ((xx.min(1), xy.min(1)), (yy.min(1), xy.min(0)))
+    ]
+    return in_y.any(1).mean(), in_x.any(0).mean(), in_y.sum(1).mean() / k, in_y.any(0).mean(), np.mean(rates)
+
+
+@pytest.mark.parametrize("d", [3, 5, 16, 64])
+def test_equal_distances_are_equal(d):
+    """Features on a grid, far from the origin and in any unit: exact, with ties in most rows."""
+    rng = np.random.default_rng(d)
+    for values, offset, unit in ((2, 0, 1.0), (4, 1000, 1.0), (11, -77, 2.0**-6), (256, 0, 4.0)):
+        x, y = rng.integers(0, values, (40, d)) + offset, rng.integers(0, values, (50, d)) + offset
+        made, target = (np.float32(unit * v) for v in (x, y))
+        found = (
+            *precision_recall(made, target, k=3),
+            *density_coverage(made, target, k=3),
+            nearest_neighbour_accuracy(made, target),
+        )
+        np.testing.assert_allclose(found, integer_metrics(x, y, 3), rtol=3e-7)  # means of exact counts, in float32
+
+
+def test_copies_of_a_neighbour_tie():
+    """Each sample's nearest other one in its own set is also in the other set: features of any value."""
+    near = two_sets(30, 1, 40, shift=3.0)[0]
+    x = np.concatenate([near, near + 0.01])  # pairs
+    y = np.concatenate([near[:15] + 0.01, near[15:], near[:15] + 0.01, near[15:]])  # each twice
+    # a pair of x has one of itself in y, at 0, and so for that one the copy counts; its partner is as near to it and to
+    # its copy: ½. Each of y lies on its own copy and on a sample of x: ½
+    assert float(nearest_neighbour_accuracy(x, y)) == pytest.approx((0.5 * 0.5 + 0.5) / 2)
+
+
 # --- all of them --------------------------------------------------------------------------------------------------
 
 KEY = functools.partial(jax.random.key, 0)
@@ -510,6 +624,37 @@ MISTAKES = {
     "estimator": (ValueError, "estimator is 'w'", lambda: energy_distance(X, Y, estimator="w")),
     "one sample": (ValueError, "x has 1 samples; at least 2", lambda: frechet_distance(X[:1], Y)),
     "few samples": (ValueError, "y has 3 samples; at least 4", lambda: kid(X, Y[:3])),
+    "one sample, unbiased": (
+        ValueError,
+        'x has 1 samples; at least 2 .*estimator="v"',
+        lambda: energy_distance(X[:1], Y),
+    ),
+    "one mode": (
+        ValueError,
+        'x has 1 samples; at least 2 .*estimator="v"',
+        lambda: rke(RBF(1.0), X[:1], estimator="u"),
+    ),
+    "one weight": (
+        ValueError,
+        "x has 1 samples of weight above 0",
+        lambda: energy_distance(Particles(X, weight=np.eye(6)[2]), Y),
+    ),
+    "few weights": (
+        ValueError,
+        "x has 2 samples of weight above 0.*at least 4",
+        lambda: kid(Particles(X, weight=np.arange(6) < 2), Y),
+    ),
+    "one weighted covariance": (
+        ValueError,
+        "x has 1 samples of weight above 0",
+        lambda: frechet_distance(Particles(X, weight=np.eye(6)[2]), Y),
+    ),
+    "no numbers": (TypeError, "y holds the number 3", lambda: energy_distance(X, [3] * 6)),
+    "out of range": (
+        ValueError,
+        r"x has values up to 1e\+20 .*scale the data",
+        lambda: kid(X * np.float32(1e20 / abs(X).max()), X),
+    ),
     "one block": (ValueError, "num_blocks is 1", lambda: kid(X, Y, num_blocks=1)),
     "no permutation": (
         ValueError,

@@ -27,7 +27,7 @@ from mmdjax import (
     witness,
 )
 from mmdjax.kernels import as_kernel
-from mmdjax.mmd import cross_term, self_term
+from mmdjax.mmd import attribution, cross_term, self_term
 
 KERNELS = {
     "rbf": RBF(1.3),
@@ -49,7 +49,9 @@ few = ("rbf", "imq", "energy", "polynomial", "product", "mapped")  # one of each
 some_kernels = pytest.mark.parametrize("kernel", [KERNELS[name] for name in few], ids=few)
 SLOW = pytest.mark.slow  # for kernels whose programs take long to compile where one of the same kind is quick
 three = pytest.mark.parametrize(
-    "kernel", [pytest.param(KERNELS[n], marks=() if n in ("energy", "polynomial", "product") else SLOW) for n in few], ids=few
+    "kernel",
+    [pytest.param(KERNELS[n], marks=() if n in ("energy", "polynomial", "product") else SLOW) for n in few],
+    ids=few,
 )
 each_estimator = pytest.mark.parametrize("estimator", ["v", "u"])
 
@@ -240,14 +242,103 @@ def test_energy_as_a_factor_is_the_same_mmd(x64):
 
 def test_single_points(x64):
     x, y = jnp.zeros((1, 2)), jnp.array([[3.0, 4.0]])
-    assert mmd2(Energy(), x, y, estimator="v") == mmd2(Energy(), x, y, estimator="u") == 10  # 2|x − y|
-    k = np.exp(-25 / 2)
-    assert mmd2(RBF(1.0), x, y) == pytest.approx(2 - 2 * k)
-    assert mmd2(RBF(1.0), x, y, estimator="u") == pytest.approx(-2 * k)  # the self-terms are 0
+    assert mmd2(Energy(), x, y, estimator="v") == 10  # 2|x − y|
+    assert mmd2(RBF(1.0), x, y) == pytest.approx(2 - 2 * np.exp(-25 / 2))
     one_left = Particles(jnp.ones((3, 2)), weight=jnp.array([0.0, 5.0, 0.0]))
+    # what the guidance needs, which moves one particle by the references alone; an estimate is refused
     assert self_term(RBF(1.0), one_left, "u") == 0
     gradient = jax.grad(lambda w: self_term(RBF(1.0), Particles(one_left.x, weight=w), "u"))(one_left.weight)
     assert jnp.isfinite(gradient).all()
+
+
+def test_unbiased_estimates_of_one_particle_are_refused():
+    x, y = np.zeros((1, 2), np.float32), np.ones((4, 2), np.float32)
+    for weight in ([0, 5, 0, 0], [1, 1e-39, 0, 0]):  # the second is no share that float32 can hold
+        one_left = Particles(y, weight=np.array(weight))
+        with pytest.raises(ValueError, match=r'q has 1 samples of weight above 0.*estimator="v"'):
+            mmd2(RBF(1.0), y, one_left, estimator="u")
+        assert jnp.isfinite(mmd2(RBF(1.0), y, one_left))
+    with pytest.raises(ValueError, match=r'p has 1 samples; at least 2 .*give more, or take estimator="v"'):
+        mmd2(RBF(1.0), x, y, estimator="u")
+    with pytest.raises(ValueError, match="p has 1 samples"):  # shapes are seen inside jit too
+        jax.jit(lambda x: mmd2(RBF(1.0), x, y, estimator="u"))(x)
+    by_weight = jax.jit(lambda w: mmd2(RBF(1.0), y, Particles(y + 1, weight=w), estimator="u"))
+    assert jnp.isnan(by_weight(jnp.array([0.0, 5.0, 0.0, 0.0])))
+    assert jnp.isfinite(by_weight(jnp.array([0.0, 5.0, 1e-6, 0.0])))
+
+
+@pytest.mark.parametrize("small", [1e-2, 1e-5, 1e-6, 1e-7, 1e-20])
+def test_unequal_weights_keep_their_digits(small):
+    """Of three particles, so that 1 − Σu² has other terms than one product; in float32 against loops in float64."""
+    x, y = np.array([[0.0], [1.0], [3.0]], np.float32), np.array([[0.0], [0.5], [2.0]], np.float32)
+    weight = np.array([1, small, small / 2], np.float32)
+    gram = lambda a, b: np.exp(-((a.astype(float)[:, None] - b.astype(float)[None]) ** 2).sum(-1) / 2)
+    p, q = (w.astype(float) / w.astype(float).sum() for w in (np.ones(3), weight))
+    own = lambda k, w: (
+        sum(w[i] * w[j] * k[i, j] for i in range(3) for j in range(3) if i != j)
+        / sum(w[i] * w[j] for i in range(3) for j in range(3) if i != j)
+    )
+    expected = own(gram(x, x), p) - 2 * p @ gram(x, y) @ q + own(gram(y, y), q)
+    value = mmd2(RBF(1.0), x, Particles(y, weight=weight), estimator="u")
+    assert float(value) == pytest.approx(expected, abs=1e-6)  # of kernel values of 1, in float32
+    slope = jax.grad(lambda w: mmd2(RBF(1.0), x, Particles(y, weight=w), estimator="u"))(jnp.asarray(weight))
+    assert jnp.isfinite(slope).all()
+
+
+@pytest.mark.parametrize("weight", [1e38, 3e38, 1e-37, np.float16(60_000)])
+def test_equal_weights_of_any_size_are_equal_weights(weight):
+    p, q = (Particles(jnp.asarray(points(i, 5).x, jnp.float32)) for i in (0, 1))
+    weighted = Particles(p.x, weight=np.full(5, weight, np.asarray(weight).dtype if weight == 60_000 else np.float32))
+    for estimator in ("u", "v"):
+        value, equal = (mmd2(RBF(1.0), r, q, estimator=estimator) for r in (weighted, p))
+        assert float(value) == pytest.approx(float(equal), abs=1e-6)  # 1/5 to rounding, of kernel values of 1
+
+
+@pytest.mark.parametrize("kernel", [RBF, Laplacian, IMQ, RationalQuadratic])
+def test_bandwidths_that_squares_cannot_hold_are_named(kernel):
+    for h in (1e-30, 1e20, (1.0, 1e-25), np.float32(1e-20)):
+        with pytest.raises(ValueError, match=r"bandwidth is .*, whose square is no float32 number; scale the data"):
+            kernel(h)
+    with jax.enable_x64(True):
+        kernel(1e-30)
+    kernel(1.1e-19)  # its square is the least number of float32
+
+
+FAR = {
+    "rbf": (RBF(1.0), lambda d: -(d**2) / 2),
+    "rbf mixture": (RBF((0.5, 1.0)), lambda d: np.logaddexp(-2 * d**2, -(d**2) / 2)),
+    "laplacian": (Laplacian(0.01), lambda d: -100 * d),
+    "imq": (IMQ(1.0), lambda d: -0.5 * np.log1p(d**2)),
+    "rational quadratic": (RationalQuadratic(1.0, 20.0), lambda d: -20 * np.log1p(d**2 / 40)),
+    "sum": (Sum(RBF(1.0), Laplacian(0.01)), lambda d: np.logaddexp(-(d**2) / 2, -100 * d)),
+    "mapped": (Mapped(lambda x: 2 * x, RBF(2.0)), lambda d: -(d**2) / 2),
+}
+
+
+@pytest.mark.parametrize("name", FAR)
+def test_attribution_far_away_is_its_limit(name):
+    kernel, log = FAR[name]
+    z, y = np.array([[0.5, 0.0], [30.0, 1.0], [1e5, 3.0]], np.float32), np.eye(3, 2, dtype=np.float32)
+    v = np.array([0.5, 0.3, 0.2])
+    distance = np.linalg.norm(z.astype(float)[:, None] - y, axis=-1)
+    logits = np.log(v) + log(distance)
+    expected = np.exp(logits - logits.max(1, keepdims=True))
+    expected /= expected.sum(1, keepdims=True)
+    refs = Particles(y, weight=v.astype(np.float32))
+    shares = np.asarray(attribution(kernel, z, refs))
+    # 1e5 away float32 knows distances to .008 and their squares to 1e3: only which one is nearest
+    np.testing.assert_allclose(shares[:2], expected[:2], rtol=1e-2 if name == "laplacian" else 2e-4, atol=1e-7)
+    assert np.isfinite(shares).all()
+    np.testing.assert_allclose(shares.sum(1), 1, rtol=1e-6)
+    slope = jax.grad(lambda z: (attribution(kernel, z, refs) ** 2).sum())(z)
+    assert jnp.isfinite(slope).all()
+
+
+def test_attribution_where_nothing_pulls():
+    z = Particles(np.zeros((2, 2), np.float32) + 100, cond=np.array([1, 2]))
+    refs = Particles(np.eye(3, 2, dtype=np.float32), cond=np.array([0, 1, 1]))
+    shares = attribution(Product(RBF(1.0), Delta()), z, refs)
+    np.testing.assert_allclose(shares, [[0, 1, 0], [0, 0, 0]], atol=1e-6)  # no reference has label 2
 
 
 # --- derivatives where they are delicate --------------------------------------------------------------------------

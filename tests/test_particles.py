@@ -1,10 +1,13 @@
 """Weighted point sets."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from PIL import Image
 
 from mmdjax import Particles
 from mmdjax.particles import as_particles, check_points, flat, per_sample, wide_dtype, widen
@@ -87,3 +90,62 @@ def test_good_points_pass():
     jax.jit(lambda x: check_points("refs", Particles(x)))(np.full((2, 2), np.nan))  # traced values are not looked at
     with pytest.raises(ValueError, match="one row a sample"):
         jax.jit(lambda x, w: check_points("refs", Particles(x, weight=w)))(X, np.ones(2))  # shapes are
+
+
+def test_values_that_squares_cannot_hold_are_named():
+    for x, message in (
+        (np.float32([[1.0, 2.0], [1e20, 0.0]]), r"refs has values up to 1e\+20 in rows \[1\], so far apart .*scale"),
+        (np.full((2, 4000), 2e17, np.float32), "squared distances overflow in float32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_points("refs", Particles(x))
+        check_points("refs", Particles(np.vstack([x, X[:1, :1] + 0 * x[:1]]), weight=np.array([0] * len(x) + [1])))
+    with jax.enable_x64(True):
+        check_points("refs", Particles(np.array([[1e20], [0.0]])))  # float64 holds them
+    with pytest.raises(ValueError, match=r"weight is at most 1e-39, which float32 cannot hold"):
+        check_points("refs", Particles(X, weight=np.full(3, 1e-39)))
+    check_points("refs", Particles(X, weight=np.full(3, 60_000, np.float16)))  # their sum is no float16
+
+
+class Foreign:
+    """What numpy reads: torch tensors and pandas frames."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __array__(self, dtype=None, copy=None):
+        if self.array is None:
+            raise RuntimeError("can't convert cuda:0 device type tensor to numpy")
+        return self.array
+
+
+def test_foreign_arrays_are_read_as_numpy_does():
+    points = as_particles(Particles(Foreign(X), cond={"label": Foreign(np.arange(3))}, weight=[1, 0, 2]))
+    assert points.x is X
+    assert points.cond["label"].tolist() == [0, 1, 2]
+    assert isinstance(points.weight, np.ndarray)
+    check_points("refs", points)
+    assert as_particles({"a": X, "b": [X, Foreign(X)]}).x["b"][1] is X
+
+
+PICTURE = Image.new("RGB", (2, 2))
+
+
+@pytest.mark.parametrize(
+    ("points", "message"),
+    [
+        (Foreign(None), "refs is a test_particles.Foreign that numpy cannot read .can't convert cuda"),
+        (Foreign(np.array(["a", 1], object)), "becomes an array of object"),
+        ([PICTURE, PICTURE], r"refs holds a PIL.Image.*mmdjax\.sd\.pictures"),
+        ("refs/a.png", r"refs holds a str.*mmdjax\.sd\.pictures"),
+        ([Path("a.png")], r"refs holds a pathlib\..*mmdjax\.sd\.pictures"),
+        ([3] * 32, r"refs holds the number 3 where an array is wanted; give np\.asarray\(refs\)"),
+        (Particles(X, cond=[3] * 3), r"refs.cond holds the number 3"),
+        (np.array(["a", "b"]), "refs has dtype <U1"),
+        (Particles(X, cond=np.array([None, 1, 2])), "refs.cond has dtype object"),
+        (object(), "refs holds a object"),
+    ],
+)
+def test_what_holds_no_numbers_is_named(points, message):
+    with pytest.raises(TypeError, match=message):
+        as_particles(points)

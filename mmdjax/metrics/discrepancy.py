@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from mmdjax.blocks import sum_across, sum_within, triangle
 from mmdjax.comparable import as_sets, with_kernel
 from mmdjax.kernels import Energy, Polynomial
-from mmdjax.mmd import Estimator, check_estimator, pair_norm
+from mmdjax.mmd import Estimator, check_estimator, distinct_pairs, if_known, pair_norm, per_pair, quotient
 from mmdjax.numerics import product
 from mmdjax.particles import flat, wide_dtype
 from mmdjax.sampling import check_key
@@ -43,9 +43,10 @@ def energy_distance(x: Any, y: Any, *, estimator: Estimator = "u") -> Float[Arra
     Args:
       x: n samples [n, ...].
       y: m samples [m, ...].
-      estimator: "u", unbiased (may be slightly negative), or "v".
+      estimator: "u", unbiased (may be slightly negative), for two samples or more in each set, or "v".
     Raises:
-      ValueError: the samples' shapes differ.
+      ValueError: the samples' shapes differ, or "u" and one sample, or one that has all the weight (inside `jit`, where
+        weights are not seen, NaN).
 
     Example:
       >>> round(float(energy_distance(jnp.zeros((3, 2)), jnp.array([[3.0, 4.0]] * 3))), 4)
@@ -54,7 +55,7 @@ def energy_distance(x: Any, y: Any, *, estimator: Estimator = "u") -> Float[Arra
     Source: Székely & Rizzo 2013, eq. 2.
     """
     check_estimator(estimator)
-    x, y = as_sets(x=x, y=y)
+    x, y = as_sets(estimator=estimator, x=x, y=y)
     return _mmd2(Energy(), x, y, estimator)
 
 
@@ -72,7 +73,7 @@ def mmd2_with_error(kernel: Any, x: Any, y: Any, *, num_blocks: int = 50) -> Est
         together and depend on each other belong into one block.
       num_blocks: B; at most n and m.
     Raises:
-      ValueError: the samples' shapes differ, fewer than 4 samples or 2 blocks.
+      ValueError: the samples' shapes differ, fewer than 4 samples (of weight above 0) or 2 blocks.
 
     Example:
       >>> from mmdjax import RBF
@@ -169,35 +170,50 @@ def _form(k, u, v):
 def _mmd2(kernel, p, q, estimator):
     u, v = (r.probabilities()[:, None] for r in (p, q))
     own = [
-        sum_within(kernel.gram, _form, r, w, self_pairs=estimator == "v") / pair_norm(w, estimator)
+        per_pair(sum_within(kernel.gram, _form, r, w, self_pairs=estimator == "v"), w, estimator)
         for r, w in ((p, u), (q, v))
     ]
-    return jnp.squeeze(own[0] - 2 * sum_across(kernel.gram, _form, p, q, u, v) + own[1])
+    value = jnp.squeeze(own[0] - 2 * sum_across(kernel.gram, _form, p, q, u, v) + own[1])
+    return if_known(value, estimator, u, v)
+
+
+def _root(x):
+    # with derivative 0 at 0; NaN stays NaN
+    return jnp.where(x == 0, 0.0, jnp.sqrt(jnp.where(x == 0, 1.0, x)))
 
 
 @functools.partial(jax.jit, static_argnames="num_blocks")
 def _jackknife(kernel, p, q, num_blocks):
     def by_block(r):  # [n, B]: the weights of each block's rows
-        count = min(num_blocks, r.n)
-        return r.probabilities()[:, None] * jax.nn.one_hot(jnp.arange(r.n) * count // r.n, count, dtype=wide_dtype(r.x))
+        u, count = r.probabilities(), min(num_blocks, r.n)
+        rank, present = jnp.cumsum(u > 0) - 1, (u > 0).sum()
+        block = jnp.maximum(rank, 0) * jnp.minimum(count, present) // jnp.maximum(present, 1)
+        return u[:, None] * jax.nn.one_hot(block, count, dtype=wide_dtype(r.x))
 
     u, v = by_block(p), by_block(q)
     own = [sum_within(kernel.gram, _form, r, w, self_pairs=False) for r, w in ((p, u), (q, v))]
     cross = sum_across(kernel.gram, _form, p, q, u, v)
 
     def without(weight, own, cross):
-        # the set's own term and the cross term, once with all blocks and once without each
-        share, squares = weight.sum(0), (weight**2).sum(0)
-        left_own = own.sum() - 2 * own.sum(1) + jnp.diag(own)
-        left_norm = (1 - share) ** 2 - (squares.sum() - squares)
-        changed = left_own / left_norm - 2 * (cross.sum() - cross.sum(1)) / (1 - share)
-        whole = own.sum() / (1 - squares.sum()) - 2 * cross.sum()
-        count = len(share)
-        return jnp.sum(((1 - share) * (changed - whole)) ** 2) * count / (count - 1)
+        # the set's own term and the cross term, once with all blocks and once without each, whose share of the weight
+        # may be all of it: the sums are over the others, not the whole less the block
+        share = weight.sum(0)
+        others = 1 - jnp.eye(len(share), dtype=share.dtype)
+        left = product(others, share)
+        pairs = jnp.outer(share, share) * others + jnp.diag(jax.vmap(distinct_pairs, 1)(weight))
+        left_own, left_pairs = (jnp.sum(product(others, table) * others, axis=1) for table in (own, pairs))
+        some = (
+            left > jnp.finfo(left.dtype).eps
+        )  # else the block's term is 0, being the weight left times what is bounded
+        changed = quotient(left_own, jnp.where(some, left_pairs, 1.0))
+        changed -= 2 * product(others, cross.sum(1)) / jnp.where(some, left, 1.0)
+        whole = per_pair(own.sum(), weight, "u") - 2 * cross.sum()
+        count = (share > 0).sum()
+        return jnp.sum(jnp.where(some, left * (changed - whole), 0.0) ** 2) * count / (count - 1)
 
-    terms = [table.sum() / pair_norm(w, "u") for table, w in zip(own, (u, v), strict=True)]
+    terms = [per_pair(table.sum(), w, "u") for table, w in zip(own, (u, v), strict=True)]
     error2 = without(u, own[0], cross) + without(v, own[1], cross.T)
-    return Estimate(terms[0] - 2 * cross.sum() + terms[1], jnp.sqrt(error2))
+    return Estimate(if_known(terms[0] - 2 * cross.sum() + terms[1], "u", u, v), _root(error2))
 
 
 @jax.jit

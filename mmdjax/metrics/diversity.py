@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 from mmdjax.blocks import BLOCK, num_blocks, rows, sum_within, triangle
 from mmdjax.comparable import with_kernel
 from mmdjax.kernels import Cosine, Linear
-from mmdjax.mmd import Estimator, check_estimator, pair_norm
+from mmdjax.mmd import Estimator, check_estimator, if_known, per_pair
 from mmdjax.numerics import product, reciprocal, safe_sqrt
 from mmdjax.particles import flat
 from mmdjax.tree import is_concrete
@@ -39,7 +39,9 @@ def vendi(kernel: Any, x: Any, *, order: Any = 1.0) -> Float[Array, ""]:
         number to compare sets: None is taken from x itself. `Cosine()` and `Linear()` take any n, by the features'
         singular values.
       x: [n, ...].
-      order: q, a Python number above 0: small weighs rare samples, large common ones; math.inf is 1/λ_max.
+      order: q, a Python number above 0: small weighs rare samples, large common ones; math.inf is 1/λ_max. Eigenvalues
+        that rounding hides count as 0, in float32 those below some 1e-6 of the largest (1e-5 of 10,000 samples): orders
+        below some .5 weigh them, so that a Gram with many such needs `jax_enable_x64`.
     Raises:
       ValueError: order is not above 0, the kernel's diagonal is 0 (Energy), or another kernel than the two above meets
         more than 16,384 samples: `rke` takes any number.
@@ -70,9 +72,10 @@ def rke(kernel: Any, x: Any, *, estimator: Estimator = "v") -> Float[Array, ""]:
       kernel: see `vendi`; usually `RBF(bandwidth)`.
       x: [n, ...].
       estimator: "v" as published, at most n; "u" leaves the self-pairs out, so that 1/RKE is unbiased (∞ where no two
-        samples are alike).
+        samples are alike), for two samples or more.
     Raises:
-      ValueError: the kernel's diagonal is 0 (Energy).
+      ValueError: the kernel's diagonal is 0 (Energy), or "u" and one sample, or one that has all the weight (inside
+        `jit`, where weights are not seen, NaN).
 
     Example:
       >>> from mmdjax import RBF
@@ -83,7 +86,7 @@ def rke(kernel: Any, x: Any, *, estimator: Estimator = "v") -> Float[Array, ""]:
     Source: Jalali et al. 2023.
     """
     check_estimator(estimator)
-    kernel, points = with_kernel(kernel, x=x)
+    kernel, points = with_kernel(kernel, estimator=estimator, x=x)
     return _checked(kernel, _rke(kernel, points, estimator))
 
 
@@ -103,21 +106,28 @@ def _vendi(kernel, p, order):
             length = safe_sqrt((x[i] ** 2).sum(1)) if isinstance(kernel, Cosine) else jnp.ones(i.shape, x.dtype)
             return x[i] * (jnp.sqrt(u[i]) * reciprocal(length))[:, None]
 
-        spectrum = jnp.linalg.svd(triangle(features, *x.shape), compute_uv=False) ** 2
+        singular = jnp.linalg.svd(triangle(features, *x.shape), compute_uv=False)
+        rounding = (math.sqrt(p.n) * jnp.finfo(x.dtype).eps * singular.max()) ** 2
+        spectrum = singular**2
         trace = spectrum.sum()
     else:
         gram = kernel.gram(p, p, same=True) * jnp.sqrt(u[:, None] * u)
         spectrum, trace = jnp.linalg.eigvalsh(gram), jnp.trace(gram)
+        rounding = jnp.finfo(gram.dtype).eps * spectrum.max()
+        if order < 1:  # no true one is below 0: about as far as the least lies there, those that are 0 lie above
+            rounding = jnp.maximum(4 * rounding, -3 * spectrum.min())
     share = spectrum / trace
-    present = share > jnp.finfo(share.dtype).eps * share.max()  # below are rounding errors
-    safe = jnp.where(present, share, 1.0)
+    present = spectrum > rounding
+    log = jnp.log(jnp.where(present, share, 1.0))
     if order == math.inf:
-        score = 1 / share.max()
-    elif order == 1:
-        score = jnp.exp(-jnp.sum(safe * jnp.log(safe)))
+        entropy = -log[jnp.argmax(share)]
+    elif abs(order - 1) < 0.01:  # Σ λ^q = 1 + Σ λ (λ^(q−1) − 1), which keeps its digits as q goes to 1
+        gain = jnp.expm1((order - 1) * log) if order != 1 else log
+        total = jnp.sum(jnp.where(present, share * gain, 0.0))
+        entropy = jnp.log1p(total) / (1 - order) if order != 1 else -total
     else:
-        score = jnp.sum(jnp.where(present, safe**order, 0.0)) ** (1 / (1 - order))
-    return jnp.where(trace > 0, score, jnp.nan)
+        entropy = jax.nn.logsumexp(jnp.where(present, order * log, -jnp.inf)) / (1 - order)
+    return jnp.where(trace > 0, jnp.exp(entropy), jnp.nan)
 
 
 @functools.partial(jax.jit, static_argnames="estimator")
@@ -136,5 +146,6 @@ def _rke(kernel, p, estimator):
         return product(block.weights(u), jnp.diagonal(kernel.gram(part, part, same=True)))
 
     total = jax.lax.map(trace, jnp.arange(num_blocks(p.n))).sum()
-    score = total**2 * pair_norm(u, estimator) / sum_within(squared, form, p, u, self_pairs=estimator == "v")
+    alike = sum_within(squared, form, p, u, self_pairs=estimator == "v")
+    score = if_known(total**2 / per_pair(alike, u, estimator), estimator, u)
     return jnp.where(total > 0, score, jnp.nan)

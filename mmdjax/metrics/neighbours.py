@@ -1,11 +1,15 @@
 """Metrics of nearest neighbours: fidelity, coverage, a classifier test, memorisation.
 
+Of features on a grid, such as integers, equal distances are equal here, unless their squares outgrow a float's digits;
+of other features, distances that differ by no more than rounding count as equal.
+
 References:
   Kynkäänniemi et al. 2019 (improved precision and recall), Naeem et al. 2020 (density and coverage), Lopez-Paz & Oquab
   2017 (classifier two-sample tests).
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +19,7 @@ from jaxtyping import Array, Float
 
 from mmdjax.blocks import all_pairs, fold, own_pairs, upper_pairs
 from mmdjax.comparable import as_sets
-from mmdjax.distances import squared_distance
+from mmdjax.distances import DIRECT, centred_distance, middle, squares
 from mmdjax.numerics import product, safe_sqrt
 from mmdjax.particles import Particles, flat
 
@@ -132,6 +136,43 @@ def _check_k(k: int, **sets: Particles) -> None:
             raise ValueError(f"k is {k} but {name} has {points.n} samples; k goes from 1 to {points.n - 1}")
 
 
+class _Sets(NamedTuple):
+    """Two sets about one centre, so that equal distances within and across them come out equal, or nearly so.
+
+    Features on a grid, such as integers, have distances without any rounding as long as these, squared, take no more
+    than the digits of a float (2²⁴ steps of the grid, squared, in float32): `rounding` is 0 then.
+
+    Args:
+      centre: [d], taken from all rows as they are read.
+      rounding: by how much equal squared distances may differ, relative.
+    """
+
+    x: Array
+    y: Array
+    centre: Array
+    rounding: Array
+
+    def distance2(self, a: Array, b: Array) -> Array:
+        """|a_i − b_j|² of rows of x or y."""
+        a, b = a - self.centre, b - self.centre
+        return centred_distance(a, squares(a), b, accurate=True)
+
+
+def _sets(p, q):
+    x, y = flat(p.x), flat(q.x)
+    d, limits = x.shape[1], jnp.finfo(x.dtype)
+    centre = 0.5 * (middle(x) + middle(y)) if d > DIRECT else jnp.zeros(d, x.dtype)
+    fixed = jax.lax.stop_gradient((x, y))
+    reach = jnp.maximum(*(jnp.abs(v - centre).max() for v in fixed))
+    # the finest grid on which 4d (reach + a step)² is at most 1/eps steps squared
+    step = 2 * math.sqrt(d) * reach / max(1.0, limits.eps**-0.5 - 2 * math.sqrt(d))
+    step = jnp.exp2(jnp.ceil(jnp.log2(jnp.maximum(step, limits.tiny))))
+    step = jax.lax.reduce_precision(step, limits.nexp, 0)
+    on_grid = jnp.all(jnp.stack([jnp.all(v == step * jnp.round(v / step)) for v in fixed]))
+    centre = jnp.where(on_grid, step * jnp.round(centre / step), centre)
+    return _Sets(x, y, centre, jnp.where(on_grid, 0.0, 16 * limits.eps).astype(x.dtype))
+
+
 class _Across(NamedTuple):
     """Of x against y; `in_balls` [n] is how many balls around y each x is in, for y those around x."""
 
@@ -141,11 +182,11 @@ class _Across(NamedTuple):
     in_balls_y: Array
 
 
-def _own_nearest(x, k):
-    """d² of each x to its k-th nearest other x."""
+def _own_nearest(sets, x, k):
+    """d² of each row of x, one of the sets, to its k-th nearest other row."""
 
     def step(best, rows, columns):
-        d2 = squared_distance(rows.of(x), columns.of(x), accurate=True)
+        d2 = sets.distance2(rows.of(x), columns.of(x))
         counts = rows.fresh[:, None] & columns.fresh & (rows.index[:, None] < columns.index)  # each pair once
         d2 = jnp.where(counts, d2, jnp.inf)
         for block, more in ((rows, d2), (columns, d2.T)):
@@ -157,22 +198,23 @@ def _own_nearest(x, k):
     return fold(step, jnp.full((n, k), jnp.inf, x.dtype), n, n, pairs)[:, -1]
 
 
-def _radius2(x, k):
+def _radius2(sets, x, k):
     # less what rounding does to d²: the k-th neighbour lies on the open ball, so a copy of it is outside
-    return _own_nearest(x, k) * (1 - 16 * jnp.finfo(x.dtype).eps)
+    return _own_nearest(sets, x, k) * (1 - sets.rounding)
 
 
 def _smallest(values, k):
     return values.min(1, keepdims=True) if k == 1 else -jax.lax.top_k(-values, k)[0]
 
 
-def _across(x, y, radius2_x=None, radius2_y=None):
+def _across(sets, radius2_x=None, radius2_y=None):
+    x, y = sets.x, sets.y
     n, m = len(x), len(y)
     radius2_x = jnp.zeros(n, x.dtype) if radius2_x is None else radius2_x
     radius2_y = jnp.zeros(m, x.dtype) if radius2_y is None else radius2_y
 
     def step(found, rows, columns):
-        d2 = squared_distance(rows.of(x), columns.of(y), accurate=True)
+        d2 = sets.distance2(rows.of(x), columns.of(y))
         fresh = rows.fresh[:, None] & columns.fresh
         in_y = (fresh & (d2 < columns.of(radius2_y))).sum(1)
         in_x = (fresh & (d2 < rows.of(radius2_x)[:, None])).sum(0)
@@ -189,33 +231,39 @@ def _across(x, y, radius2_x=None, radius2_y=None):
 
 @functools.partial(jax.jit, static_argnames="k")
 def _precision_recall(p, q, k):
-    x, y = flat(p.x), flat(q.x)
-    found = _across(x, y, _radius2(x, k), _radius2(y, k))
-    return PrecisionRecall(*((count > 0).mean(dtype=x.dtype) for count in (found.in_balls_x, found.in_balls_y)))
+    sets = _sets(p, q)
+    found = _across(sets, _radius2(sets, sets.x, k), _radius2(sets, sets.y, k))
+    return PrecisionRecall(*((count > 0).mean(dtype=sets.x.dtype) for count in (found.in_balls_x, found.in_balls_y)))
 
 
 @functools.partial(jax.jit, static_argnames="k")
 def _density_coverage(p, q, k):
-    x, y = flat(p.x), flat(q.x)
-    radius2 = _radius2(y, k)
-    found = _across(x, y, radius2_y=radius2)
-    return DensityCoverage(found.in_balls_x.mean(dtype=x.dtype) / k, (found.nearest_y < radius2).mean(dtype=x.dtype))
+    sets = _sets(p, q)
+    radius2 = _radius2(sets, sets.y, k)
+    found = _across(sets, radius2_y=radius2)
+    dtype = sets.x.dtype
+    return DensityCoverage(found.in_balls_x.mean(dtype=dtype) / k, (found.nearest_y < radius2).mean(dtype=dtype))
 
 
 @jax.jit
 def _accuracy(p, q):
-    x, y = flat(p.x), flat(q.x)
-    found = _across(x, y)
+    sets = _sets(p, q)
+    found = _across(sets)
 
-    def rate(own, other):
-        return (0.5 * (own < other) + 0.5 * (own <= other)).mean(dtype=x.dtype)
+    def rate(points, other):
+        own, slack = _own_nearest(sets, points, 1), 1 - sets.rounding
+        return (0.5 * (own < slack * other) + 0.5 * (slack * own <= other)).mean(dtype=own.dtype)
 
-    rates = [rate(_own_nearest(points, 1), other) for points, other in ((x, found.nearest_x), (y, found.nearest_y))]
-    return 0.5 * (rates[0] + rates[1])
+    return 0.5 * (rate(sets.x, found.nearest_x) + rate(sets.y, found.nearest_y))
 
 
 @jax.jit
 def _nearest_ratio(p, refs, fresh):
     y = flat(refs.x)
-    near_p, near_fresh = (product(r.probabilities(), safe_sqrt(_across(flat(r.x), y).nearest_x)) for r in (p, fresh))
-    return near_p / near_fresh
+    centre = middle(y) if y.shape[1] > DIRECT else jnp.zeros(y.shape[1], y.dtype)
+
+    def near(points):
+        sets = _Sets(flat(points.x), y, centre, jnp.zeros((), y.dtype))
+        return product(points.probabilities(), safe_sqrt(_across(sets).nearest_x))
+
+    return near(p) / near(fresh)

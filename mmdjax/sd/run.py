@@ -33,7 +33,7 @@ from mmdjax.lock import locked
 from mmdjax.long_run import sample_many
 from mmdjax.metrics import energy_distance
 from mmdjax.mmd import mmd2
-from mmdjax.particles import Particles
+from mmdjax.particles import Particles, num_present
 from mmdjax.plots import image_grid, save_labelled_grids
 from mmdjax.progress import progress_bar
 from mmdjax.provenance import provenance
@@ -292,9 +292,14 @@ def _save_grids(out, pipeline, params, refs, pictures, unguided, progress) -> No
 
 
 def _distances(guidance: MMDGuidance, refs: Particles, arrays: Mapping[str, np.ndarray], cond: Any) -> dict[str, Any]:
-    """To the references, in latents, unbiased: the energy distance and MMD² by the guidance's kernel."""
-    kernel = fit_kernel(guidance, refs)
+    """To the references, in latents, unbiased: the energy distance and MMD² by the guidance's kernel.
+
+    Empty where there is one sample or one reference, whose own term is unknown.
+    """
     found = {}
+    if min(len(arrays["latents"]), num_present(refs)) < 2:
+        return found
+    kernel = fit_kernel(guidance, refs)
     for name, x in (("before", arrays.get("unguided")), ("after", arrays["latents"])):
         if x is not None:
             samples = Particles(jnp.asarray(x), None if cond is None else rows(cond, arrays["prompt"]))

@@ -25,6 +25,7 @@ from mmdjax import (
     DDPM,
     IMQ,
     RBF,
+    Cosine,
     Delta,
     DiffusionModel,
     DPMSolverPP2M,
@@ -36,7 +37,10 @@ from mmdjax import (
     Particles,
     Product,
     guided_sample,
+    median_bandwidth,
+    mmd2,
     sample_many,
+    witness,
 )
 from mmdjax.distributed import batch_mesh, batch_sharding, initialize, local_rows, replicate, shard_params
 from mmdjax.schedules import VPLinear
@@ -246,6 +250,76 @@ def lost_and_made(name, explicit, *, key, refs, **settings):
             path.unlink()
             again()
             assert {path: path.read_bytes() for path in Path(out).iterdir()} == whole, (name, explicit, path.name)
+
+
+def metrics():
+    """What takes point sets takes split ones, over Auto and Explicit axes: values, derivatives, plots."""
+    from mmdjax.compression import coreset, embed, nystroem
+    from mmdjax.metrics import (
+        density_coverage,
+        energy_distance,
+        frechet_distance,
+        kid,
+        mmd2_with_error,
+        nearest_neighbour_accuracy,
+        nearest_ratio,
+        permutation_test,
+        precision_recall,
+        rke,
+        vendi,
+    )
+    from mmdjax.mmd import attribution
+    from mmdjax.plots import before_after, witness_map
+
+    key = jax.random.key(0)
+    by_label = Product(x=RBF(2.0), cond=Delta())
+    functions = {
+        "energy_distance": energy_distance,
+        "kid": kid,
+        "mmd2_with_error": lambda x, y: mmd2_with_error(RBF(None), x, y),
+        "frechet_distance": frechet_distance,
+        "permutation_test": lambda x, y: permutation_test(RBF(None), x, y, key, num_permutations=9),
+        "precision_recall": precision_recall,
+        "density_coverage": density_coverage,
+        "accuracy": nearest_neighbour_accuracy,
+        "nearest_ratio": lambda x, y: nearest_ratio(x, y, REFS[:8] + 1),
+        "vendi": lambda x, y: vendi(RBF(2.0), x),
+        "vendi by features": lambda x, y: vendi(Cosine(), x),
+        "rke": lambda x, y: rke(RBF(None), x),
+        "mmd2": lambda x, y: mmd2(IMQ(), x, y, estimator="u"),
+        "mmd2 of weighted": lambda x, y: mmd2(
+            by_label, Particles(x, cond=LABELS), Particles(y, jnp.arange(M) % 3, jnp.arange(M) % 5)
+        ),
+        "witness": lambda x, y: witness(RBF(None), x, y, x),
+        "attribution": lambda x, y: attribution(RBF(0.1), x, y),
+        "median_bandwidth": lambda x, y: median_bandwidth(y),
+        "kernel": lambda x, y: RBF(2.0)(Particles(x), Particles(y)),
+        "fit": lambda x, y: IMQ().fit(Particles(y)).bandwidth,
+        "coreset": lambda x, y: coreset(RBF(None), y, 5).particles.x,
+        "embedding": lambda x, y: embed(nystroem(RBF(2.0), REFS[:8], y), y).mmd2(x),
+    }
+    slopes = ("energy_distance", "mmd2", "mmd2 of weighted", "nearest_ratio", "rke", "vendi")
+    x = DRAW.standard_normal((N, D), np.float32)
+    alone = {name: f(x, REFS) for name, f in functions.items()}
+    alone_slopes = {name: jax.grad(functions[name])(x, REFS) for name in slopes}
+    for mesh in (batch_mesh(), batch_mesh(explicit=True)):
+        split = put(x, mesh, "batch"), put(REFS, mesh, "batch")
+        for name, f in functions.items():
+            print(mesh.axis_types, name, flush=True)
+            for sets in (split, (split[0], REFS), (x, split[1])):
+                assert_equal(jax.tree.map(np.asarray, alone[name]), jax.tree.map(np.asarray, f(*sets)))
+        for name in slopes:
+            print(mesh.axis_types, "slope", name, flush=True)
+            slope = jax.grad(functions[name])
+            assert_equal(np.asarray(alone_slopes[name]), np.asarray(slope(*split)))
+            assert_equal(np.asarray(alone_slopes[name]), np.asarray(jax.jit(slope)(*split)))
+            with jax.set_mesh(mesh):
+                assert_equal(np.asarray(alone_slopes[name]), np.asarray(slope(*split)))
+        before_after(split[1][:, :2], split[0][:, :2], split[0][:, :2])
+        witness_map(RBF(1.0), {"x": split[0][:, :2]}, split[1][:, :2], resolution=4)
+    made = sample(sharding=batch_sharding())
+    assert made.x[:10].shape == (10, D)
+    assert_equal(np.asarray(sample().x[:10]), np.asarray(made.x[:10]))
 
 
 def join(rank, size, port, seconds=10):

@@ -7,8 +7,9 @@ kernel and placement.
 import itertools
 
 import pytest
-from examples import KERNELS, SAMPLERS, rules_of
 from test_contract import PAIRS, check
+
+from examples import KERNELS, SAMPLERS, rules_of
 
 
 def combinations():

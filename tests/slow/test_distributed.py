@@ -48,7 +48,9 @@ def free_port():
         return listener.getsockname()[1]
 
 
-@pytest.mark.parametrize("name", ["agree", "counts", "transformations", "sent", "flops", "placed", "resumes"])
+@pytest.mark.parametrize(
+    "name", ["agree", "counts", "transformations", "sent", "flops", "placed", "resumes", "metrics"]
+)
 def test_8_devices(name):
     finish(start(name, *(sharded.CASES if name == "agree" else ()), devices=8))
 
