@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mmdjax.distances import nearest_distance, neighbour_distance, pairwise_median, subset_of
+from mmdjax.modes import in_own_modes
 from mmdjax.numerics import all_finite
 from mmdjax.particles import Particles, as_particles, check_points, flat, whole
 from mmdjax.tree import is_concrete, pytree
@@ -60,6 +61,7 @@ def _some(refs: Particles) -> tuple[Array, Array]:
     return flat(looked_at.x), looked_at.probabilities()
 
 
+@in_own_modes
 def median_bandwidth(refs: Any) -> Float[Array, ""]:
     """The median distance between two references: the usual width of an RBF.  Gretton et al. 2012, section 8.
 

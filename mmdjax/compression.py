@@ -28,6 +28,7 @@ from mmdjax.comparable import with_kernel
 from mmdjax.host import HostReferences
 from mmdjax.kernels import IMQ, RBF, Kernel, Laplacian, Linear, Mapped, RationalQuadratic
 from mmdjax.mmd import Estimator, check_estimator, embedding, mmd2, pair_norm
+from mmdjax.modes import in_own_modes
 from mmdjax.numerics import product
 from mmdjax.particles import Particles, as_particles, flat, whole, wide_dtype
 from mmdjax.tree import is_concrete, is_traced, pytree, replace, static
@@ -47,6 +48,7 @@ class Coreset(NamedTuple):
     mmd: Float[Array, ""]
 
 
+@in_own_modes
 def coreset(kernel: Any, refs: Any, size: int, *, method: str = "herding", reweight: bool = True) -> Coreset:
     """A few references whose weighted sum is closest to all of them in MMD.
 
@@ -171,7 +173,8 @@ def _best_weights(kernel, refs, few, square, present):
     traced, dtype = is_traced((kernel, refs, few)), wide_dtype(refs.x)
     in_float64 = of_distance(kernel) and not traced  # functions of one's own may not work there
     with jax.enable_x64(True) if in_float64 else contextlib.nullcontext():
-        given = *jax.jit(_gram_and_mean)(kernel, refs, few), square, present
+        gram, mean = jax.jit(_gram_and_mean)(kernel, refs, few)
+    given = gram, mean, square, present
     if not traced:
         return jnp.asarray(best_on_simplex(*given), dtype)
     like = jax.ShapeDtypeStruct((few.n,), dtype)
@@ -262,6 +265,7 @@ class RandomFeatures:
         return high
 
 
+@in_own_modes
 def random_features(kernel: Any, key: Array, refs: Any, num: int) -> RandomFeatures:
     """Features whose inner products estimate a radial kernel.
 
@@ -331,6 +335,7 @@ class Nystroem:
         return Mapped(self, Linear())
 
 
+@in_own_modes
 def nystroem(kernel: Any, refs: Any, landmarks: Any) -> Nystroem:
     """Features from the kernel's values at landmarks.
 
@@ -402,6 +407,7 @@ class MeanEmbedding:
         return pull_back((2 / phi.shape[1]) * (own - self.mean))[0]
 
 
+@in_own_modes
 def embed(features: Any, refs: Any, *, estimator: Estimator = "u") -> MeanEmbedding:
     """The mean of the references' features, taken in blocks.
 

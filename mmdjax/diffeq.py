@@ -39,6 +39,7 @@ from jaxtyping import Array
 from mmdjax.denoisers import DiffusionModel
 from mmdjax.guidance import MMDGuidance, bind, fit_kernel
 from mmdjax.memory import Memory
+from mmdjax.modes import in_own_modes
 from mmdjax.numerics import safe_sqrt
 from mmdjax.particles import Particles, as_particles
 from mmdjax.samplers import DDIM
@@ -75,6 +76,7 @@ class AdaptiveSamples:
     succeeded: Any
 
 
+@in_own_modes
 def probability_flow(
     params: Any,
     key: Array,
@@ -166,6 +168,7 @@ def probability_flow(
     )
 
 
+@in_own_modes
 def reverse_sde(
     params: Any,
     key: Array,

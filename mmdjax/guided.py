@@ -14,6 +14,7 @@ from mmdjax.comparable import check_comparable
 from mmdjax.denoisers import FORM, Denoiser
 from mmdjax.guidance import BoundGuidance, MMDGuidance, bind, check_guidance, fit_kernel, spread_of
 from mmdjax.memory import Memory
+from mmdjax.modes import in_own_modes
 from mmdjax.particles import Particles, as_particles
 from mmdjax.samplers import Sampler, as_sampler, take_step
 from mmdjax.tree import as_arrays, as_component, check_function, pytree, static
@@ -40,6 +41,7 @@ class GuidedDenoiser:
     refs: Particles
     spread: Any
 
+    @in_own_modes
     def __call__(self, params, x, level, cond):
         if jnp.ndim(level.t) > 0:
             raise ValueError(f"level.t has shape {jnp.shape(level.t)}; a guided denoiser takes one level for the batch")
@@ -50,6 +52,7 @@ class GuidedDenoiser:
         return bound.denoised(x0, bound.init(x0), steps_done(1 - level.t), level)[0]
 
 
+@in_own_modes
 def guide_denoiser(denoiser: Denoiser, guidance: MMDGuidance, refs: Any) -> GuidedDenoiser:
     """A denoiser whose x̂0 is moved towards the references: "denoised" guidance for a pipeline that owns the loop.
 
@@ -96,11 +99,13 @@ class GuidedSampler:
     bound: BoundGuidance
     num_steps: int | None = static(default=None)
 
+    @in_own_modes
     def init(self, x):
         """The inner sampler's carry, the guidance's state, the number of steps done."""
         _check_shapes(x, self.bound.refs)
         return self.sampler.init(x), self.bound.init(x), jnp.zeros((), jnp.int32)
 
+    @in_own_modes
     def step(self, key, x, carry, state, denoise, t, s):
         """The inner sampler's step, guided."""
         carry, guidance_state, done = carry
@@ -121,6 +126,7 @@ class GuidedSampler:
         return x, (carry, guidance_state, done + 1), state
 
 
+@in_own_modes
 def guide_sampler(
     sampler: Sampler,
     guidance: MMDGuidance,

@@ -356,7 +356,7 @@ def _attributes(value: Any) -> dict[str, Any]:
 
 
 def _fields(value: Any) -> dict[str, Any]:
-    """What a dataclass holds, its fields first, without those that follow from others (`metadata={"derived": True}`)."""
+    """What a dataclass holds, its fields first; none that are marked as derived from others."""
     names = [field.name for field in dataclasses.fields(value)]
     held = {name: getattr(value, name) for name in names if hasattr(value, name)}
     if _is_linen(type(value)):  # a module's place among others, and its bookkeeping

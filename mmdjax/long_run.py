@@ -37,6 +37,7 @@ from mmdjax.identity import array_bytes, arrays_hash, as_used, describe, differe
 from mmdjax.lock import NAME as LOCK
 from mmdjax.lock import locked
 from mmdjax.memory import Memory
+from mmdjax.modes import in_own_modes
 from mmdjax.particles import Particles, as_particles
 from mmdjax.placement import placement
 from mmdjax.progress import progress_bar
@@ -53,6 +54,7 @@ NUMERICS = ("enable_x64", "default_matmul_precision", "threefry_partitionable")
 SAID = ("format", "run", "rows")  # what a batch's metadata say of it
 
 
+@in_own_modes
 def sample_many(
     params: Any,
     key: Array,

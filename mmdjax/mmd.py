@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 from mmdjax.blocks import block_beside, sum_across, sum_over, sum_within
 from mmdjax.comparable import with_kernel
 from mmdjax.kernels import IMQ, RBF, Laplacian, Mapped, Product, RationalQuadratic, Scaled, Sum
+from mmdjax.modes import in_own_modes
 from mmdjax.numerics import product, safe_sqrt
 from mmdjax.particles import Particles
 from mmdjax.tree import replace
@@ -103,6 +104,7 @@ def cross_term(kernel: Any, p: Particles, q: Particles) -> Float[Array, ""]:
     return pair_sum(kernel, p, p.probabilities(), q, q.probabilities())
 
 
+@in_own_modes
 def mmd2(kernel: Any, p: Any, q: Any, *, estimator: Estimator = "v") -> Float[Array, ""]:
     """Squared maximum mean discrepancy between two weighted point sets.
 
@@ -136,6 +138,7 @@ def mmd2(kernel: Any, p: Any, q: Any, *, estimator: Estimator = "v") -> Float[Ar
     return value if estimator == "v" else if_known(value, estimator, p.probabilities(), q.probabilities())
 
 
+@in_own_modes
 def witness(kernel: Any, p: Any, q: Any, points: Any) -> Float[Array, " k"]:
     """The witness function f(z) = E k(z, x) − E k(z, y): positive where p has too much mass, negative where q has more.
 
@@ -160,6 +163,7 @@ def witness(kernel: Any, p: Any, q: Any, points: Any) -> Float[Array, " k"]:
     return to_p - product(kernel.gram(points, q), q.probabilities())
 
 
+@in_own_modes
 def attribution(kernel: Any, points: Any, refs: Any) -> Float[Array, "n m"]:
     """The share of each reference in the pull on each point: v_j k(z_i, y_j) / Σ_l v_l k(z_i, y_l); rows sum to 1.
 

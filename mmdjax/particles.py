@@ -129,7 +129,8 @@ def _mesh_of(leaf: Any) -> Any:
     # an array being differentiated or mapped over outside of `jit` has a value, and that a mesh
     while is_traced(leaf):
         leaf = getattr(leaf, "primal", getattr(leaf, "val", None))
-    return leaf.sharding.mesh if isinstance(leaf, jax.Array) else None
+    sharding = leaf.sharding if isinstance(leaf, jax.Array) else None
+    return sharding.mesh if isinstance(sharding, NamedSharding) else None
 
 
 def _summable(weight: Array) -> Array:

@@ -27,6 +27,7 @@ from jaxtyping import Array, Float
 from mmdjax.bandwidths import Median, Neighbourhood
 from mmdjax.blocks import block_beside, sum_over
 from mmdjax.distances import about, centred_distance, middle, squared_distance
+from mmdjax.modes import in_own_modes
 from mmdjax.numerics import product, reciprocal, safe_sqrt
 from mmdjax.particles import Particles, as_particles, flat, whole, wide_dtype
 from mmdjax.schedules import Level
@@ -49,6 +50,7 @@ class Kernel:
             complete(cls)
         return self
 
+    @in_own_modes
     def __call__(self, a: Particles, b: Particles) -> Float[Array, "n m"]:
         """The Gram matrix k(a_i, b_j)."""
         same = a is b

@@ -18,6 +18,7 @@ from mmdjax.denoisers import DiffusionModel
 from mmdjax.guidance import MMDGuidance, bind, check_guidance, check_kind, fit_kernel
 from mmdjax.guided import GuidedSampler
 from mmdjax.memory import Memory
+from mmdjax.modes import in_own_modes
 from mmdjax.numerics import all_finite
 from mmdjax.particles import Particles, as_particles, widen
 from mmdjax.placement import placement
@@ -58,6 +59,7 @@ class Samples:
     trace: Trace
 
 
+@in_own_modes
 def guided_sample(
     params: Any,
     key: Array,
@@ -106,7 +108,8 @@ def guided_sample(
       times: decreasing t [num_steps + 1] in [0, 1] in place of num_steps (`mmdjax.schedules` has grids).
       x_init: x at times[0], [n, *model.shape]; default prior noise. `schedules.diffuse` makes it from pictures.
       memory: None, the capacity of a new memory, or the memory of an earlier call.
-      progress: show a bar, also inside `jit`.
+      progress: show a bar, also inside `jit`. It calls back from the compiled program, and JAX's persistent compilation
+        cache (`jax_compilation_cache_dir`) keeps no such program: leave it out where the cache matters.
       sharding: `NamedSharding(mesh, PartitionSpec(axis))`, on Auto or Explicit axes: splits the batch over that axis of
         the mesh (`mmdjax.distributed` makes both). The guidance stays that of the whole batch, and samples do not
         depend on the number of devices. Parameters and references may lie on the mesh as they like; references split by

@@ -33,6 +33,7 @@ from mmdjax.distances import squared_distance, subset, subset_of
 from mmdjax.guidance import MMDGuidance, check_guidance, default_kernel, fit_kernel
 from mmdjax.kernels import IMQ, Product, Scaled
 from mmdjax.mmd import pair_norm, self_term
+from mmdjax.modes import in_own_modes
 from mmdjax.numerics import product
 from mmdjax.particles import Particles, as_particles, flat, widen
 from mmdjax.samplers import DDIM, Sampler
@@ -97,6 +98,7 @@ class Suggestion:
         return "\n".join([*lines, self.reason])
 
 
+@in_own_modes
 def suggest_guidance(
     params: Any,
     key: Any,

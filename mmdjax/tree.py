@@ -204,8 +204,9 @@ def shown(value: Any) -> str:
     if isinstance(value, Mapping):
         items = [(k, f"{{{len(v)} keys}}" if isinstance(v, Mapping) else shown(v)) for k, v in _first(value.items())]
         return "{" + _listed([f"{key!r}: {text}" for key, text in items], len(value)) + "}"
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        items = [f"{name}={shown(item)}" for name, item in zip(value._fields, value, strict=True)]
+    names = getattr(value, "_fields", None)
+    if isinstance(value, tuple) and names is not None:
+        items = [f"{name}={shown(item)}" for name, item in zip(names, value, strict=True)]
         return f"{type(value).__name__}({', '.join(items)})"
     if type(value) in (tuple, list):
         items = _listed([shown(item) for item in _first(value)], len(value))

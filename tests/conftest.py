@@ -6,7 +6,7 @@ while the tests run; CI does so once over all of them.
 
 To keep a new test cheap:
 
-- Outside `jit`, each operation compiles for each shape and dtype, some 15 ms a time, and `scan` and `cond` at each call.
+- Outside `jit`, each operation compiles for each shape and dtype, some 15 ms a time; `scan` and `cond` at each call.
   Take shapes that the file has already, or put the whole computation into one `jax.jit`.
 - Pass numbers, kernels, schedules and samplers as arguments of one jitted function; closed over, they compile anew.
 - `jax.jit(jax.value_and_grad(f))` is one program for a gradient and its differences; `jax.eval_shape` needs none.

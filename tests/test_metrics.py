@@ -198,9 +198,9 @@ def test_jackknife_is_the_loop_over_blocks(x64):
     x, y = (jnp.asarray(v, float) for v in ONE)
     kernel, theta = RBF(2.0), float(mmd2(RBF(2.0), x, y, estimator="u"))
     total = 0.0
-    for side, blocks in itertools.product((0, 1), range(5)):
+    for side, block in itertools.product((0, 1), range(5)):
         sets = [x, y]
-        kept = np.arange(len(sets[side])) * 5 // len(sets[side]) != blocks
+        kept = np.arange(len(sets[side])) * 5 // len(sets[side]) != block
         sets[side] = sets[side][kept]
         total += (kept.mean() * (float(mmd2(kernel, *sets, estimator="u")) - theta)) ** 2 * 5 / 4
     assert float(mmd2_with_error(kernel, x, y, num_blocks=5).error) == pytest.approx(math.sqrt(total), rel=1e-10)

@@ -78,12 +78,16 @@ def check_plain_sampling(every):
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_scale_zero_and_no_references_are_plain_sampling(every):
     """Bit for bit, in code that XLA optimises as it does for users; so is the first sample of the published loop."""
-    code = f"import test_paper, test_sampling; test_sampling.check_plain_sampling({every}); test_paper.check_first_sample()"
-    run_python(code, XLA_FLAGS="")
+    checks = f"test_sampling.check_plain_sampling({every}); test_paper.check_first_sample()"
+    run_python(f"import test_paper, test_sampling; {checks}", XLA_FLAGS="")
 
 
 def test_loop_of_ones_own_is_guided_sample():
     """guide_sampler in a Python loop, with the keys that guided_sample folds."""
+
+    def denoise(x, level, state):
+        return gaussian(0.3, x, level, None), state
+
     for at in PLACEMENTS:
         guidance = guidance_at(at)
         sampler = guide_sampler(DDIM(1.0), guidance, REFS, num_steps=6)
@@ -91,7 +95,6 @@ def test_loop_of_ones_own_is_guided_sample():
         levels = [VPLinear()(t) for t in np.linspace(1, 0, 7)]
         x = jax.random.normal(key_init, (5, 3)) * jnp.sqrt(levels[0].alpha ** 2 + levels[0].sigma ** 2)
         carry, state = sampler.init(x), ()
-        denoise = lambda x, level, state: (gaussian(0.3, x, level, None), state)
         step = jax.jit(lambda key, x, carry, state, t, s, by=sampler: by.step(key, x, carry, state, denoise, t, s))
         for i in range(6):
             key = jax.random.fold_in(key_steps, i)

@@ -16,6 +16,7 @@ from mmdjax.blocks import sum_across, sum_within, triangle
 from mmdjax.comparable import as_sets, with_kernel
 from mmdjax.kernels import Energy, Polynomial
 from mmdjax.mmd import Estimator, check_estimator, distinct_pairs, if_known, pair_norm, per_pair, quotient
+from mmdjax.modes import in_own_modes
 from mmdjax.numerics import product
 from mmdjax.particles import flat, wide_dtype
 from mmdjax.sampling import check_key
@@ -35,6 +36,7 @@ class TwoSampleTest(NamedTuple):
     p_value: Float[Array, ""]
 
 
+@in_own_modes
 def energy_distance(x: Any, y: Any, *, estimator: Estimator = "u") -> Float[Array, ""]:
     """2 E|x − y| − E|x − x'| − E|y − y'|, in the data's units.
 
@@ -59,6 +61,7 @@ def energy_distance(x: Any, y: Any, *, estimator: Estimator = "u") -> Float[Arra
     return _mmd2(Energy(), x, y, estimator)
 
 
+@in_own_modes
 def mmd2_with_error(kernel: Any, x: Any, y: Any, *, num_blocks: int = 50) -> Estimate:
     """The unbiased MMD² of all samples, with its standard error by jackknife over blocks of samples.
 
@@ -108,6 +111,7 @@ def kid(x: Any, y: Any, *, num_blocks: int = 50) -> Estimate:
     return mmd2_with_error(Polynomial(), x, y, num_blocks=num_blocks)
 
 
+@in_own_modes
 def frechet_distance(x: Any, y: Any) -> Float[Array, ""]:
     """|μ_x − μ_y|² + tr(Σ_x + Σ_y − 2 (Σ_x Σ_y)^½): Fréchet's distance between the Gaussians of x and y, squared.
 
@@ -131,6 +135,7 @@ def frechet_distance(x: Any, y: Any) -> Float[Array, ""]:
     return _frechet(*as_sets(at_least=2, x=x, y=y))
 
 
+@in_own_modes
 def permutation_test(kernel: Any, x: Any, y: Any, key: Any, *, num_permutations: int = 999) -> TwoSampleTest:
     """Are x and y from one distribution? The unbiased MMD² against its values on random splits of all samples in two.
 

@@ -22,6 +22,7 @@ from mmdjax.blocks import BLOCK, num_blocks, rows, sum_within, triangle
 from mmdjax.comparable import with_kernel
 from mmdjax.kernels import Cosine, Linear
 from mmdjax.mmd import Estimator, check_estimator, if_known, per_pair
+from mmdjax.modes import in_own_modes
 from mmdjax.numerics import product, reciprocal, safe_sqrt
 from mmdjax.particles import flat
 from mmdjax.tree import is_concrete
@@ -29,6 +30,7 @@ from mmdjax.tree import is_concrete
 LARGEST = 8 * BLOCK  # samples whose Gram is made whole: 1 GB in float32
 
 
+@in_own_modes
 def vendi(kernel: Any, x: Any, *, order: Any = 1.0) -> Float[Array, ""]:
     """Vendi score: the effective number of distinct samples, exp of the entropy of the kernel matrix's eigenvalues.
 
@@ -63,6 +65,7 @@ def vendi(kernel: Any, x: Any, *, order: Any = 1.0) -> Float[Array, ""]:
     return _checked(kernel, _vendi(kernel, points, float(order)))
 
 
+@in_own_modes
 def rke(kernel: Any, x: Any, *, estimator: Estimator = "v") -> Float[Array, ""]:
     """Rényi kernel entropy of order 2, as a number of modes: 1 / Σ_ij u_i u_j k(x_i, x_j)², k(x, x) = 1.
 

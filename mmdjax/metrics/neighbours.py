@@ -19,7 +19,8 @@ from jaxtyping import Array, Float
 
 from mmdjax.blocks import all_pairs, fold, own_pairs, upper_pairs
 from mmdjax.comparable import as_sets
-from mmdjax.distances import DIRECT, centred_distance, middle, squares
+from mmdjax.distances import DIRECT, about, centred_distance, middle
+from mmdjax.modes import in_own_modes
 from mmdjax.numerics import product, safe_sqrt
 from mmdjax.particles import Particles, flat
 
@@ -38,6 +39,7 @@ class DensityCoverage(NamedTuple):
     coverage: Float[Array, ""]
 
 
+@in_own_modes
 def precision_recall(x: Any, y: Any, *, k: int = 3) -> PrecisionRecall:
     """Improved precision and recall.
 
@@ -63,6 +65,7 @@ def precision_recall(x: Any, y: Any, *, k: int = 3) -> PrecisionRecall:
     return _precision_recall(x, y, k)
 
 
+@in_own_modes
 def density_coverage(x: Any, y: Any, *, k: int = 5) -> DensityCoverage:
     """Density and coverage: precision and recall that outliers do not fool.
 
@@ -88,6 +91,7 @@ def density_coverage(x: Any, y: Any, *, k: int = 5) -> DensityCoverage:
     return _density_coverage(x, y, k)
 
 
+@in_own_modes
 def nearest_neighbour_accuracy(x: Any, y: Any) -> Float[Array, ""]:
     """How often a sample's nearest other one, among both sets, is of its own set: .5 for one distribution, 1 if apart.
 
@@ -109,6 +113,7 @@ def nearest_neighbour_accuracy(x: Any, y: Any) -> Float[Array, ""]:
     return _accuracy(*as_sets(weighted=False, at_least=2, x=x, y=y))
 
 
+@in_own_modes
 def nearest_ratio(x: Any, refs: Any, fresh: Any) -> Float[Array, ""]:
     """The memorisation ratio: mean distance of x to its nearest reference, over that of fresh samples of the target.
 
@@ -154,8 +159,8 @@ class _Sets(NamedTuple):
 
     def distance2(self, a: Array, b: Array) -> Array:
         """|a_i − b_j|² of rows of x or y."""
-        a, b = a - self.centre, b - self.centre
-        return centred_distance(a, squares(a), b, accurate=True)
+        left = about(a, self.centre)
+        return centred_distance(left, b - left.centre, b, jnp.arange(len(b)), accurate=True)
 
 
 def _sets(p, q):

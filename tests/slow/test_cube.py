@@ -13,7 +13,7 @@ from examples import KERNELS, SAMPLERS, rules_of
 
 
 def combinations():
-    for (i, sampler), (j, (kernel, at)) in itertools.product(enumerate(SAMPLERS), enumerate(PAIRS)):
+    for (i, sampler), (kernel, at) in itertools.product(enumerate(SAMPLERS), PAIRS):
         rules, number = rules_of(KERNELS[kernel]), list(KERNELS).index(kernel)
         yield sampler, kernel, at, rules[(i + number) % len(rules)], "uv"[(i // 2 + number) % 2]
 
