@@ -55,8 +55,13 @@ KERNELS = {
 }
 
 
-@pytest.mark.parametrize("estimator", ["u", "v"])
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize(
+    ("name", "estimator"),
+    [
+        *((name, "u") for name in KERNELS),
+        *(pytest.param(name, "v", marks=() if name in ("imq", "product") else pytest.mark.slow) for name in KERNELS),
+    ],
+)
 def test_direction_is_the_gradient_of_mmd2(name, estimator):
     """∂MMD²/∂x_i / u_i by autodiff of mmd2, batch and memory together; "raw" is the gradient itself."""
     with jax.enable_x64(True):
@@ -507,7 +512,7 @@ def test_bad_choices(arguments, message):
         MMDGuidance(**arguments)
 
 
-@pytest.mark.parametrize("refs_dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("refs_dtype", [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.float64])
 @pytest.mark.parametrize("dimensions", [5, 60])  # 60: inner steps among known distances
 def test_float32_points_under_x64(refs_dtype, dimensions):
     """Neither references nor levels of more digits change what the points are."""

@@ -44,6 +44,7 @@ SAMPLERS = {
     "2m": DPMSolverPP2M(),
 }
 PLACEMENTS = ("denoised", "sample", "clean", "diffused")
+SLOW = pytest.mark.slow
 REFS = 0.5 * jax.random.normal(jax.random.key(1), (8, 3)) + 1.0
 
 
@@ -65,41 +66,46 @@ def guidance_at(at, **settings):
 
 
 def check_plain_sampling(every):
-    """Scale 0 and no references give the same bits: each sampler at every placement, or at one in turn."""
-    for i, sampler in enumerate(SAMPLERS.values()):
+    """Scale 0 and no references give the same bits: each sampler at every placement, or four pairs of them."""
+    pairs = [(sampler, PLACEMENTS) for sampler in SAMPLERS.values()]
+    if not every:
+        pairs = [(SAMPLERS[name], (at,)) for name, at in zip(("ddpm", "heun", "2m", "em"), PLACEMENTS, strict=True)]
+    for sampler, placements in pairs:
         plain = run(None, sampler=sampler)
         assert bool(jnp.isnan(plain.trace.mmd2).all())
-        for at in PLACEMENTS if every else PLACEMENTS[i % 4 : i % 4 + 1]:
+        for at in placements:
             still = run(sampler=sampler, guidance=guidance_at(at, scale=0.0))
             np.testing.assert_array_equal(still.x, plain.x)
             assert float(jnp.abs(still.trace.shift_norm).max()) == 0
 
 
-@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=SLOW)])
 def test_scale_zero_and_no_references_are_plain_sampling(every):
     """Bit for bit, in code that XLA optimises as it does for users; so is the first sample of the published loop."""
     checks = f"test_sampling.check_plain_sampling({every}); test_paper.check_first_sample()"
     run_python(f"import test_paper, test_sampling; {checks}", XLA_FLAGS="")
 
 
-def test_loop_of_ones_own_is_guided_sample():
+@pytest.mark.parametrize(
+    "at", ["denoised", "sample", pytest.param("clean", marks=SLOW), pytest.param("diffused", marks=SLOW)]
+)
+def test_loop_of_ones_own_is_guided_sample(at):
     """guide_sampler in a Python loop, with the keys that guided_sample folds."""
 
     def denoise(x, level, state):
         return gaussian(0.3, x, level, None), state
 
-    for at in PLACEMENTS:
-        guidance = guidance_at(at)
-        sampler = guide_sampler(DDIM(1.0), guidance, REFS, num_steps=6)
-        key_init, key_steps = jax.random.split(jax.random.key(0))
-        levels = [VPLinear()(t) for t in np.linspace(1, 0, 7)]
-        x = jax.random.normal(key_init, (5, 3)) * jnp.sqrt(levels[0].alpha ** 2 + levels[0].sigma ** 2)
-        carry, state = sampler.init(x), ()
-        step = jax.jit(lambda key, x, carry, state, t, s, by=sampler: by.step(key, x, carry, state, denoise, t, s))
-        for i in range(6):
-            key = jax.random.fold_in(key_steps, i)
-            x, carry, state = step(key, x, carry, state, levels[i], levels[i + 1])
-        np.testing.assert_allclose(x, run(guidance=guidance).x, rtol=1e-4, atol=1e-5)  # float32, fused differently
+    guidance = guidance_at(at)
+    sampler = guide_sampler(DDIM(1.0), guidance, REFS, num_steps=6)
+    key_init, key_steps = jax.random.split(jax.random.key(0))
+    levels = [VPLinear()(t) for t in np.linspace(1, 0, 7)]
+    x = jax.random.normal(key_init, (5, 3)) * jnp.sqrt(levels[0].alpha ** 2 + levels[0].sigma ** 2)
+    carry, state = sampler.init(x), ()
+    step = jax.jit(lambda key, x, carry, state, t, s, by=sampler: by.step(key, x, carry, state, denoise, t, s))
+    for i in range(6):
+        key = jax.random.fold_in(key_steps, i)
+        x, carry, state = step(key, x, carry, state, levels[i], levels[i + 1])
+    np.testing.assert_allclose(x, run(guidance=guidance).x, rtol=1e-4, atol=1e-5)  # float32, fused differently
 
 
 @pytest.mark.parametrize("at", ["denoised", "clean"])
@@ -128,7 +134,14 @@ def test_vmap_over_keys_and_scale_is_a_loop(at):
         np.testing.assert_allclose(mapped[i], each(keys[i], scales[i]), rtol=1e-4, atol=1e-5)  # float32
 
 
-@pytest.mark.parametrize(("at", "rule"), [("denoised", "field"), *((at, "mass") for at in PLACEMENTS)])
+@pytest.mark.parametrize(
+    ("at", "rule"),
+    [
+        ("denoised", "field"),
+        ("sample", "mass"),
+        *(pytest.param(at, "mass", marks=SLOW) for at in PLACEMENTS if at != "sample"),
+    ],
+)
 def test_gradients_are_finite_differences(at, rule):
     """To scale, bandwidth, references (bandwidth given) and params, in float64.
 
@@ -273,9 +286,7 @@ def test_bfloat16_network():
         np.testing.assert_allclose(out.x, run(guidance=guidance_at(at)).x, atol=0.1)  # 8 bits of x̂0 in units of 1
 
 
-@pytest.mark.parametrize(
-    "at", ["denoised", "sample", *(pytest.param(at, marks=pytest.mark.slow) for at in ("clean", "diffused"))]
-)
+@pytest.mark.parametrize("at", ["denoised", "sample", *(pytest.param(at, marks=SLOW) for at in ("clean", "diffused"))])
 def test_bfloat16_batch_is_moved_as_in_float32(at):
     """A batch, references and memory in bfloat16 are the float32 ones of the same values, rounded once, at the end."""
     guidance = MMDGuidance(kernel=None if at != "diffused" else RBF(None), at=at)

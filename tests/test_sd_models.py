@@ -312,7 +312,15 @@ def test_every_norms_eps():
     assert set(epsilons(sd_tiny.TEXT | {"layer_norm_eps": 1e-3}).values()) == {1e-3}
 
 
-def test_scale_of_latents_is_applied_once():
+@pytest.mark.parametrize(
+    ("raw", "scale"),
+    [
+        pytest.param(sd_tiny.VAE, 0.18215, marks=pytest.mark.slow),
+        (sd_tiny.VAE | {"scaling_factor": 0.13025}, 0.13025),
+        (sd_tiny.VQ, 1.0),
+    ],
+)
+def test_scale_of_latents_is_applied_once(raw, scale):
     """Porting 13: scaling_factor from the config, on the posterior's mean, and undone by decoding."""
     images = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (1, 8, 8, 3)), jnp.float32)
 
@@ -322,10 +330,9 @@ def test_scale_of_latents_is_applied_once():
         latents = module.to_latents(images)
         return z, latents, module.from_latents(latents), module.decode(z)
 
-    for raw, scale in ((sd_tiny.VAE, 0.18215), (sd_tiny.VAE | {"scaling_factor": 0.13025}, 0.13025), (sd_tiny.VQ, 1.0)):
-        z, latents, there, back = apply(raw, images, method=all_of_it)
-        np.testing.assert_allclose(latents, scale * z, rtol=1e-5)
-        np.testing.assert_allclose(there, back, atol=1e-4)
+    z, latents, there, back = apply(raw, images, method=all_of_it)
+    np.testing.assert_allclose(latents, scale * z, rtol=1e-5)
+    np.testing.assert_allclose(there, back, atol=1e-4)
 
 
 def test_force_upcast():
@@ -416,8 +423,18 @@ def in_dtype(name, dtype):
     return apply(raw, *args, method=method, **({} if dtype is None else {"dtype": dtype}))
 
 
-@pytest.mark.parametrize("name", INPUTS)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("unet", jnp.bfloat16),
+        ("vae", jnp.float16),
+        ("text", jnp.float16),
+        *(pytest.param(name, d, marks=SLOW) for name in INPUTS for d in (jnp.float32, jnp.bfloat16, jnp.float16)),
+    ],
+)
 def test_parameters_and_computation_have_their_own_dtypes(name, dtype):
     raw, args, method = INPUTS[name]
     module = module_from_config(raw, dtype=dtype)
@@ -426,9 +443,6 @@ def test_parameters_and_computation_have_their_own_dtypes(name, dtype):
     drawn = convert.abstract(module_from_config(raw, param_dtype=dtype))
     assert {leaf.dtype for leaf in jax.tree.leaves(drawn)} == {jnp.dtype(dtype)}
     assert jax.eval_shape(lambda p: module.apply({"params": p}, *args, method=method), params).dtype == dtype
-
-
-SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""Every sampler × kernel × placement, with rules and estimators in turn, keeps the contract end to end.
+"""The whole cube: every kernel × placement × rule × estimator in the bound guidance, and end to end every sampler ×
+kernel × placement, with rules and estimators in turn.
 
 For each triple one rule and estimator is drawn so that over the samplers every rule and both estimators meet every
 kernel and placement.
@@ -7,7 +8,7 @@ kernel and placement.
 import itertools
 
 import pytest
-from test_contract import PAIRS, check
+from test_contract import PAIRS, check, check_bound, guidance_of
 
 from examples import KERNELS, SAMPLERS, rules_of
 
@@ -21,3 +22,9 @@ def combinations():
 @pytest.mark.parametrize(("sampler", "kernel", "at", "rule", "estimator"), list(combinations()))
 def test_cube(sampler, kernel, at, rule, estimator):
     check(sampler, kernel, at, rule, estimator)
+
+
+@pytest.mark.parametrize(("kernel", "at"), PAIRS)
+def test_bound_cube(kernel, at):
+    rules = rules_of(KERNELS[kernel])
+    check_bound(at, [guidance_of(kernel, at, rule, estimator) for rule in rules for estimator in "uv"])
