@@ -101,11 +101,16 @@ def diffusable(kernel):
 
 
 def allowed(kernel, at, rule):
-    """Whether the guidance can be built: mass needs a kernel of the distance, "diffused" an RBF."""
-    return (rule not in ("field", "mass") or has_mass(kernel)) and (at != "diffused" or diffusable(kernel))
+    """Whether the guidance can be built: mass needs a kernel of the distance, "length" one that has a length, "diffused"
+    an RBF.
+    """
+    if at == "diffused" and not diffusable(kernel):
+        return False
+    if rule == "length":
+        return type(kernel).length2 is not Kernel.length2
+    return rule not in ("field", "mass") or has_mass(kernel)
 
 
 def rules_of(kernel):
-    """The rules that a kernel serves at a placement that it serves; "length" needs one."""
-    has_length = type(kernel).length2 is not Kernel.length2
-    return [rule for rule in RULES if allowed(kernel, "denoised", rule) and (rule != "length" or has_length)]
+    """The rules that a kernel serves at a placement that it serves."""
+    return [rule for rule in RULES if allowed(kernel, "denoised", rule)]
