@@ -181,7 +181,7 @@ def short_repr(self: Any) -> str:
     fields = [
         f"{f.name}={shown(getattr(self, f.name))}"
         for i, f in enumerate(dataclasses.fields(self))
-        if i == 0 or f.default is not None or getattr(self, f.name) is not None
+        if f.repr and (i == 0 or f.default is not None or getattr(self, f.name) is not None)
     ]
     return f"{type(self).__name__}({', '.join(fields)})"
 

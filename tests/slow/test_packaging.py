@@ -1,0 +1,56 @@
+"""What is published holds what the package needs, and nothing of the repository besides."""
+
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+NEEDED = {"py.typed", "data/NOTICE", "data/digits.npz", "data/digits.safetensors", "__init__.py", "sd/unet.py"}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The folder of an sdist, and of the wheel that is built from it."""
+    out = tmp_path_factory.mktemp("dist")
+    subprocess.run([sys.executable, "-m", "build", "--outdir", out, ROOT], check=True, capture_output=True)
+    return out
+
+
+def test_wheel_has_the_package_alone(built):
+    (path,) = built.glob("*.whl")
+    with zipfile.ZipFile(path) as wheel:
+        names = set(wheel.namelist())
+        (metadata,) = (wheel.read(name).decode() for name in names if name.endswith("METADATA"))
+    assert {f"mmdjax/{name}" for name in NEEDED} <= names
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"mmdjax"}
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert "# mmdjax" in metadata
+    assert "![" not in metadata  # pictures by a path that an index page does not have
+
+
+def test_sdist_has_no_tests(built):
+    (path,) = built.glob("*.tar.gz")
+    with tarfile.open(path) as sdist:
+        names = {name.partition("/")[2] for name in sdist.getnames()}
+    assert {f"mmdjax/{name}" for name in NEEDED} | {"README.md", "LICENSE", "pyproject.toml"} <= names
+    assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "examples/"))]
+
+
+def test_wheel_runs_outside_of_the_repository(built, tmp_path):
+    (wheel,) = built.glob("*.whl")
+    into = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tmp_path / "site", wheel]
+    subprocess.run(into, check=True, capture_output=True)
+    code = "import mmdjax; model, _ = mmdjax.load_digits(); print(mmdjax.__file__, model.shape)"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path / "site"), "JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin"},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert run.stdout.split(maxsplit=1) == [str(tmp_path / "site/mmdjax/__init__.py"), "(8, 8, 1)\n"]
