@@ -101,9 +101,7 @@ def diffusable(kernel):
 
 
 def allowed(kernel, at, rule):
-    """Whether the guidance can be built: mass needs a kernel of the distance, "length" one that has a length, "diffused"
-    an RBF.
-    """
+    """Whether the guidance can be built: mass needs a kernel of the distance, "length" a length, "diffused" an RBF."""
     if at == "diffused" and not diffusable(kernel):
         return False
     if rule == "length":
