@@ -10,6 +10,7 @@ would make (`jax.eval_shape`: no memory) says which keys there must be, and of w
 that lists all.
 """
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -60,11 +61,16 @@ def abstract(module: nn.Module, param_dtype: Any = None) -> dict:
       param_dtype: of all leaves; by default the module's.
     """
     try:
-        init = jax.eval_shape(module.init, jax.random.key(0), *_inputs(module))["params"]
+        init = _initial(module)
     except Exception as error:  # a configuration can be no network's in any way
         raise ValueError(f"the configuration describes no {type(module).__name__} that works: {error}") from error
     dtype = param_dtype or module.param_dtype  # pyright: ignore[reportAttributeAccessIssue]
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), init)
+
+
+@functools.lru_cache(maxsize=16)  # tracing takes seconds, and a model is looked at before it is loaded
+def _initial(module: nn.Module) -> dict:
+    return jax.eval_shape(module.init, jax.random.key(0), *_inputs(module))["params"]
 
 
 def keys(tree: Mapping) -> dict[str, tuple[str, ...]]:
