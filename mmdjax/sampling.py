@@ -99,7 +99,8 @@ def guided_sample(
       times: decreasing t [num_steps + 1] in [0, 1] in place of num_steps (`mmdjax.schedules` has grids).
       x_init: x at times[0], [n, *model.shape]; default prior noise. `schedules.diffuse` makes it from pictures.
       memory: None, the capacity of a new memory, or the memory of an earlier call.
-      progress: show a bar, also inside `jit`.
+      progress: show a bar, also inside `jit`. It calls back from the compiled program, which JAX's persistent
+        compilation cache (`jax_compilation_cache_dir`) therefore does not keep; without a bar it does.
       sharding: `NamedSharding(mesh, PartitionSpec(axis))`, on Auto or Explicit axes: splits the batch over that axis of
         the mesh (`mmdjax.distributed` makes both). The guidance stays that of the whole batch, and samples do not
         depend on the number of devices. Parameters and references may lie on the mesh as they like; references split by
