@@ -460,12 +460,15 @@ def _inspect(args: argparse.Namespace) -> None:
 
 def _outline(args: argparse.Namespace) -> Any:
     """The pipeline without its weights: every configuration, vocabulary and key is checked, in seconds."""
+    import jax.numpy as jnp
+
     from mmdjax.sd.describe import shape_of
     from mmdjax.sd.models import load_models, local_path
     from mmdjax.sd.pretrained import assemble
 
     path = local_path(args.model, args.variant)
-    return assemble(path, load_models(path, variant=args.variant, ema=args.ema, put=shape_of), **_assembly(args))
+    how = {"variant": args.variant, "ema": args.ema, "dtype": jnp.dtype(args.dtype), "put": shape_of}
+    return assemble(path, load_models(path, **how), **_assembly(args))
 
 
 def _load(args: argparse.Namespace) -> Any:

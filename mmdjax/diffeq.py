@@ -108,6 +108,10 @@ def probability_flow(
     each, so a momentum acts within the inner steps only. The window is read on 1 − t; the solver steps to its edges
     and starts afresh there.
 
+    diffrax's checks of values call back from the compiled program, with throw=False too, so that JAX's persistent
+    compilation cache (`jax_compilation_cache_dir`) does not keep it. With EQX_ON_ERROR=nan in the environment it does,
+    and what would raise gives NaN.
+
     Args:
       params: the model's parameters.
       key: a typed PRNG key; the same key starts from the same noise as in `guided_sample`.

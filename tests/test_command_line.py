@@ -1,6 +1,7 @@
 """The command line on a tiny model: what it writes, and how it refuses."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import sd_toys
 from PIL import Image
 from safetensors.numpy import load_file
 
+import mmdjax.__main__
 import mmdjax.sd.run
 from mmdjax.__main__ import main
 from mmdjax.sd import load, load_references
@@ -181,6 +183,72 @@ def test_inspect(model, refs, tmp_path, capsys):
     assert "3 references with latents [4, 4, 4], 1 prompts, such as 'a bird'" in capsys.readouterr().out
 
 
+@pytest.fixture
+def calls(monkeypatch):
+    """What `sample_many` would have been called with; nothing is sampled."""
+    found = []
+
+    def sample_many(params, key, refs, **how):
+        found.append(how | {"refs": refs})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mmdjax.sd.run, "sample_many", sample_many)
+    return found
+
+
+def test_memory_is_an_option(calls, model, refs, tmp_path):
+    words = ["sample", model, "--refs", refs, "--out", tmp_path / "out", "-n", 5, "--batch-size", 2, "--steps", 4]
+    for more in ((), ("--memory", 3), ("--memory", 0), ("--batch-size", 5)):
+        assert run(*words, *more) == 130
+    assert [call["memory"] for call in calls] == [5, 3, None, None]  # one batch has none before it
+
+
+def test_captions_can_be_ignored(calls, model, refs, tmp_path):
+    """Of a folder, half of whose pictures have one, and of a pack."""
+    half, pack = tmp_path / "half", tmp_path / "refs.safetensors"
+    half.mkdir()
+    for path in refs.iterdir():
+        if path.name != "1.txt":
+            (half / path.name).write_bytes(path.read_bytes())
+    assert run("encode", model, refs, "--batch-size", 2, "--out", pack) == 0
+    how = ("--batch-size", 2, "--steps", 4, "--out", tmp_path / "out")
+    for source, captions in ((half, "ignore"), (pack, "ignore"), (pack, "use")):
+        assert run("sample", model, "--refs", source, "--captions", captions, *how) == 130
+    assert [call["refs"].cond is None for call in calls] == [True, True, False]
+    assert [call["guidance"].kernel is None for call in calls] == [True, True, False]
+    for call in calls:
+        np.testing.assert_array_equal(call["refs"].x, load_file(pack)["latents"])
+    plain = tmp_path / "plain.safetensors"
+    assert run("encode", model, half, "--captions", "ignore", "--batch-size", 2, "--out", plain, "--quiet") == 0
+    assert load_references(plain).captions() is None
+    one = tmp_path / "one.safetensors"
+    assert run("encode", model, half, "--prompt", "a bird", "--batch-size", 2, "--out", one) == 0
+    assert load_references(one).captions() == ["a bird"] * 3
+
+
+def test_quiet(calls, model, refs, tmp_path, capsys):
+    """No bar in the program, which JAX's persistent cache then keeps; nothing said."""
+    words = ["sample", model, "--refs", refs, "--out", tmp_path / "out", "--batch-size", 2, "--steps", 4]
+    assert run(*words, "--quiet") == 130
+    assert (
+        capsys.readouterr().err.strip() == "mmdjax sample: interrupted; every file that was written is whole; "
+        "repeat the command to resume"
+    )
+    assert run(*words) == 130
+    assert "encoding: 100%" in capsys.readouterr().err
+    assert [call["progress"] for call in calls] == [False, True]
+
+
+def test_inspect_without_the_extra(model, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert run("inspect", model) == 0
+    text = capsys.readouterr().out
+    assert "in all" in text
+    assert 'prompts: through text_encoder; their vocabularies were not looked at: pip install "mmdjax[sd]"' in text
+    assert run("sample", model, "--out", "o") == 2
+    assert "install tokenizers (" in capsys.readouterr().err
+
+
 # --- what is refused ---
 
 
@@ -193,23 +261,127 @@ def test_out_that_exists(sampled, model, refs, capsys):
     assert {path: path.stat().st_mtime_ns for path in sampled.iterdir()} == before
 
 
-def test_words_that_do_not_fit(model, refs, tmp_path, capsys):
-    out = ("--out", tmp_path / "out")
-    refused(capsys, "sample", tmp_path / "no" / "model", *out, text="no such file or folder")
-    refused(capsys, "sample", model, *out, "--refs", tmp_path / "no", text="no such folder of pictures")
-    refused(capsys, "sample", model, *out, "-n", "0", text="--num-samples/-n is 0; give at least 1")
-    refused(capsys, "sample", model, *out, "--height", "9", text="height is 9; give a multiple of 2, such as 8")
-    refused(capsys, "sample", model, *out, "--guidance-scale", "nan", text="scale is nan; give a finite number")
-    refused(
-        capsys, "encode", model, refs, "--out", tmp_path / "refs.zip", text="a pack is a .safetensors file, such as"
-    )
+@pytest.fixture
+def nothing_is_loaded(monkeypatch):
+    """No weights are read, and nothing is sampled."""
+
+    def loaded(*args, **how):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(mmdjax.__main__, "_load", loaded)
+
+
+@pytest.fixture
+def odd(tmp_path, model, refs, monkeypatch):
+    """A folder of what is given by mistake; words of commands are relative to it."""
+    (tmp_path / "model").symlink_to(model)
+    (tmp_path / "refs").symlink_to(refs)
+    for name in ("empty", "full", "half"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "full" / "a").touch()
+    for name in ("0.png", "1.png", "0.txt"):
+        (tmp_path / "half" / name).write_bytes((refs / name).read_bytes())
     (tmp_path / "empty.txt").write_text("\n")
-    refused(
-        capsys, "sample", model, *out, "--prompts", tmp_path / "empty.txt", text="holds no prompts; give one a line"
-    )
-    assert not (tmp_path / "out").exists()
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    (tmp_path / "no.safetensors").touch()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+WRONG = {
+    "sample nowhere --out o": "nowhere: no such file or folder",
+    "sample refs/0.png --out o": "0.png is neither safetensors nor a PyTorch archive",
+    "sample empty --out o": "empty: no model; looked for mmdjax.json",
+    "sample no.safetensors --out o": "no.safetensors is not a sound safetensors file: it has 0 bytes",
+    "sample model --out o --variant fp8": "unet: no fp8 weights; there are: plain",
+    "sample model --out o --tokenizer empty": "empty: no vocabulary for prompts; needed: vocab.json",
+    "sample model --out full": "full exists and is not an empty folder; nothing was overwritten",
+    "sample model --out refs/o --refs refs": "--out refs/o is within --refs refs; give an --out outside of it",
+    "sample model --out refs --refs refs": "--out refs is within --refs refs",
+    "sample model --out empty.txt/o": "empty.txt: nothing can be written there (Not a directory); give another --out",
+    "sample model --out o --refs nowhere": "nowhere: no such folder of pictures",
+    "sample model --out o --refs empty": "empty: no pictures; looked for *.png",
+    "sample model --out o --refs half": "1.png: it has no caption and others have",
+    "sample model --out o --refs half --unreadable refuse": "or use no captions (--captions ignore)",
+    "sample model --out o --refs refs/0.png": "give a folder of pictures, or a pack that `mmdjax encode` wrote",
+    "sample model --out o --prompts empty.txt": "empty.txt holds no prompts; give one a line",
+    "sample model --out o --prompts empty": "--prompts empty is no file; give a text file, one prompt a line",
+    "sample model --out o --prompts latin.txt": "--prompts latin.txt is not UTF-8 text",
+    "sample model --out o -n 0": "--num-samples/-n is 0; give at least 1",
+    "sample model --out o --batch-size 0": "--batch-size is 0; give at least 1",
+    "sample model --out o --steps 0": "--steps is 0; give at least 1",
+    "sample model --out o --steps ten": "--steps is 'ten'; give a whole number",
+    "sample model --out o --steps 1001": "1001; the table allows 1 to 1000",
+    "sample model --out o --memory -1": "--memory is -1; give at least 0",
+    "sample model --out o --seed 4294967296": "--seed is 4294967296; give -2147483648 to 4294967295",
+    "sample model --out o --eta -1": "--eta is -1; give at least 0",
+    "sample model --out o --cfg-scale inf": "--cfg-scale is inf; give a finite number",
+    "sample model --out o --guidance-scale nan": "--guidance-scale is nan; give a finite number",
+    "sample model --out o --height 0": "--height is 0; give at least 1",
+    "sample model --out o --height 9": "height is 9; give a multiple of 2, such as 8",
+    "sample model --out o --eta 0 --sampler heun": "--eta is for --sampler ddim, not heun; leave it out",
+    "sample model --out o --negative a --cfg-scale 1": "--negative needs a --cfg-scale other than 1",
+    "sample model --out o --at clean": "--at without --refs; give --refs, or leave --at out",
+    "sample model": "the following arguments are required: --out; see mmdjax sample --help",
+    "sample model --out o --fast": "unrecognized arguments: --fast",
+    "encode model refs --out o.zip": "a pack is a .safetensors file, such as o.safetensors",
+    "encode model half --out o.safetensors": "1.png: it has no caption and others have",
+    "encode model refs --out o.safetensors --batch-size 0": "--batch-size is 0; give at least 1",
+    "encode model refs --out o.safetensors --width 9": "width is 9; give a multiple of 2, such as 8",
+    "encode model refs --out empty.txt/o.safetensors": "empty.txt: nothing can be written there",
+    "convert empty --out o": "empty: no model; looked for mmdjax.json",
+    "convert model --out model": "model exists and is not an empty folder",
+    "inspect nowhere": "nowhere: no such file or folder",
+    "inspect model --batch-size 0": "--batch-size is 0; give at least 1",
+}
+
+
+def test_wrong_calls_are_refused_before_anything_is_loaded(odd, nothing_is_loaded, capsys):
+    """One message on stderr, exit code 2, nothing written."""
+    before = sorted(odd.rglob("*"))
+    for words, text in WRONG.items():
+        assert run(*words.split()) == 2, words
+        streams = capsys.readouterr()
+        assert text in streams.err, words
+        assert streams.err.startswith("mmdjax"), words
+        assert not streams.out, words
+        assert sorted(odd.rglob("*")) == before, words
     with pytest.raises(FileNotFoundError):
-        run("sample", tmp_path / "no" / "model", *out, "--traceback")
+        run("sample", "nowhere", "--out", "o", "--traceback")
+
+
+def test_help_says_what_is_there(capsys):
+    assert run("sample", "--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for part in ("--memory N", "each batch on its own (default 1000)", "--captions {use,ignore}", "--quiet"):
+        assert part in text
+    assert run("--version") == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (MemoryError(), "out of memory; give a smaller --batch-size"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes"), "out of memory; give a smaller"),
+        (OSError(28, "No space left on device", "o/a.png"), "error: o/a.png: No space left on device"),
+    ],
+)
+def test_errors_of_the_machine(error, text, model, tmp_path, monkeypatch, capsys):
+    def load(args):
+        raise error
+
+    monkeypatch.setattr(mmdjax.__main__, "_load", load)
+    refused(capsys, "sample", model, "--out", tmp_path / "out", text=text)
+
+
+def test_convert_that_is_interrupted_leaves_nothing(model, tmp_path, monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mmdjax.sd.pipeline.Pipeline, "_save_rest", interrupted)  # after the networks
+    assert run("convert", model, "--out", tmp_path / "out") == 130
+    assert capsys.readouterr().err.endswith("interrupted; every file that was written is whole\n")
+    assert not list(tmp_path.iterdir())
 
 
 def test_references_of_another_size(model, refs, tmp_path, capsys):

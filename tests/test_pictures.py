@@ -137,6 +137,25 @@ def test_captions_without_pictures_and_the_reverse(folder):
         "z.txt: a caption without a picture",
     )
     assert open_pictures(folder, skip=True).captions == ("a cat",)
+    refused(folder, "mend or remove them, or skip them (--unreadable skip), or use no captions (--captions ignore)")
+    found = open_pictures(folder, captions=False)
+    assert [path.name for path in found.paths] == ["a.jpg", "b.png", "c.PNG"]
+    assert found.captions is None
+    assert not found.skipped
+
+
+def test_a_later_look_at_sizes(folder):
+    """As if `smallest` had been given at once; captions stay with their pictures."""
+    save(folder / "b.png", np.zeros((6, 20, 3)))
+    for name in "abc":
+        (folder / f"{name}.txt").write_text(f"of {name}")
+    first = open_pictures(folder)
+    assert len(first.at_least(6).paths) == 3
+    later = first.at_least(7, skip=True)
+    assert later == open_pictures(folder, smallest=7, skip=True)
+    assert later.captions == ("of a", "of c")
+    with pytest.raises(PictureError, match=r"b\.png: it has 20 × 6 pixels; the shorter side needs 7"):
+        first.at_least(7)
 
 
 @pytest.mark.parametrize(
