@@ -54,7 +54,13 @@ def test_what_is_ruled_out_raises(kernel, at, rule):
 PAIRS = [(k, at) for k, at in itertools.product(KERNELS, PLACEMENTS) if at != "diffused" or diffusable(KERNELS[k])]
 
 
-@pytest.mark.parametrize(("kernel", "at"), PAIRS)
+# each kernel at two placements; the others are like these, and slow
+IN_TURN = [(k, PLACEMENTS[(i + j) % 3]) for i, k in enumerate(KERNELS) for j in (0, 1)] + [("RBF", "diffused")]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "at"), [pytest.param(*pair, marks=() if pair in IN_TURN else pytest.mark.slow) for pair in PAIRS]
+)
 def test_bound_guidance(kernel, at):
     """By a rule and an estimator in turn: finite and moved, and at scale 0 not at all."""
     turn, rules = PAIRS.index((kernel, at)), rules_of(KERNELS[kernel])

@@ -191,6 +191,7 @@ def test_window_edges_outside_the_interval_change_nothing():
     assert whole.num_evaluations == cut.num_evaluations
 
 
+@pytest.mark.slow
 def test_memory_of_two_calls():
     first = flow(start(), refs=references(), memory=2 * N)
     assert first.memory.count == N
@@ -290,6 +291,7 @@ def test_forward_mode_with_its_adjoint():
     np.testing.assert_allclose(tangent, spread_at(VP(1e-3)) / spread_at(VP(1.0)), rtol=5e-3)
 
 
+@pytest.mark.slow
 def test_jit_and_vmap_change_nothing():
     def end(params, x):
         return flow(x, refs=references(), mu=params).x

@@ -25,8 +25,15 @@ def moved(z, y, scale, bandwidth, kernel, rule):
 of_all = jax.jit(jax.value_and_grad(moved, argnums=(0, 1, 2, 3)), static_argnums=(4, 5))
 
 
-@pytest.mark.parametrize("rule", ["field", "mass"])
-@pytest.mark.parametrize("kernel", [RBF, Laplacian, IMQ])
+def in_turn(*quick):
+    """Every kernel with every rule, the quick ones of them where the slow ones are left out."""
+    pairs = [(kernel, rule) for kernel in (RBF, Laplacian, IMQ) for rule in ("field", "mass")]
+    return pytest.mark.parametrize(
+        ("kernel", "rule"), [pytest.param(*pair, marks=() if pair in quick else pytest.mark.slow) for pair in pairs]
+    )
+
+
+@in_turn((RBF, "field"), (Laplacian, "mass"))
 def test_gradients_are_finite_where_the_value_is(kernel, rule):
     """From kernels that see nothing to wide ones; all samples near, one of them far, two of them equal, none moving."""
     z = 0.1 * jax.random.normal(jax.random.key(0), (5, 8))
@@ -39,8 +46,7 @@ def test_gradients_are_finite_where_the_value_is(kernel, rule):
                 assert all(bool(jnp.isfinite(g).all()) for g in gradients), (far, bandwidth, gradients)
 
 
-@pytest.mark.parametrize("rule", ["field", "mass"])
-@pytest.mark.parametrize("kernel", [RBF, Laplacian, IMQ])
+@in_turn((IMQ, "field"), (RBF, "mass"))
 def test_gradients_are_those_of_finite_differences(kernel, rule):
     """Also where the kernel has nearly faded: a sample 11 bandwidths away."""
     with jax.enable_x64(True):

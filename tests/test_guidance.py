@@ -55,10 +55,13 @@ KERNELS = {
 }
 
 
+LIKE_OTHERS = ("rbf", "mixture", "laplacian", "rq", "linear")  # computed as the IMQ or the polynomial is
+
+
 @pytest.mark.parametrize(
     ("name", "estimator"),
     [
-        *((name, "u") for name in KERNELS),
+        *(pytest.param(name, "u", marks=pytest.mark.slow if name in LIKE_OTHERS else ()) for name in KERNELS),
         *(pytest.param(name, "v", marks=() if name in ("imq", "product") else pytest.mark.slow) for name in KERNELS),
     ],
 )
@@ -151,7 +154,10 @@ def test_a_surplus_is_not_pushed_where_there_is_no_data():
     assert abs(float(balanced)) < 0.3 * float(pushed)
 
 
-@pytest.mark.parametrize("name", ["rbf", "laplacian", "imq", "energy", "sum", "product"])
+@pytest.mark.parametrize(
+    "name",
+    ["imq", "energy", "product", *(pytest.param(n, marks=pytest.mark.slow) for n in ("rbf", "laplacian", "sum"))],
+)
 def test_neighbours_average(name):
     """Rows are weights; equal shifts stay; a sample alone is its own average."""
     cond = jnp.zeros(7, int)
@@ -513,7 +519,9 @@ def test_bad_choices(arguments, message):
 
 
 @pytest.mark.parametrize("refs_dtype", [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.float64])
-@pytest.mark.parametrize("dimensions", [5, 60])  # 60: inner steps among known distances
+@pytest.mark.parametrize(
+    "dimensions", [pytest.param(5, marks=pytest.mark.slow), 60]
+)  # 60: inner steps among known distances
 def test_float32_points_under_x64(refs_dtype, dimensions):
     """Neither references nor levels of more digits change what the points are."""
     with jax.enable_x64(True):

@@ -115,6 +115,12 @@ def named(table):
     return kernels(list(table.values()), ids=list(table))
 
 
+def some(table, *quick):
+    """As `named`; the kernels that are not of these are slow ones, each like one of these."""
+    marks = {name: () if name in quick else pytest.mark.slow for name in table}
+    return kernels([pytest.param(*row, marks=marks[name]) for name, row in table.items()], ids=list(table))
+
+
 # --- Gram matrices ------------------------------------------------------------------------------------------------
 
 
@@ -265,7 +271,7 @@ def test_gradient_is_that_of_the_formula(kernel, formula, matrix, x64):
     assert one.tolist() == [1.0] * N
 
 
-@named(ALL)
+@some(ALL, "rbf", "energy", "polynomial", "cosine", "product", "energy from an origin")
 def test_gradient_among_the_same_points(kernel, formula, x64):
     a = points(0, N)
     coef = jax.random.normal(jax.random.key(2), (N, N), float)

@@ -572,6 +572,7 @@ def test_killed_run_goes_on_in_another_process(whole, tmp_path):
     assert not (tmp_path / ".lock").exists()
 
 
+@pytest.mark.slow
 def test_sharded_run_resumes_bit_for_bit():
     """The batch over four devices; the same samples on one, to rounding."""
     code = f"""

@@ -504,7 +504,7 @@ def integer_metrics(x, y, k):
     return in_y.any(1).mean(), in_x.any(0).mean(), in_y.sum(1).mean() / k, in_y.any(0).mean(), np.mean(rates)
 
 
-@pytest.mark.parametrize("d", [3, 5, 16, 64])
+@pytest.mark.parametrize("d", [3, 64, *(pytest.param(d, marks=pytest.mark.slow) for d in (5, 16))])
 def test_equal_distances_are_equal(d):
     """Features on a grid, far from the origin and in any unit: exact, with ties in most rows."""
     rng = np.random.default_rng(d)
@@ -548,9 +548,17 @@ METRICS = {
 WEIGHTED = ("energy_distance", "kid", "frechet_distance", "vendi", "vendi by features", "rke")
 SMALL = two_sets(24, 30, 3)
 each_metric = pytest.mark.parametrize("name", METRICS)
+# one of each way to compute: sums over pairs, neighbours, features, a Gram
+some_metrics = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("energy_distance", "precision_recall", "vendi") else pytest.mark.slow)
+        for name in METRICS
+    ],
+)
 
 
-@each_metric
+@some_metrics
 def test_under_jit_and_vmap(name):
     metric = METRICS[name]
     sets = [SMALL, two_sets(24, 30, 3, seed=1)]
@@ -606,7 +614,7 @@ def test_weights_are_weights(metric):
         assert float(metric(weighted, y)) == pytest.approx(float(metric(repeated, y)), abs=2e-6)
 
 
-@each_metric
+@some_metrics
 def test_pictures_and_half_precision(name):
     x, y = (v.astype(jnp.bfloat16) for v in two_sets(24, 30, 4))
     flat = METRICS[name](*(v.astype(np.float32) for v in (x, y)))

@@ -50,7 +50,7 @@ some_kernels = pytest.mark.parametrize("kernel", [KERNELS[name] for name in few]
 SLOW = pytest.mark.slow  # for kernels whose programs take long to compile where one of the same kind is quick
 three = pytest.mark.parametrize(
     "kernel",
-    [pytest.param(KERNELS[n], marks=() if n in ("energy", "polynomial", "product") else SLOW) for n in few],
+    [pytest.param(KERNELS[n], marks=() if n in ("energy", "polynomial") else SLOW) for n in few],
     ids=few,
 )
 each_estimator = pytest.mark.parametrize("estimator", ["v", "u"])

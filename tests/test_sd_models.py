@@ -58,7 +58,8 @@ def relative(ours, theirs):
 
 
 @pytest.mark.parametrize(
-    "name", ["unet_sd1", pytest.param("unet_sd2", marks=pytest.mark.slow), "unet_sdxl", "unet_ldm"]
+    "name",
+    ["unet_sdxl", "unet_ldm", *(pytest.param(name, marks=pytest.mark.slow) for name in ("unet_sd1", "unet_sd2"))],
 )
 def test_unet(name):
     fixture, a = recorded(name)
@@ -269,6 +270,7 @@ def test_heads_of_the_published_models(family):
     assert module_from_config(uncond).config.heads == (7, 14, 21, 28)  # there it is a size
 
 
+@pytest.mark.slow
 def test_heads_matter():
     """Porting 4: a wrong split has valid shapes and wrong values."""
     fixture, a = recorded("unet_sd1")
@@ -335,6 +337,7 @@ def test_scale_of_latents_is_applied_once(raw, scale):
     np.testing.assert_allclose(there, back, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_force_upcast():
     """Porting 14: activations beyond 65,504 are NaN in float16; with force_upcast decoding is float32."""
     z = jnp.asarray(np.random.default_rng(0).standard_normal((1, 4, 4, 4)), jnp.float16)
@@ -462,6 +465,7 @@ def test_dtypes_are_separate(name, dtype):
     assert relative(y.astype(jnp.float32), in_dtype(name, None)) < (1e-6 if dtype == jnp.float32 else 0.1)
 
 
+@pytest.mark.slow
 def test_unet_is_a_denoiser():
     """`from_model(unet.apply)` compares by value, so that two equal modules compile once."""
     module, params, _ = sd_tiny.component(ONE_LEVEL)
@@ -483,6 +487,7 @@ def squared(raw, remat):
     return lambda x: (module.apply({"params": params}, x, *inputs) ** 2).sum()
 
 
+@pytest.mark.slow
 def test_remat_keeps_what_goes_into_the_blocks():
     def kept(remat):
         """The bytes of what the forward pass leaves behind, without the parameters: those are constants of it."""

@@ -96,7 +96,7 @@ def linear(params, x, t, cond):
     return params["a"] * x + params["b"]
 
 
-@pytest.mark.parametrize("prediction", ["x0", "eps"])
+@pytest.mark.parametrize("prediction", ["x0", pytest.param("eps", marks=pytest.mark.slow)])
 def test_fit_finds_the_posterior_mean_of_a_gaussian(prediction):
     # x0 ~ N(m, s²), one level: E[x0|x] = m + α s² (x − α m) / (α² s² + σ²), linear in x for every prediction
     m, s, level = 1.5, 0.5, RectifiedFlow()(0.4)
