@@ -305,8 +305,9 @@ def _sample(args: argparse.Namespace) -> None:
         try:
             pack = load_references(args.refs)
         except CheckpointError as error:
-            wanted = "a folder of pictures, or a pack that `mmdjax encode` wrote"
-            raise CheckpointError(f"--refs {args.refs}: {error}; give {wanted}") from error
+            reason = f": {error}" if args.refs.suffix == PACK else " is neither a folder nor a pack"
+            remedy = "a folder of pictures, or a pack that `mmdjax encode` wrote"
+            raise CheckpointError(f"--refs {args.refs}{reason}; give {remedy}") from error
     elif args.refs is not None:
         folder = _open_folder(args, captions=args.captions == "use")
     samplers = {
