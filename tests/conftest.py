@@ -2,7 +2,7 @@
 
 Nearly all of the tests' time is compilation, so XLA is told not to optimise; what depends on optimised code (scale 0 is
 plain sampling bit for bit) runs in a process of its own. With MMDJAX_TYPES=1 beartype checks every annotation of mmdjax
-while the tests run; CI does so once over all of them.
+while the tests run; CI does so in the slow ones.
 
 To keep a new test cheap:
 
