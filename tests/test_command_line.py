@@ -109,6 +109,11 @@ def test_interrupted_run_goes_on(sampled, model, refs, tmp_path, monkeypatch, ca
     assert run(*words) == 0
     assert "holds the 5 pictures of this command already; nothing was done" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+    report = json.loads((out / "run.json").read_text())
+    del report["settings"]["memory"], report["settings"]["captions"]  # as written before there were these options
+    (out / "run.json").write_text(json.dumps(report))
+    assert run(*words) == 0
+    assert "nothing was done" in capsys.readouterr().out
 
 
 def test_pictures_are_the_decoded_latents(sampled, model):

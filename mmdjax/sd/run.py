@@ -49,6 +49,7 @@ IN_GRID, IN_COMPARISON = 64, 16  # pictures
 SMALL = 64  # pixels: smaller pictures are enlarged in grids
 PARTS, REPORT = "parts", "run.json"
 REMEMBERED = 1000  # samples of earlier batches that the later ones are guided around, unless told otherwise
+AS_BEFORE = {"memory": REMEMBERED, "captions": "use"}  # options that a run.json of before them does not name
 
 
 def sample_to_folder(
@@ -224,7 +225,7 @@ def check_out(out: str | Path, settings: Mapping[str, Any] | None = None) -> dic
         return None
     if settings is not None and (out / REPORT).is_file():
         report = json.loads((out / REPORT).read_text(encoding="utf-8"))
-        if report["settings"] == json.loads(json.dumps(dict(settings))):
+        if AS_BEFORE | report["settings"] == AS_BEFORE | json.loads(json.dumps(dict(settings))):
             shutil.rmtree(out / PARTS, ignore_errors=True)  # left where it was interrupted in doing so itself
             return report
     elif settings is not None and (out / PARTS).is_dir():
