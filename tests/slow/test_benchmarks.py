@@ -12,7 +12,7 @@ from mmdjax import Memory, Particles, guided_sample
 from mmdjax.metrics import energy_distance
 from mmdjax.particles import as_particles, flat
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import alignment  # noqa: E402  # scripts, found through the line above

@@ -235,7 +235,7 @@ def test_guided_sampling_by_a_coreset_and_by_features():
     model = DiffusionModel(from_model(lambda params, x, t, cond: params * x, "x0"), RectifiedFlow(), (2,))
 
     def made(refs, guidance=None):
-        guidance = guidance or MMDGuidance(IMQ(0.5))
+        guidance = guidance or (MMDGuidance() if refs is None else MMDGuidance(IMQ(0.5)))
         return guided_sample(
             0.5, jax.random.key(0), refs, model=model, num_samples=64, num_steps=10, guidance=guidance
         ).x
