@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from mmdjax.blocks import block_beside, columns_of
-from mmdjax.numerics import product
+from mmdjax.numerics import inline_jit, product
 from mmdjax.particles import Particles, flat
 from mmdjax.placement import current
 from mmdjax.tree import is_traced
@@ -285,6 +285,7 @@ def _valid_pairs(y: Array, weight: Array, what: str) -> tuple[Array, Array]:
     return d2, present[:, None] & present[None, :] & ~jnp.eye(d2.shape[0], dtype=bool)
 
 
+@inline_jit
 def _median_distance(d2: Array, valid: Array) -> Array:
     ordered = jnp.sort(jnp.where(valid, d2, jnp.inf).reshape(-1))
     count = valid.sum()

@@ -1,10 +1,15 @@
 """Elementary functions with the derivative that the mathematics wants where the usual one is NaN or imprecise."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
+
+inline_jit = functools.partial(jax.jit, inline=True)
+"""One program where it is called outside `jit`, in place of one an operation; inside, nothing."""
 
 
 def product(x: Array, y: Array) -> Array:
@@ -12,11 +17,13 @@ def product(x: Array, y: Array) -> Array:
     return jnp.matmul(x, y, precision="highest")
 
 
+@inline_jit
 def safe_sqrt(x: Array) -> Array:
     """√x with derivative 0 at 0; 0 below."""
     return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1.0)), 0.0)
 
 
+@inline_jit
 def reciprocal(x: Array) -> Array:
     """1/x; 0 with derivative 0 at 0 and below: a coincident pair neither pulls nor weighs."""
     return jnp.where(x > 0, 1.0 / jnp.where(x > 0, x, 1.0), 0.0)
@@ -40,4 +47,11 @@ def unit_of(mass: Array) -> Array:
 def all_finite(x: Any) -> bool:
     """Whether a concrete array has neither NaN nor infinity; also where a function being traced closes over it."""
     with jax.ensure_compile_time_eval():
-        return bool(jnp.isfinite(x).all())
+        x, xp = readable(x)
+        return bool(xp.isfinite(x).all())
+
+
+def readable(x: Any) -> tuple[Any, Any]:
+    """A concrete array and the module to read its values with: NumPy, which compiles nothing, for one in host memory."""
+    at_hand = not isinstance(x, jax.Array) or all(device.platform == "cpu" for device in x.devices())
+    return (np.asarray(x), np) if at_hand and getattr(x, "is_fully_addressable", True) else (x, jnp)

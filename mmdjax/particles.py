@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PyTree
 
 from mmdjax.host import HostReferences
+from mmdjax.numerics import readable
 from mmdjax.tree import is_concrete, is_traced, pytree, replace
 
 T = TypeVar("T")
@@ -253,8 +254,9 @@ def _check_weight(name: str, weight: np.ndarray, limits: Any) -> np.ndarray:
 
 def _check_values(what: str, leaf: Any, counts: np.ndarray) -> None:
     limits = jnp.finfo(wide_dtype(leaf))
-    with jax.ensure_compile_time_eval():
-        largest = float(jnp.max(jnp.abs(jnp.asarray(leaf)), initial=0))  # NaN if there is one
+    with jax.ensure_compile_time_eval(), np.errstate(invalid="ignore"):
+        values, xp = readable(leaf)
+        largest = float(xp.max(xp.abs(values), initial=0))  # NaN if there is one
     most2 = float(limits.max) / 4  # of |x|²: |x − y|² is at most four times as much
     if largest * largest * np.prod(np.shape(leaf)[1:]) <= most2:
         return
