@@ -52,6 +52,9 @@ def all_finite(x: Any) -> bool:
 
 
 def readable(x: Any) -> tuple[Any, Any]:
-    """A concrete array and the module to read its values with: NumPy, which compiles nothing, for one in host memory."""
+    """A concrete array, and the module to read its values with.
+
+    NumPy, which compiles nothing, for an array in host memory; otherwise `jax.numpy`.
+    """
     at_hand = not isinstance(x, jax.Array) or all(device.platform == "cpu" for device in x.devices())
     return (np.asarray(x), np) if at_hand and getattr(x, "is_fully_addressable", True) else (x, jnp)

@@ -246,6 +246,7 @@ def test_guidance_without_references_warns():
     run(None, guidance=MMDGuidance())
 
 
+@pytest.mark.slow
 def test_what_is_unusual_but_fine():
     """One sample, one reference with a bandwidth, duplicates."""
     one = run(num_samples=1)

@@ -197,6 +197,7 @@ def test_score_of_a_gaussian():
             np.testing.assert_allclose(score(world, None, x, LEVELS[name]), world.score(x, LEVELS[name]), atol=1e-11)
 
 
+@pytest.mark.slow
 def test_score_of_a_mixture_is_the_gradient_of_its_log_density():
     with jax.enable_x64(True):
         world, x = toys.ring(), 3 * normal(0, 20, 2)

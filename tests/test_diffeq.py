@@ -120,6 +120,7 @@ def test_reverse_sde_has_the_marginal_and_one_path_a_key():
     assert errors[1] < errors[0] / 2
 
 
+@pytest.mark.slow
 def test_reverse_sde_from_pure_noise():
     schedule = RectifiedFlow()
     assert_marginal(sde(start(schedule, n=MANY // 4), 5e-2, model=gaussian(schedule)).x, schedule)
@@ -145,7 +146,8 @@ def test_guided_flow_is_the_limit_of_ddim(float64):
     assert jnp.abs(adaptive - flow(x, 1e-7).x).max() > 0.1  # guidance did something
 
 
-@pytest.mark.parametrize("solve", [probability_flow, pytest.param(reverse_sde, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("solve", [probability_flow, reverse_sde])
 def test_default_guidance_aligns_the_batch(solve):
     refs = Particles(references(100))
     data = Particles(MU + SPREAD * jax.random.normal(KEY, (64, 2)))
@@ -158,6 +160,7 @@ def test_scale_zero_is_the_plain_flow():
     np.testing.assert_allclose(flow(start(), refs=references(), guidance=still).x, flow(start()).x, rtol=1e-5)
 
 
+@pytest.mark.slow
 # by rounding, the average of "field" changes the sizes of adaptive steps, and these the samples: far below tolerance
 @pytest.mark.parametrize(
     ("precondition", "rtol"), [pytest.param("mass", 1e-9, marks=pytest.mark.slow), ("field", 1e-7)]
@@ -173,6 +176,7 @@ def test_permuting_the_batch_permutes_the_samples(float64, precondition, rtol):
     assert jnp.abs(other.x[0] - samples.x[0]).max() > 1e-3  # the batch is one coupled state
 
 
+@pytest.mark.slow
 def test_window_is_unguided_then_guided_then_unguided(float64):
     x, refs = start(), references()
     windowed = MMDGuidance(kernel=RBF(1.0), scale=0.5, inner_steps=1, window=(0.3, 0.8))
@@ -254,6 +258,7 @@ def test_giving_up():
 # --- transformations -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_gradients_are_finite_differences(float64):
     # "length": the masses of "mass" cross in kinks, at which no solver is of high order
     x, refs, weights = start(), references(), jnp.arange(2.0 * N).reshape(N, 2)

@@ -174,6 +174,7 @@ def test_energy_is_conditionally_positive_definite(x):
         assert smallest_eigenvalue(centring @ np.asarray(gram) @ centring) > -1e-7
 
 
+@pytest.mark.slow
 @hypothesis
 @given(x=rows, weight=arrays(np.float64, N, elements=st.floats(0.125, 1)))
 @pytest.mark.parametrize("x_kernel", [Energy(), Sum(Energy(), RBF(1.0)), Mapped(jnp.tanh, Energy())])
@@ -213,6 +214,7 @@ def tree(p):
     return Particles({"a": p.x[:, :4].reshape(-1, 2, 2), "b": p.x[:, 4:]}, p.cond)
 
 
+@pytest.mark.slow
 def test_mapped_and_energy_take_pytrees(x64):
     a, b = points(0, N), points(1, M)
     flattened = Mapped(lambda x: jnp.concatenate([x["a"].reshape(-1, 4), x["b"]], 1), RBF(1.3))
@@ -413,7 +415,7 @@ def numpy_nearest(x, k=1):
 
 @pytest.mark.parametrize(
     ("n", "d"),
-    [(2, 3), (10, 20), *(pytest.param(*size, marks=pytest.mark.slow) for size in ((2, 20), (7, 3), (7, 20), (10, 3)))],
+    [(2, 3), *(pytest.param(*size, marks=pytest.mark.slow) for size in ((2, 20), (7, 3), (7, 20), (10, 3), (10, 20)))],
 )
 def test_bandwidth_rules_against_numpy(n, d):
     x = np.random.default_rng(n).normal(size=(n, d)).astype(np.float32)

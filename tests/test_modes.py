@@ -65,7 +65,13 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+LONG = ("guide_denoiser", "guide_sampler")  # to compile
+
+
+@pytest.mark.parametrize(
+    "call",
+    [pytest.param(call, id=name, marks=pytest.mark.slow if name in LONG else ()) for name, call in CALLS.items()],
+)
 def test_strict_modes_change_nothing(call):
     expected = np.asarray(call())
     for switch in SWITCHES.values():

@@ -125,7 +125,7 @@ def guided_memory():
     return Memory.empty(100, SHAPE)
 
 
-@pytest.mark.parametrize("num_samples", [2, 5])
+@pytest.mark.parametrize("num_samples", [5, pytest.param(2, marks=pytest.mark.slow)])
 def test_joint_form_moves_each_sample_by_its_own_norm(num_samples):
     """Without memory: displacement α ‖x‖ ‖g‖/(‖g‖ + 1e-5) for every sample of the batch."""
     from mmdjax.direction import shift_direction

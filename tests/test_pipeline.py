@@ -82,6 +82,7 @@ def test_pictures_that_are_not(loaded):
         pipeline.decode(params, np.full((1, 4, 4, 4), np.inf, np.float32))
 
 
+@pytest.mark.slow
 def test_pictures_that_overflow_float16(folder, tmp_path):
     """Porting 14, where the config does not ask for float32: an error, not a black picture."""
     copy = shutil.copytree(folder, tmp_path / "copy")
@@ -165,6 +166,7 @@ def test_text_to_image_as_recorded(tmp_path):
     np.testing.assert_allclose(images, arrays["images"], atol=2 / 255)
 
 
+@pytest.mark.slow
 def test_sampling_compiles_once(loaded, monkeypatch):
     """Another cfg scale, negative prompt, prompt or kernel made anew compiles nothing."""
     pipeline, params = loaded
@@ -197,6 +199,7 @@ def test_sampling_compiles_once(loaded, monkeypatch):
 # --- loading ---
 
 
+@pytest.mark.slow
 def test_unconditional(tmp_path):
     pipeline, params = load(sd_toys.write_pipeline(tmp_path / "ldm", unconditional=True))
     x = guided_sample(params, jax.random.key(0), None, model=pipeline.model(), num_samples=2, times=pipeline.times(2)).x
@@ -305,6 +308,7 @@ def test_reference_of_another_prompt_does_not_pull(level):
     np.testing.assert_array_equal(pulled[1], alone[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", ["pooled", pytest.param("tokens", marks=pytest.mark.slow)])
 def test_constant_prompt_is_the_plain_kernel(level):
     refs, cond = jax.random.normal(jax.random.key(1), (6, 3)) + 3.0, prompt(1, 1, 1)

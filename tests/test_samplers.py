@@ -62,6 +62,7 @@ def test_order_on_a_gaussian(name, schedule):
     assert errors[-1] < 0.01
 
 
+@pytest.mark.slow
 def test_order_on_a_ring():
     # a denoiser that is not linear: against 2,048 steps of Heun, 1/64 of the error at 256 steps
     num_steps, world, schedule = (64, 256), toys.ring(), VPLinear()

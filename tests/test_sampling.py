@@ -79,7 +79,8 @@ def check_plain_sampling(every):
             assert float(jnp.abs(still.trace.shift_norm).max()) == 0
 
 
-@pytest.mark.parametrize("every", [False, pytest.param(True, marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("every", [False, True])
 def test_scale_zero_and_no_references_are_plain_sampling(every):
     """Bit for bit, in code that XLA optimises as it does for users; so is the first sample of the published loop."""
     checks = f"test_sampling.check_plain_sampling({every}); test_paper.check_first_sample()"
@@ -140,8 +141,7 @@ def test_vmap_over_keys_and_scale_is_a_loop(at):
     ("at", "rule"),
     [
         ("denoised", "field"),
-        ("sample", "mass"),
-        *(pytest.param(at, "mass", marks=SLOW) for at in PLACEMENTS if at != "sample"),
+        *(pytest.param(at, "mass", marks=SLOW) for at in PLACEMENTS),
     ],
 )
 def test_gradients_are_finite_differences(at, rule):
@@ -281,6 +281,7 @@ def test_image_to_image_starts_from_x_init():
     np.testing.assert_array_equal(order(out.x), order(x))
 
 
+@pytest.mark.slow
 def test_bfloat16_network():
     narrow = DiffusionModel(lambda p, x, t, c: gaussian(p, x, t, c).astype(jnp.bfloat16), VPLinear(), (3,))
     for at in PLACEMENTS:
@@ -289,7 +290,8 @@ def test_bfloat16_network():
         np.testing.assert_allclose(out.x, run(guidance=guidance_at(at)).x, atol=0.1)  # 8 bits of x̂0 in units of 1
 
 
-@pytest.mark.parametrize("at", ["sample", *(pytest.param(at, marks=SLOW) for at in ("denoised", "clean", "diffused"))])
+@SLOW
+@pytest.mark.parametrize("at", PLACEMENTS)
 def test_bfloat16_batch_is_moved_as_in_float32(at):
     """A batch, references and memory in bfloat16 are the float32 ones of the same values, rounded once, at the end."""
     guidance = MMDGuidance(kernel=None if at != "diffused" else RBF(None), at=at)

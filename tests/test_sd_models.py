@@ -59,7 +59,7 @@ def relative(ours, theirs):
 
 @pytest.mark.parametrize(
     "name",
-    ["unet_sdxl", "unet_ldm", *(pytest.param(name, marks=pytest.mark.slow) for name in ("unet_sd1", "unet_sd2"))],
+    ["unet_ldm", *(pytest.param(name, marks=pytest.mark.slow) for name in ("unet_sd1", "unet_sd2", "unet_sdxl"))],
 )
 def test_unet(name):
     fixture, a = recorded(name)
@@ -77,6 +77,7 @@ def test_vae():
     assert relative(apply(fixture["config"], a["z"], method="decode"), a["decoded"]) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_vqvae():
     """Porting 15: the encoder's output is not quantised; the decoder quantises first."""
     fixture, a = recorded("vqvae")
@@ -88,7 +89,9 @@ def test_vqvae():
     assert relative(apply(raw, codes, False, method="decode"), a["decoded"]) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["clip_l", "clip_h", "clip_g"])
+@pytest.mark.parametrize(
+    "name", ["clip_l", *(pytest.param(name, marks=pytest.mark.slow) for name in ("clip_h", "clip_g"))]
+)
 def test_text_encoder(name):
     fixture, a = recorded(name)
     out = apply(fixture["config"], a["ids"], prefix="" if name == "clip_g" else "text_model.")
@@ -318,7 +321,7 @@ def test_every_norms_eps():
     ("raw", "scale"),
     [
         pytest.param(sd_tiny.VAE, 0.18215, marks=pytest.mark.slow),
-        (sd_tiny.VAE | {"scaling_factor": 0.13025}, 0.13025),
+        pytest.param(sd_tiny.VAE | {"scaling_factor": 0.13025}, 0.13025, marks=pytest.mark.slow),
         (sd_tiny.VQ, 1.0),
     ],
 )
@@ -451,8 +454,9 @@ def test_parameters_and_computation_have_their_own_dtypes(name, dtype):
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        *(("unet", jnp.bfloat16), ("vae", jnp.float16), ("text", jnp.bfloat16), ("text", jnp.float16)),
-        *(pytest.param(*case, marks=SLOW) for case in (("unet", jnp.float16), ("vae", jnp.bfloat16))),
+        *(("vae", jnp.float16), ("text", jnp.bfloat16), ("text", jnp.float16)),
+        *(pytest.param("unet", dtype, marks=SLOW) for dtype in (jnp.bfloat16, jnp.float16)),
+        pytest.param("vae", jnp.bfloat16, marks=SLOW),
         *(pytest.param(name, jnp.float32, marks=SLOW) for name in INPUTS),
     ],
 )

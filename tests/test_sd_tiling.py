@@ -20,7 +20,7 @@ def pointwise(z):
     return jnp.repeat(jnp.repeat(jnp.tanh(z[..., :3]), 8, 1), 8, 2)
 
 
-@pytest.mark.parametrize("size", [2, *(pytest.param(size, marks=pytest.mark.slow) for size in (1, 5, 8))])
+@pytest.mark.parametrize("size", [5, *(pytest.param(size, marks=pytest.mark.slow) for size in (1, 2, 8))])
 def test_slices_are_the_whole(size):
     module, params, _ = sd_tiny.component(sd_tiny.VAE)
     decode = functools.partial(module.apply, {"params": params}, method="from_latents")

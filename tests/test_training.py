@@ -140,6 +140,7 @@ def run(num_steps=6, seed=0, chunk=4, **kwargs):
     return fit(start, jax.random.key(seed), data, num_steps=num_steps, chunk=chunk, **kwargs)
 
 
+@pytest.mark.slow
 def test_seed_reproduces_and_longer_runs_and_chunks_agree():
     first = run()
     assert isinstance(first, Fitted)
