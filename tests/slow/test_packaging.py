@@ -1,5 +1,6 @@
 """What is published holds what the package needs, and nothing of the repository besides."""
 
+import re
 import subprocess
 import sys
 import tarfile
@@ -7,6 +8,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from mmdjax import __version__
 
 ROOT = Path(__file__).parents[2]
 NEEDED = {"py.typed", "data/NOTICE", "data/digits.npz", "data/digits.safetensors", "__init__.py", "sd/unet.py"}
@@ -54,3 +57,10 @@ def test_wheel_runs_outside_of_the_repository(built, tmp_path):
         text=True,
     )
     assert run.stdout.split(maxsplit=1) == [str(tmp_path / "site/mmdjax/__init__.py"), "(8, 8, 1)\n"]
+
+
+def test_versions_are_the_same_wherever_they_stand():
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {__version__}\n" in (ROOT / "CHANGELOG.md").read_text()
+    ruff = re.search(r'"ruff==([^"]+)"', (ROOT / "pyproject.toml").read_text())[1]
+    assert f"rev: v{ruff} " in (ROOT / ".pre-commit-config.yaml").read_text()
