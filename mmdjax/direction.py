@@ -120,7 +120,8 @@ def _surplus_share(mass_pull: Float[Array, " n"], mass_push: Float[Array, " n"])
     surplus = mass_push > mass_pull
     units = unit_of(mass_pull), unit_of(jnp.where(surplus, mass_push, 1.0))
     quotient = (mass_pull * units[0]) / jnp.where(surplus, mass_push * units[1], 1.0)
-    share = jax.lax.stop_gradient(mass_pull) * units[1]
+    least = jnp.finfo(mass_pull.dtype).tiny  # at 0 a power has no slope
+    share = jnp.maximum(jax.lax.stop_gradient(mass_pull) * units[1], least)
     return jnp.where(surplus, quotient * share, 1.0)
 
 

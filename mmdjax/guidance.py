@@ -92,7 +92,7 @@ class MMDGuidance:
         if self.precondition not in (None, *PRECONDITIONS):
             raise ValueError(f"precondition is {self.precondition!r}; choose one of {PRECONDITIONS}")
         if self.inner_steps is not None and (not isinstance(self.inner_steps, int) or self.inner_steps < 1):
-            raise ValueError(f"inner_steps is {self.inner_steps}; give an integer of at least 1, or None")
+            raise ValueError(f"inner_steps is {self.inner_steps!r}; give an integer of at least 1, or None")
         check_number("scale", self.scale)
         if is_concrete(self.scale) and not np.isfinite(self.scale).all():
             raise ValueError(f"scale is {self.scale}; give a finite number (0 is plain sampling)")

@@ -211,7 +211,10 @@ def _describe(value: Any, within: tuple[int, ...]) -> Any:
     if isinstance(value, type):
         methods = _describe_class(value, within)
         return {"is": _name(value)} | methods if methods else _name(value)
-    if isinstance(value, float | complex | np.generic) or hasattr(value, "__array__"):
+    if isinstance(value, np.ma.MaskedArray):
+        return {"is": _name(type(value)), "data": inner(value.filled(0)), "mask": inner(np.ma.getmaskarray(value))}
+    is_array = hasattr(value, "__array__") and not callable(value)  # what is called has more to it than an array
+    if isinstance(value, float | complex | np.generic) or is_array:
         return _describe_numbers(value, inner)
     if isinstance(value, bytes):
         return f"bytes {hashlib.sha256(value).hexdigest()}"
@@ -469,7 +472,9 @@ def _describe_numbers(value: Any, inner: Any) -> Any:
     if host.dtype == object:
         return {"is": _name(type(value)), "shape": list(host.shape), "items": [inner(item) for item in host.flat]}
     if host.ndim:
-        return f"{host.dtype.name}{list(host.shape)} sha256 {arrays_hash({'': host})}"
+        return (
+            f"{host.dtype if host.dtype.names else host.dtype.name}{list(host.shape)} sha256 {arrays_hash({'': host})}"
+        )
     number = host.item()  # 1, 1.0 and float32(1) are one number, as they are to `guided_sample`
     if isinstance(number, float):
         return {"is": "float", "text": repr(number)} if repr(number) in ("nan", "-0.0") else float(number)

@@ -344,14 +344,21 @@ class Custom(Kernel):
     def sees_cond(self):
         return True
 
+    def called(self):
+        return "a function (a, b) -> Gram"
+
     def without(self, precondition):
         return super().without(precondition) + (
-            ", or write in place of a function (a, b) -> Gram a subclass of mmdjax.kernels.Scaled with value(d2, h), "
+            ", or write in its place a subclass of mmdjax.kernels.Scaled with value(d2, h), "
             "of the squared distance and a bandwidth, which serves every precondition"
         )
 
     def gram(self, a, b, *, same=False):
-        gram = self.function(a, b)
+        try:
+            gram = self.function(a, b)
+        except (AttributeError, TypeError) as error:
+            error.add_note("A kernel function (a, b) -> Gram is given Particles: the points are a.x and b.x.")
+            raise
         if jnp.shape(gram) != (a.n, b.n):
             raise ValueError(f"the kernel returned shape {jnp.shape(gram)} for {a.n} and {b.n} samples, not [n, m]")
         return gram

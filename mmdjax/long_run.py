@@ -16,6 +16,7 @@ run is resumed where all that its manifest tells is the same.
 
 import contextlib
 import json
+import os
 import platform
 import re
 import warnings
@@ -154,6 +155,8 @@ def sample_many(
         "model": model, "num_samples": batch_size, "guidance": guidance, "sampler": sampler, "num_steps": num_steps,
         "times": times, "progress": progress, "sharding": sharding, "checks": checks,
     }  # fmt: skip
+    if not isinstance(out, str | os.PathLike) or (Path(out).exists() and not Path(out).is_dir()):
+        raise NotADirectoryError(f"out is {out!r}, which is no folder; give one, or a path that does not exist")
     memory = as_memory(memory, model, first)
     mesh = placement(sharding, batch_size, refs, (params, first, memory)).mesh
     process = jax.process_index()

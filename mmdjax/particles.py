@@ -92,7 +92,9 @@ def _as_array(name: str, leaf: Any) -> Any:
             "mmdjax.sd.pictures.read_picture(path, height, width) reads a file, np.stack joins several"
         )
     if isinstance(leaf, bool | int | float | complex):
-        raise TypeError(f"{name} holds the number {leaf!r} where an array is wanted; give np.asarray({name})")
+        raise TypeError(
+            f"{name} holds the number {leaf!r} where an array is wanted; give np.asarray({name}), rows of one length"
+        )
     if not hasattr(leaf, "__array__"):
         raise TypeError(f"{name} holds a {kind}; give an array of numbers, such as np.asarray({name})")
     try:
@@ -215,9 +217,12 @@ def check_points(name: str, points: Particles, *, floats: bool = False) -> None:
     """
     leaves = [points.x] if isinstance(points.x, HostReferences) else jax.tree.leaves(points.x)
     if not leaves:
-        raise ValueError(f"{name} has no arrays; give an array of shape [m, ...] or Particles")
+        found = "is None" if points.x is None else "has no arrays"
+        raise ValueError(f"{name} {found}; give an array of shape [m, ...] or Particles")
     for leaf in leaves:
         if floats and not jnp.issubdtype(leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf), jnp.floating):
+            if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):
+                raise TypeError(f"{name} has dtype {jnp.result_type(leaf)}; give real numbers")
             raise TypeError(
                 f"{name} has dtype {jnp.result_type(leaf)}; the model works on floats, so scale them as its training "
                 f"data was, for 8-bit images {name}.astype('float32') / 127.5 - 1"

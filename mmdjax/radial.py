@@ -109,9 +109,13 @@ class Kernel:
         """ℓ², scalar or [n]: what makes ℓ² ∂MMD²/∂x a length."""
         raise ValueError(self.without("length"))
 
+    def called(self) -> str:
+        """What messages call it."""
+        return type(self).__name__
+
     def without(self, precondition: str) -> str:
         """What to say where the kernel cannot serve a precondition."""
-        name = type(self).__name__
+        name = self.called()
         if precondition == "length":
             return f'{name} has no length; use precondition="none"'
         works = 'precondition="length" or "none"' if self.has_length else 'precondition="none"'
@@ -215,22 +219,36 @@ def _by_weight(cls: type) -> None:
     """Let the derivatives in d² of what a class writes be those that its weights give."""
     for name, of_weight in (("profile", "weight"), ("value", "value_weight")):
         value, weight = vars(cls).get(name), vars(cls).get(of_weight)
+        written = weight
         if value is not None and weight is None:
-            weight = _weight_from(value)
+            weight, written = _weight_from(value), value
         elif cls.__module__.split(".")[0] == __package__:  # autodiff of these is exact, at 0 too
             continue
         if weight is not None:
-            setattr(cls, of_weight, _method(weight, finite_at_zero(_of_d2(weight))))
+            setattr(cls, of_weight, _method(weight, finite_at_zero(_of_d2(weight)), written))
         if value is not None:
-            setattr(cls, name, _method(value, with_slope(_of_d2(value), _half(of_weight))))
+            setattr(cls, name, _method(value, with_slope(_of_d2(value), _half(of_weight)), value))
 
 
 def _of_d2(method):
     return lambda d2, kernel, *h: method(kernel, d2, *h)
 
 
-def _method(written, f):
-    return functools.wraps(written)(lambda self, d2, *h: f(jnp.asarray(d2, float), self, *h))
+def _method(like, f, written):
+    """f as a method, what the class has written being looked at first."""
+
+    @functools.wraps(like)
+    def method(self, d2, *h):
+        d2 = jnp.asarray(d2, float)
+        shape = jnp.shape(jax.eval_shape(lambda d2: jnp.asarray(written(self, d2, *h)), d2))
+        if shape != d2.shape:
+            raise ValueError(
+                f"{type(self).__name__}.{written.__name__} returned shape {shape} for d2 of shape {d2.shape}; it must "
+                "be elementwise in d2"
+            )
+        return f(d2, self, *h)
+
+    return method
 
 
 def _half(name):
@@ -264,11 +282,11 @@ class Radial(Kernel):
 
     def profile(self, d2: Array) -> Array:
         """k as a function of the squared distance."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no profile(d2); write it, of the squared distance d2")
 
     def weight(self, d2: Array) -> Array:
         """w(d²) = −2 ∂k/∂d²."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no profile(d2); write it, of the squared distance d2")
 
     def components(self) -> "tuple[tuple[Any, Radial], ...]":
         """(weight, kernel) of each part with a length of its own."""
@@ -358,11 +376,12 @@ class Scaled(Radial):
 
     def value(self, d2, h):
         """k for one bandwidth."""
-        raise NotImplementedError
+        name = type(self).__name__
+        raise NotImplementedError(f"{name} has no value(d2, h); write it, of the squared distance d2 and a bandwidth h")
 
     def value_weight(self, d2, h):
         """w for one bandwidth."""
-        raise NotImplementedError
+        return Scaled.value(self, d2, h)  # there is none, or this would be its derivative
 
     def _bandwidths(self) -> tuple:
         hs = self.bandwidth if isinstance(self.bandwidth, tuple) else (self.bandwidth,)

@@ -290,6 +290,8 @@ def check_call(
         raise TypeError(f"model is {what}; give DiffusionModel(denoiser, schedule, shape)")
     as_sampler(sampler)
     check_count("num_samples", num_samples)
+    if isinstance(cond, list | tuple | dict) and cond and not jax.tree.leaves(cond):
+        raise TypeError(f"cond is {shown(cond)}, which holds no arrays; give None for no conditions")
     for leaf in jax.tree.leaves(cond):
         if np.shape(leaf)[:1] != (num_samples,):
             raise ValueError(f"cond has shape {np.shape(leaf)}; it needs one row for each of the {num_samples} samples")

@@ -209,6 +209,7 @@ CASES = {
                        lambda: jax.jit(lambda n: run(num_samples=n).x)(4)),
     "times as a number": (ValueError, r"times has shape \(\); .*num_steps alone", lambda: run(times=50)),
     "times as text": (TypeError, "times holds a str; give numbers", lambda: run(times="karras")),
+    "no conditions in a list": (TypeError, r"cond is \[None.*holds no arrays", lambda: run(cond=[None] * 4)),
     "prompts as cond": (TypeError, "cond holds a str; .*encode_prompts", lambda: run(cond=["a cat"] * 4)),
     "path as x_init": (TypeError, "x_init holds a pathlib.*; give numbers", lambda: run(x_init=Path("a.png"))),
     "pictures as x_init": (TypeError, "x_init has dtype uint8; .*diffuse makes it from pictures",

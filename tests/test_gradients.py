@@ -46,6 +46,17 @@ def test_gradients_are_finite_where_the_value_is(kernel, rule):
                 assert all(bool(jnp.isfinite(g).all()) for g in gradients), (far, bandwidth, gradients)
 
 
+@in_turn((RBF, "field"))
+def test_gradients_are_finite_where_equal_samples_see_nothing_else(kernel, rule):
+    """Of kernels so narrow that the weights of a pair outnumber all others by more than float32 holds."""
+    y = jax.random.normal(jax.random.key(1), (6, 8))
+    for points in (jnp.full((5, 8), 2.0), jnp.full((5, 8), 2.0).at[4].set(-1.0)):
+        for bandwidth in (1e-3, 1e-4, 1e-6):
+            value, gradients = of_all(points, y, 1.0, bandwidth, kernel, rule)
+            assert bool(jnp.isfinite(value))
+            assert all(bool(jnp.isfinite(g).all()) for g in gradients), (bandwidth, gradients)
+
+
 @in_turn((RBF, "mass"))
 def test_gradients_are_those_of_finite_differences(kernel, rule):
     """Also where the kernel has nearly faded: a sample 11 bandwidths away."""

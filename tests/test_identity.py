@@ -37,6 +37,19 @@ def model(by=2.0, scale=3.0, width=4, last=0.1):
     return DiffusionModel(denoiser, Discrete(np.linspace(0.9, last, 5)), (3,))
 
 
+class Scale:
+    """A function that numpy reads as an array."""
+
+    def __init__(self, by):
+        self.by = by
+
+    def __call__(self, params, x, t, cond):
+        return self.by * x
+
+    def __array__(self, dtype=None, copy=None):
+        return np.zeros(2)
+
+
 def test_equal_values_made_apart_are_described_alike():
     for make in (
         model,
@@ -73,6 +86,9 @@ CHANGES = {
     "key": (jax.random.key(0), jax.random.key(1), [" was threefry2x32 [0, 0] and is threefry2x32 [0, 1]"]),
     "kind of key": (jax.random.key(0), jax.random.key(0, impl="rbg"), None),
     "none": (VPLinear(), None, None),
+    "a mask": (np.ma.array([1, 2], mask=[0, 1]), np.ma.array([1, 2], mask=[1, 0]), None),
+    "names in an array": (np.zeros(2, "i4,f4"), np.zeros(2, [("a", "i4"), ("f1", "f4")]), None),
+    "state beside an array": (Scale(1.0), Scale(2.0), ["by was 1.0 and is 2.0"]),
 }  # fmt: skip
 
 

@@ -331,7 +331,7 @@ def test_length_multiplies_each_component(kernel, components, matrix, x64):
 
 def test_length_is_refused_where_there_is_none():
     a = points(0, N)
-    with pytest.raises(ValueError, match="Custom has no length"):
+    with pytest.raises(ValueError, match=r"a function \(a, b\) -> Gram has no length"):
         as_kernel(sine).gradient(a, a, jnp.ones(N), precondition="length")
     with pytest.raises(ValueError, match="fit"):
         Energy().gradient(a, a, jnp.ones(N), precondition="length")
@@ -835,6 +835,39 @@ def test_own_class_says_what_it_lacks():
             if wide:
                 self.width = 2.0
 
+    class Constant(Scaled):
+        def value(self, d2, h):
+            return 1.0
+
+    class Summed(Scaled):
+        def value(self, d2, h):
+            return jnp.exp(-d2 / h**2)
+
+        def value_weight(self, d2, h):
+            return jnp.sum(d2, axis=-1)
+
+    class Empty(Scaled):
+        pass
+
+    class Bare(Radial):
+        def weight(self, d2):
+            return d2
+
+    x = Particles(jnp.arange(6.0).reshape(3, 2))
+    for use in (lambda k: k(x, x), lambda k: k.pair_weights(x, x), lambda k: jax.grad(lambda y: mmd2(k, y, x))(x.x)):
+        with pytest.raises(ValueError, match=r"Constant.value returned shape \(\) for d2 of shape \(3, 3\)"):
+            use(Constant(1.0))
+        with pytest.raises(NotImplementedError, match=r"Empty has no value\(d2, h\); write it"):
+            use(Empty(1.0))
+    with pytest.raises(ValueError, match=r"Summed.value_weight returned shape \(3,\) for d2 of shape \(3, 3\)"):
+        Summed(1.0).pair_weights(x, x)
+    with pytest.raises(NotImplementedError, match=r"Bare has no profile\(d2\); write it"):
+        Bare()(x, x)
+    with pytest.raises(AttributeError) as raised:
+        as_kernel(lambda a, b: a @ b.T)(x, x)
+    assert raised.value.__notes__ == [
+        "A kernel function (a, b) -> Gram is given Particles: the points are a.x and b.x."
+    ]
     with pytest.raises(TypeError, match=r"flag is False, a choice and no number; .* `flag: bool`"):
         Flagged(1.0)
     with pytest.raises(AttributeError, match=r"Undeclared.width is no field; declare it .* `width: Any`"):

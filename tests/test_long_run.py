@@ -443,6 +443,11 @@ def test_mistakes_leave_no_folder(tmp_path):
         with pytest.raises(ValueError, match=text):
             run(out, **changes)
     assert not out.exists()
+    out.write_text("notes")
+    for wrong in (out, None):
+        with pytest.raises(NotADirectoryError, match="which is no folder; give one, or a path that does not exist"):
+            run(wrong)
+    assert out.read_text() == "notes"
 
 
 def test_a_run_without_a_batch_takes_other_settings(tmp_path):

@@ -59,7 +59,8 @@ def test_per_sample_lines_up_with_the_first_axis():
 
 X = np.ones((3, 2), np.float32)
 BAD = [
-    (Particles(None), ValueError, "refs has no arrays"),
+    (Particles(None), ValueError, "refs is None; give an array"),
+    (Particles({}), ValueError, "refs has no arrays"),
     (Particles(X[:0]), ValueError, r"refs is empty \(shape \(0, 2\)\)"),
     (Particles(X, cond=np.ones((4, 2))), ValueError, r"\(3, 2\).*\(4, 2\)"),
     (Particles(X, weight=np.ones(2)), ValueError, r"\(3, 2\).*\(2,\)"),
