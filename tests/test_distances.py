@@ -243,10 +243,10 @@ def test_a_detached_value_keeps_its_digits_and_takes_another_derivative():
     assert (value, slope) == (np.float32(1e-9), 6.0)
 
 
-@pytest.mark.parametrize("m", [1, 2, 3, 8, 9, 100])
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 100])
 def test_middle_is_the_median_of_rows_spread_evenly(m):
     y = np.random.default_rng(m).normal(size=(m, 6)).astype(np.float32)
-    count = min(9, m if m % 2 else m - 1)
+    count = min(5, m if m % 2 else m - 1)
     rows = [m // count // 2 + i * (m // count) for i in range(count)]
     assert rows[-1] < m
     np.testing.assert_array_equal(middle(jnp.asarray(y)), np.median(y[rows], axis=0))
