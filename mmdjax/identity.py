@@ -47,6 +47,7 @@ UNTOLD_METHODS = {  # they set attributes, which are told, or compare and print
     "__setattr__", "__delattr__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__replace__",
     "__init_subclass__", "__subclasshook__", "__annotate__", "__annotate_func__",
 }  # fmt: skip
+OWN_CLASS = re.compile(r"^mmdjax\.(?:[a-z_]\w*\.)+(?=[A-Z]|_[A-Z])")  # what stands before its name
 HASHED = re.compile(r"(.*?) ?sha256 [0-9a-f]{64}")
 FUNCTION = {"is", "code"}  # what the description of a function has
 
@@ -116,7 +117,7 @@ def describe(value: Any) -> Any:
     Example:
       >>> from mmdjax import DDIM
       >>> describe({"sampler": DDIM(eta=1.0), "times": (1.0, 0.0)})
-      {'sampler': {'is': 'mmdjax.samplers.DDIM', 'eta': 1.0}, 'times': [1.0, 0.0]}
+      {'sampler': {'is': 'mmdjax.DDIM', 'eta': 1.0}, 'times': [1.0, 0.0]}
     """
     return _describe(value, ())
 
@@ -262,7 +263,29 @@ def _describe(value: Any, within: tuple[int, ...]) -> Any:
 
 
 def _name(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
+    return _public_name(f"{kind.__module__}.{kind.__qualname__}")
+
+
+def _public_name(name: str) -> str:
+    """A class of this package by its own name alone, so that it may move to another module."""
+    return OWN_CLASS.sub("mmdjax.", name)
+
+
+def with_public_names(description: Any) -> Any:
+    """A description of an earlier version, which named classes of this package by their modules, in today's names.
+
+    Example:
+      >>> with_public_names({"sampler": {"is": "mmdjax.samplers.DDIM", "eta": 1.0}})
+      {'sampler': {'is': 'mmdjax.DDIM', 'eta': 1.0}}
+    """
+    match description:
+        case str():
+            return _public_name(description)
+        case list():
+            return list(map(with_public_names, description))
+        case dict():
+            return {key: with_public_names(item) for key, item in description.items()}
+    return description
 
 
 # --- functions ---

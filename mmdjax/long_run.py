@@ -34,7 +34,17 @@ from jaxtyping import Array
 from mmdjax.checkpoint import Checkpoint, CheckpointError, Entry, open_safetensors, write_safetensors
 from mmdjax.denoisers import DiffusionModel
 from mmdjax.guidance import MMDGuidance
-from mmdjax.identity import array_bytes, arrays_hash, as_used, describe, differences, on_host, sha256, tree_hash
+from mmdjax.identity import (
+    array_bytes,
+    arrays_hash,
+    as_used,
+    describe,
+    differences,
+    on_host,
+    sha256,
+    tree_hash,
+    with_public_names,
+)
 from mmdjax.lock import NAME as LOCK
 from mmdjax.lock import locked
 from mmdjax.memory import Memory
@@ -424,7 +434,8 @@ def _open_run(out: Path, given: Mapping[str, Any], made_with: dict[str, Any]) ->
     else:
         definition = manifest["definition"]  # its batches name it by its hash
         first = definition["format"] == FIRST_FORMAT
-        lines = differences(definition, _define(given, made_with, definition["format"]), told=first)
+        now = _define(given, made_with, definition["format"])
+        lines = differences(with_public_names(definition), now, told=first)
         if lines:
             raise FileExistsError(
                 f"{out} holds a run of other settings; nothing was changed. Give another folder, or the run's "
@@ -432,9 +443,9 @@ def _open_run(out: Path, given: Mapping[str, Any], made_with: dict[str, Any]) ->
             )
         before = manifest.get("made_with", {})
         if any(before.get(key) != made_with[key] for key in ("device", "devices")):
-            now, then = (f"{made.get('devices')} × {made.get('device')}" for made in (made_with, before))
+            here, then = (f"{made.get('devices')} × {made.get('device')}" for made in (made_with, before))
             warnings.warn(
-                f"{out} was begun on {then}, and this is {now}: the samples agree with those of one of them to "
+                f"{out} was begun on {then}, and this is {here}: the samples agree with those of one of them to "
                 "rounding, not bit for bit",
                 stacklevel=3,
             )

@@ -255,10 +255,10 @@ OTHER = {
     "params differ": {"params": 0.6},
     "refs was another float32[6, 3]": {"refs": REFS.at[0].add(1e-3)},
     "refs was float32[6, 3] and is float32[5, 3]": {"refs": REFS[:5]},
-    "refs was mmdjax.particles.Particles and is None": {"refs": None},
+    "refs was mmdjax.Particles and is None": {"refs": None},
     "guidance.scale was 1.0 and is 0.5": {"guidance": MMDGuidance(scale=0.5)},
     "sampler.eta was 1.0 and is 0.0": {"sampler": DDIM(eta=0.0)},
-    "sampler was mmdjax.samplers.DDIM and is mmdjax.samplers.Heun": {"sampler": Heun()},
+    "sampler was mmdjax.DDIM and is mmdjax.Heun": {"sampler": Heun()},
     "steps was 4 and is 5": {"num_steps": 5},
     "steps was 4 and is 2": {"times": [1.0, 0.5, 0.0]},
     "steps was 4 and is a grid of 2 steps from t = 1 to 0": {"times": GRID},
@@ -610,5 +610,5 @@ np.testing.assert_allclose(load_samples(folders[2])[:], load_samples(folders[0])
 def test_manifest_says_what_defines_the_run(whole):
     manifest = json.loads((whole / "manifest.json").read_text())
     assert manifest["definition"]["num_samples"] == 14
-    assert manifest["definition"]["sampler"] == {"is": "mmdjax.samplers.DDIM", "eta": 1.0}
+    assert manifest["definition"]["sampler"] == {"is": "mmdjax.DDIM", "eta": 1.0}
     assert manifest["made_with"]["devices"] == 1
