@@ -63,8 +63,8 @@ from scores import COPIES, fresh_energy, judge, redraw_excess, redraw_tv
 from targets import PAIRED, Target, targets, variations
 from tasks import CHOOSING, NUM_REFS, NUM_SAMPLES, NUM_STEPS, REPORTING, TASKS, Task
 
-from mmdjax.provenance import provenance
-from mmdjax.whole import write_json
+from mmdjax._files.atomic import write_json
+from mmdjax._files.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results"
 QUICK_TASKS = ("ring", "digits_prompted")

@@ -17,8 +17,8 @@ from scipy.special import logsumexp
 from tasks import NUM_SAMPLES, NUM_STEPS, Task
 
 from mmdjax import DiffusionModel, Particles
-from mmdjax.digits_network import fourier
-from mmdjax.particles import as_particles, flat, per_sample
+from mmdjax._points.particles import as_particles, flat, per_sample
+from mmdjax.digits.network import fourier
 from mmdjax.schedules import diffuse
 from mmdjax.training import UniformTimes, denoising_loss
 from mmdjax.tree import pytree

@@ -27,10 +27,11 @@ import numpy as np
 from common import medians
 
 from mmdjax import RBF, Particles, median_bandwidth, mmd2
+from mmdjax._files.atomic import write_json
+from mmdjax._files.provenance import provenance
 from mmdjax.compression import coreset, embed, nystroem, random_features
-from mmdjax.direction import shift_direction
-from mmdjax.provenance import provenance
-from mmdjax.whole import write_json
+from mmdjax.guidance.rules import Plain
+from mmdjax.guidance.sides import Sides
 
 N, D, CLUSTERS = 64, 64, 10
 
@@ -48,9 +49,7 @@ def seconds(call: Callable, rounds: int = 20) -> float:
 def compare(m: int, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
     refs, batch = clusters(1, m, 1.0), clusters(2, N, 2.0)
     kernel = RBF(median_bandwidth(refs))
-    direct = jax.jit(
-        lambda z, refs: shift_direction(kernel, Particles(z), refs, None, estimator="v", precondition="none")
-    )
+    direct = jax.jit(lambda z, refs: Plain().direction(Sides(kernel, Particles(z), refs, estimator="v"), None))
     every = Particles(refs)
     exact, exact_mmd2 = direct(batch, every), float(mmd2(kernel, batch, refs))
     exact_time = seconds(lambda: direct(batch, every))

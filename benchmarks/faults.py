@@ -26,10 +26,10 @@ import jax
 from common import table
 
 from mmdjax import DiffusionModel, load_samples, sample_many
-from mmdjax.checkpoint import CheckpointError
-from mmdjax.provenance import provenance
+from mmdjax._files.atomic import write_json
+from mmdjax._files.provenance import provenance
+from mmdjax._files.safetensors import CheckpointError
 from mmdjax.schedules import VPLinear
-from mmdjax.whole import write_json
 
 RESULTS = Path(__file__).parent / "results" / "faults.json"
 COUNTS = {"kill": 20, "full": 10, "read_only": 5, "vanish": 5, "corrupt": 200, "second": 10, "fuzz": 1000, "api": 1000}

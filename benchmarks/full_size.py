@@ -30,14 +30,14 @@ import sd15
 from common import normal
 
 from mmdjax import DiffusionModel, MMDGuidance, Particles, from_model, guided_sample
-from mmdjax.guidance import bind, fit_kernel
-from mmdjax.provenance import provenance
+from mmdjax._files.atomic import write_json
+from mmdjax._files.provenance import provenance
+from mmdjax.guidance.bound import bind, fit_kernel
 from mmdjax.schedules import DiscreteTime
 from mmdjax.sd import load_models
 from mmdjax.sd.convert import to_device
 from mmdjax.sd.prompts import prompt_kernel
 from mmdjax.sd.scheduler import Scheduler
-from mmdjax.whole import write_json
 
 SAMPLES, REFS, SHAPE, WIDTH, TOKENS = 4, 150, (64, 64, 4), 768, 77
 AT_MOST = 0.02  # guidance over U-Net
@@ -63,7 +63,7 @@ def guided(guidance: MMDGuidance):
     bound = bind(guidance, fit_kernel(guidance, refs), refs, conditions(3, SAMPLES))
     x = jnp.array(normal(5, SAMPLES, *SHAPE))
     state, key = bound.init(x), jax.random.key(0)
-    if guidance.at == "denoised":
+    if guidance.placement.moves == "x0_hat":
         step = jax.jit(lambda bound, x, state: bound.denoised(x, state, 0.5))
         return lambda: step(bound, x, state)
     scheduler = Scheduler(sd15.SCHEDULER)

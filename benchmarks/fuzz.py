@@ -258,7 +258,7 @@ def load_one(sound: Path, kind: str, file: Path, data: bytes) -> int:
     if what is None:
         result = {name: part.params for name, part in load_models(file).items()}
     elif what == "scheduler":
-        from mmdjax.checkpoint import read_json
+        from mmdjax._files.safetensors import read_json
 
         scheduler = Scheduler(read_json(file))
         scheduler.schedule()
@@ -280,7 +280,7 @@ def agrees(file: Path) -> bool:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    from mmdjax.checkpoint import open_safetensors
+    from mmdjax._files.safetensors import open_safetensors
 
     try:
         theirs = load_file(file)
@@ -297,7 +297,7 @@ def in_child(folder: str, first: int, last: int) -> None:
     """Load mutants first … last − 1; a line of JSON before and after each."""
     import gc
 
-    from mmdjax.checkpoint import CheckpointError
+    from mmdjax._files.safetensors import CheckpointError
 
     sound = Path(folder)
     documented = (CheckpointError, ValueError, FileNotFoundError, OSError)

@@ -9,8 +9,8 @@ import sys
 import time
 from pathlib import Path
 
-from mmdjax.provenance import provenance
-from mmdjax.whole import write_json
+from mmdjax._files.atomic import write_json
+from mmdjax._files.provenance import provenance
 
 
 def seconds(statement: str) -> float:

@@ -46,8 +46,8 @@ def main():
     args = parser.parse_args()
     if args.child:
         return child(*args.child)
-    from mmdjax.provenance import provenance
-    from mmdjax.whole import write_json
+    from mmdjax._files.atomic import write_json
+    from mmdjax._files.provenance import provenance
 
     results, at = {}, None
     print(f"{'':30}{'size':>8}{'memory':>8}{'':>8}{'read':>8}{'load':>8}{'ratio':>8}{'cpu':>8}{'passed':>8}")

@@ -35,10 +35,10 @@ from mmdjax import (
     guided_sample,
     suggest_guidance,
 )
+from mmdjax._points.particles import as_particles
 from mmdjax.guidance import default_kernel
 from mmdjax.kernels import Median, NearestNeighbour
 from mmdjax.mixtures import Mixture
-from mmdjax.particles import as_particles
 from mmdjax.schedules import diffuse
 from mmdjax.tree import replace
 

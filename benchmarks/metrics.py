@@ -25,6 +25,8 @@ import numpy as np
 from common import memory, reset_peak
 
 from mmdjax import RBF, Cosine, Energy
+from mmdjax._files.atomic import write_json
+from mmdjax._files.provenance import provenance
 from mmdjax.metrics import (
     density_coverage,
     energy_distance,
@@ -37,8 +39,6 @@ from mmdjax.metrics import (
     rke,
     vendi,
 )
-from mmdjax.provenance import provenance
-from mmdjax.whole import write_json
 
 DIMENSIONS, LIMIT = 2048, 2e9
 

@@ -37,20 +37,19 @@ import numpy as np
 from common import medians, memory, normal, reset_peak
 
 from mmdjax import IMQ, RBF, DiffusionModel, MMDGuidance, Particles, Polynomial, guided_sample, load_digits
-from mmdjax.direction import shift_direction
-from mmdjax.guidance import bind, fit_kernel
-from mmdjax.provenance import provenance
+from mmdjax._files.atomic import write_json
+from mmdjax._files.provenance import provenance
+from mmdjax.guidance.bound import bind, fit_kernel
+from mmdjax.guidance.rules import Raw
+from mmdjax.guidance.sides import Sides
 from mmdjax.tree import replace
-from mmdjax.whole import write_json
 
 PACKAGES = ("torch", "geomloss", "pykeops")
 
 
 def ours(kernel: Any, x: Any, y: Any, estimator: str = "v") -> Callable:
     """The gradient of MMD² by all x, without E k(y, y')."""
-    run = jax.jit(
-        lambda x, y: shift_direction(kernel, Particles(x), Particles(y), None, estimator=estimator, precondition="raw")
-    )
+    run = jax.jit(lambda x, y: Raw().direction(Sides(kernel, Particles(x), Particles(y), estimator=estimator), None))
     x, y = jnp.asarray(x), jnp.asarray(y)
     return lambda: run(x, y)
 
@@ -180,7 +179,7 @@ def guidance(n: int, m: int, d: int, rounds: int) -> dict[str, Any]:
         "guidance, no distances kept": lambda: step(plainly, x),
     }
     seconds = medians(calls, rounds)
-    steps = default.num_moves
+    steps = default.steps
     each = {name: value / seconds["plain gradient"] / steps for name, value in seconds.items()}
     shape = {"n": n, "m": m, "d": d, "inner steps": steps, "distances kept": bound.distances is not None}
     return shape | {"seconds": seconds, "bind seconds, once a run": binding, "gradients an inner step": each}

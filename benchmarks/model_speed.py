@@ -32,11 +32,11 @@ from common import in_turns, normal
 from full_size import REFS, SAMPLES, SHAPE, TOKENS, WIDTH, nchw, network, sampler
 
 from mmdjax import DDIM, Particles, guided_sample
-from mmdjax.provenance import provenance
+from mmdjax._files.atomic import write_json
+from mmdjax._files.provenance import provenance
 from mmdjax.sd import load
 from mmdjax.sd.convert import to_device
 from mmdjax.sd.tiny import write_vocabulary
-from mmdjax.whole import write_json
 
 TARGETS = {"unet": 1.15, "flax": 0.65, "pipeline": 0.8, "pipeline, compilation included": 1.5, "compile": 1.3}
 CONFIGS: dict[str, dict[str, Any]] = {

@@ -8,7 +8,7 @@ from methods import DEFAULT, RULE, methods
 from scores import judge
 from tasks import Task
 
-from mmdjax.particles import as_particles
+from mmdjax._points.particles import as_particles
 from mmdjax.plots import save_labelled_grids
 
 SHOWN = {"references": "references", "unguided": "unguided", RULE: "the authors' rule", DEFAULT: DEFAULT}

@@ -25,9 +25,10 @@ import sd15
 from full_size import SHAPE, TOKENS, WIDTH
 
 from mmdjax import IMQ, MMDGuidance, Particles
-from mmdjax.direction import neighbours, shift_direction
-from mmdjax.provenance import provenance
-from mmdjax.whole import write_json
+from mmdjax._files.atomic import write_json
+from mmdjax._files.provenance import provenance
+from mmdjax.guidance.field import Field
+from mmdjax.guidance.sides import Sides
 
 RESULTS = Path(__file__).parent / "results"
 REFS, UTILISATION, CFG = 150, 0.4, 2
@@ -71,21 +72,21 @@ def guidance_flops(n: int, share: int) -> float:
     """Of one of `share` devices, for a batch of n in all: its rows among everyone, with all inner steps."""
     mine = n // share
     refs = Particles(jnp.zeros((REFS, *SHAPE)))
-    kernel, steps = IMQ(1.0), MMDGuidance().num_moves  # the default's, of any width
+    kernel, steps = IMQ(1.0), MMDGuidance().steps  # the default's, of any width
     rows, everyone = (Particles(jax.ShapeDtypeStruct((k, *SHAPE), jnp.float32)) for k in (mine, n))
 
     def one(rows, everyone):
-        return shift_direction(kernel, rows, refs, None, precondition="field", balance=0.5, everyone=everyone)
+        return Field().step(Sides(kernel, rows, refs, everyone=everyone), 0.5)
 
     def average(rows, everyone):
-        return neighbours(kernel, rows, refs, everyone=everyone)
+        return Field().average(Sides(kernel, rows, refs, everyone=everyone), None)
 
     return steps * (flops(one, rows, everyone) + 2.0 * mine * n * math.prod(SHAPE)) + flops(average, rows, everyone)
 
 
 def predict(machine: Machine, devices: int, per_device: int, unet: float) -> dict[str, float]:
     """Seconds of a step by part, at a constant batch a device."""
-    n, steps = devices * per_device, MMDGuidance().num_moves
+    n, steps = devices * per_device, MMDGuidance().steps
     network = CFG * per_device * unet / (UTILISATION * machine.bfloat16)
     guidance = guidance_flops(n, devices) / (UTILISATION * machine.float32)
     gathers = 1 + 2 * steps

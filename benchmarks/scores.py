@@ -17,9 +17,9 @@ import numpy as np
 from tasks import NUM_REFS, Draw, Task
 
 from mmdjax import Energy, Particles
+from mmdjax._points.particles import as_particles
 from mmdjax.metrics import density_coverage, nearest_ratio, precision_recall
 from mmdjax.mmd import cross_term, self_term
-from mmdjax.particles import as_particles
 
 AT_MOST = 500
 COPIES = 0.8  # a method whose memorisation ratio is below does not count

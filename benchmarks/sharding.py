@@ -24,9 +24,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mmdjax import MMDGuidance, guided_sample, load_digits
+from mmdjax._files.atomic import write_json
+from mmdjax._files.provenance import provenance
 from mmdjax.distributed import batch_mesh, batch_sharding, replicate
-from mmdjax.provenance import provenance
-from mmdjax.whole import write_json
 
 DEVICES, STEPS, INNER_STEPS = 8, 2, 8
 MUST, GOAL = 1.05, 1.01

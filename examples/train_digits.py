@@ -22,7 +22,7 @@ from jax.scipy.ndimage import map_coordinates
 
 from mmdjax import Energy, Particles, guided_sample, mmd2
 from mmdjax.digits import DEFAULT_WEIGHTS, NULL_CLASS, digits_model, load_weights, save_weights, splits
-from mmdjax.digits_network import AUGMENTED, DigitsNetwork
+from mmdjax.digits.network import AUGMENTED, DigitsNetwork
 from mmdjax.training import fit
 
 STEPS, WARMUP, BATCH, LEARNING_RATE, WEIGHT_DECAY, EMA = 24_000, 300, 128, 2e-3, 1e-2, 0.998

@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmdjax import DiffusionModel, Particles, from_model, guided_sample
+from mmdjax._files.atomic import write_json
 from mmdjax.digits import slant, splits, thicken
 from mmdjax.metrics import energy_distance, nearest_ratio
 from mmdjax.schedules import DiscreteTime
@@ -39,7 +40,6 @@ from mmdjax.sd.scheduler import Scheduler
 from mmdjax.sd.tiny import write_vocabulary
 from mmdjax.sd.tokenizer import load_tokenizer
 from mmdjax.training import fit
-from mmdjax.whole import write_json
 
 FOLDER = Path(__file__).parent / "latent_digits"
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -270,7 +270,7 @@ def provenance(seed: int, vae_steps: int, steps: int) -> dict[str, str]:
         "data": "first 1200 of numpy.random.RandomState(0).permutation(1797) of scikit-learn's digits, four styles",
         "versions": f"jax {jax.__version__}, flax {flax.__version__}, optax {optax.__version__}",
         "device": jax.devices()[0].device_kind,
-        "license": "Apache-2.0; of the digits, see mmdjax/data/NOTICE",
+        "license": "Apache-2.0; of the digits, see mmdjax/digits/NOTICE",
     }
 
 

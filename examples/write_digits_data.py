@@ -1,4 +1,4 @@
-"""Write mmdjax/data/digits.npz from scikit-learn's copy of the digits (which is not needed to use them).
+"""Write mmdjax/digits/digits.npz from scikit-learn's copy of the digits (which is not needed to use them).
 
 python examples/write_digits_data.py
 """
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-DEFAULT = Path(__file__).parent.parent / "mmdjax" / "data" / "digits.npz"
+DEFAULT = Path(__file__).parent.parent / "mmdjax" / "digits" / "digits.npz"
 
 
 def main():

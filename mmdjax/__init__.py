@@ -3,12 +3,13 @@
 Source: arXiv 2601.08379.
 """
 
+from mmdjax._points.particles import Particles
+from mmdjax._points.streaming import HostReferences
 from mmdjax._version import __version__
 from mmdjax.denoisers import DiffusionModel, cfg, from_model
 from mmdjax.digits import load_digits
 from mmdjax.guidance import MMDGuidance
-from mmdjax.guided import guide_denoiser, guide_sampler
-from mmdjax.host import HostReferences
+from mmdjax.guidance.wrappers import guide_denoiser, guide_sampler
 from mmdjax.kernels import (
     IMQ,
     RBF,
@@ -18,20 +19,21 @@ from mmdjax.kernels import (
     Laplacian,
     Linear,
     Mapped,
+    Matern32,
+    Matern52,
     Polynomial,
     Product,
     RationalQuadratic,
     Sum,
     median_bandwidth,
 )
-from mmdjax.long_run import load_samples, sample_many
 from mmdjax.memory import Memory
 from mmdjax.mmd import mmd2, witness
-from mmdjax.particles import Particles
+from mmdjax.runs import load_samples, sample_many
 from mmdjax.samplers import DDIM, DDPM, DPMSolverPP2M, EulerMaruyama, Heun
 from mmdjax.sampling import Samples, guided_sample
 from mmdjax.schedules import Level
-from mmdjax.suggestion import suggest_guidance
+from mmdjax.suggest import suggest_guidance
 
 __all__ = [
     "DDIM",
@@ -51,6 +53,8 @@ __all__ = [
     "Linear",
     "MMDGuidance",
     "Mapped",
+    "Matern32",
+    "Matern52",
     "Memory",
     "Particles",
     "Polynomial",

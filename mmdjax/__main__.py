@@ -289,7 +289,7 @@ def _sample(args: argparse.Namespace) -> None:
     _check_together(args)
     prompts = [*args.prompt, *(_lines(args.prompts) if args.prompts else [])]
     from mmdjax import DDIM, DDPM, DPMSolverPP2M, EulerMaruyama, Heun, MMDGuidance
-    from mmdjax.checkpoint import CheckpointError
+    from mmdjax._files.safetensors import CheckpointError
     from mmdjax.sd import load_references
     from mmdjax.sd.models import check_path
     from mmdjax.sd.run import check_out, check_settings, check_writable, sample_to_folder
@@ -412,7 +412,7 @@ def _large_enough(args: argparse.Namespace, folder: Any, pipeline: Any) -> Any:
 
 
 def _encode_folder(args: argparse.Namespace, folder: Any, pipeline: Any, params: Any, prompt: str | None = None) -> Any:
-    from mmdjax.progress import progress_bar
+    from mmdjax._core.progress import progress_bar
     from mmdjax.sd import encode_references
 
     config = pipeline.autoencoder.config
@@ -427,11 +427,11 @@ def _encode_folder(args: argparse.Namespace, folder: Any, pipeline: Any, params:
 def _convert(args: argparse.Namespace) -> None:
     import jax.numpy as jnp
 
+    from mmdjax._files.atomic import folder_written_whole
     from mmdjax.sd import export, load_models, save
     from mmdjax.sd.models import local_path
     from mmdjax.sd.pretrained import assemble
     from mmdjax.sd.run import check_out, check_writable
-    from mmdjax.whole import folder_written_whole
 
     check_out(args.out)
     check_writable(args.out)

@@ -22,15 +22,14 @@ import numpy as np
 from jaxtyping import Array, Float
 from scipy.optimize import nnls
 
-from mmdjax.barycentric import of_distance
-from mmdjax.blocks import block_of, columns_of, row_size, sum_over
-from mmdjax.comparable import with_kernel
-from mmdjax.host import HostReferences
-from mmdjax.kernels import IMQ, RBF, Kernel, Laplacian, Linear, Mapped, RationalQuadratic
+from mmdjax._core.modes import in_own_modes
+from mmdjax._core.numerics import product
+from mmdjax._points.blocks import block_of, columns_of, row_size, sum_over
+from mmdjax._points.particles import Particles, as_particles, flat, whole, wide_dtype
+from mmdjax._points.streaming import HostReferences
+from mmdjax.fit import with_kernel
+from mmdjax.kernels import Kernel, Linear, Mapped
 from mmdjax.mmd import Estimator, check_estimator, embedding, mmd2, pair_norm
-from mmdjax.modes import in_own_modes
-from mmdjax.numerics import product
-from mmdjax.particles import Particles, as_particles, flat, whole, wide_dtype
 from mmdjax.tree import is_concrete, is_traced, pytree, replace, static
 
 HELD = 10_000  # references whose Gram is held by "thinning": 400 MB
@@ -171,7 +170,7 @@ def _thin(kernel, refs, size, reweight):
 def _best_weights(kernel, refs, few, square, present):
     """argmin over the simplex of wᵀKw − 2wᵀμ, on the host; `square` is E k(y, y')."""
     traced, dtype = is_traced((kernel, refs, few)), wide_dtype(refs.x)
-    in_float64 = of_distance(kernel) and not traced  # functions of one's own may not work there
+    in_float64 = kernel.is_radial and not traced  # functions of one's own may not work there
     with jax.enable_x64(True) if in_float64 else contextlib.nullcontext():
         gram, mean = jax.jit(_gram_and_mean)(kernel, refs, few)
     given = gram, mean, square, present
@@ -270,8 +269,8 @@ def random_features(kernel: Any, key: Array, refs: Any, num: int) -> RandomFeatu
     """Features whose inner products estimate a radial kernel.
 
     Args:
-      kernel: RBF, Laplacian, IMQ or RationalQuadratic, a bandwidth of None taken from refs; of a tuple of bandwidths
-        each frequency draws one.
+      kernel: RBF, Laplacian, Matern32, Matern52, IMQ or RationalQuadratic, a bandwidth of None taken from refs; of a
+        tuple of bandwidths each frequency draws one.
       refs: Particles or an array [m, ...].
       num: F; the features are 2F.
     Raises:
@@ -291,20 +290,7 @@ def random_features(kernel: Any, key: Array, refs: Any, num: int) -> RandomFeatu
     dtype = wide_dtype(refs.x)
     key_normal, key_width, key_choice = jax.random.split(key, 3)
     normal = jax.random.normal(key_normal, (num, d), dtype)
-    match kernel:
-        case RBF():
-            width = jnp.ones(num, dtype)
-        case Laplacian():  # the spectrum is Cauchy's in d dimensions: normal over |normal|
-            width = 1 / jnp.abs(jax.random.normal(key_width, (num,), dtype))
-        case IMQ():  # (1 + r)^(−1/2) = E exp(−sr), s ~ Gamma(1/2)
-            width = jnp.sqrt(2 * jax.random.gamma(key_width, 0.5, (num,), dtype))
-        case RationalQuadratic(shape=shape):
-            width = jnp.sqrt(jax.random.gamma(key_width, shape, (num,), dtype) / shape)
-        case _:
-            raise TypeError(
-                f"{type(kernel).__name__} has no known spectrum; use RBF, Laplacian, IMQ or RationalQuadratic, "
-                "or `nystroem`"
-            )
+    width = kernel.spectral_width(key_width, num, dtype)
     hs = jnp.asarray(kernel.bandwidth if isinstance(kernel.bandwidth, tuple) else (kernel.bandwidth,), dtype)
     h = jax.random.choice(key_choice, hs, (num,))
     return RandomFeatures(normal * (width / h)[:, None])
@@ -396,7 +382,7 @@ class MeanEmbedding:
         return (own - 2 * product(mean, self.mean)) / phi.shape[1] + self.own
 
     def gradient(self, z: Any) -> Any:
-        """∂MMD²/∂z_i / u_i, as `mmdjax.direction` has it with precondition "none"; descend it."""
+        """∂MMD²/∂z_i / u_i, as `mmdjax.guidance.direction` has it with precondition "none"; descend it."""
         z = whole(as_particles(z, "z"))
         u = z.probabilities()
         phi, pull_back = jax.vjp(self.features, z.x)

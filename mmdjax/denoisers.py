@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from mmdjax.particles import per_sample, wide_dtype
+from mmdjax._points.particles import per_sample, wide_dtype
 from mmdjax.schedules import Level
 from mmdjax.tree import as_component, by_value, check_function, check_number, pytree, shown, static
 

@@ -36,16 +36,17 @@ import lineax
 import numpy as np
 from jaxtyping import Array
 
+from mmdjax._core.modes import in_own_modes
+from mmdjax._core.numerics import safe_sqrt
+from mmdjax._points.particles import Particles, as_particles
 from mmdjax.denoisers import DiffusionModel
-from mmdjax.guidance import MMDGuidance, bind, fit_kernel
+from mmdjax.guidance import MMDGuidance
+from mmdjax.guidance.bound import bind, fit_kernel
 from mmdjax.memory import Memory
-from mmdjax.modes import in_own_modes
-from mmdjax.numerics import safe_sqrt
-from mmdjax.particles import Particles, as_particles
 from mmdjax.samplers import DDIM
 from mmdjax.sampling import as_memory, check_call
 from mmdjax.schedules import Level, Schedule, time_of_log_snr
-from mmdjax.tree import as_arrays, is_concrete, pytree, replace, strong
+from mmdjax.tree import as_arrays, is_concrete, pytree, replace, shown, strong
 
 FIRST_STEP = 0.1  # in λ; a step too long is rejected, a short one grows tenfold
 LONGEST_STEP = 2.0  # in λ: where noise dominates nothing happens, and a longer step would leap over the data unseen
@@ -263,9 +264,9 @@ def _call(
     refs = None if refs is None else as_particles(refs)
     cond, x_init = as_arrays("cond", cond), as_arrays("x_init", x_init)
     check_call(key, refs, model, num_samples, cond, guidance, DDIM(), x_init)
-    if refs is not None and guidance.at != "denoised":
+    if refs is not None and not guidance.placement.inside:
         raise ValueError(
-            f'at="{guidance.at}" moves x after a step, which an adaptive solver may reject; use guided_sample, or '
+            f"at={shown(guidance.at)} moves x after a step, which an adaptive solver may reject; use guided_sample, or "
             'at="denoised"'
         )
     _check_numbers(*numbers)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from mmdjax.particles import Particles
+from mmdjax._points.particles import Particles
 from mmdjax.tree import pytree, replace
 
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from mmdjax._core.numerics import product
 from mmdjax.denoisers import DiffusionModel
-from mmdjax.numerics import product
 from mmdjax.schedules import Level, VPLinear
 from mmdjax.tree import pytree
 

@@ -17,13 +17,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mmdjax.blocks import block_beside, sum_across, sum_over, sum_within
-from mmdjax.comparable import with_kernel
-from mmdjax.kernels import IMQ, RBF, Laplacian, Mapped, Product, RationalQuadratic, Scaled, Sum
-from mmdjax.modes import in_own_modes
-from mmdjax.numerics import product, safe_sqrt
-from mmdjax.particles import Particles
-from mmdjax.tree import replace
+from mmdjax._core.modes import in_own_modes
+from mmdjax._core.numerics import product
+from mmdjax._points.blocks import block_beside, sum_across, sum_over, sum_within
+from mmdjax._points.particles import Particles
+from mmdjax.fit import with_kernel
 
 Estimator = Literal["u", "v"]
 
@@ -188,37 +186,8 @@ def attribution(kernel: Any, points: Any, refs: Any) -> Float[Array, "n m"]:
     total = weighted.sum(1, keepdims=True)
     sees = jnp.abs(total) > jnp.finfo(weighted.dtype).eps ** 2  # below, terms and their derivatives underflow
     shares = weighted / jnp.where(sees, total, 1.0)
-    log = jnp.where(v > 0, _log_gram(kernel, points, refs), -jnp.inf)
+    log = jnp.where(v > 0, kernel.log_gram(points, refs), -jnp.inf)
     nearest = log.max(1, keepdims=True)
     pulled = jnp.isfinite(nearest)
     limit = v * jnp.exp(log - jax.lax.stop_gradient(jnp.where(pulled, nearest, 0.0)))
     return jnp.where(sees, shares, limit / jnp.where(pulled, limit.sum(1, keepdims=True), 1.0))
-
-
-def _log_gram(kernel, a, b):
-    """log k(a_i, b_j), right where k underflows; −∞ where it is 0."""
-
-    def of_sum(parts):
-        return jax.nn.logsumexp(jnp.stack([jnp.log(w) + _log_gram(k, a, b) for w, k in parts]), axis=0)
-
-    match kernel:
-        case Mapped():
-            return _log_gram(kernel.kernel, *(replace(r, x=kernel.fn(r.x)) for r in (a, b)))
-        case Product():
-            of_x = _log_gram(kernel.x, Particles(a.x), Particles(b.x))
-            return of_x + _log_gram(kernel.cond, Particles(a.cond), Particles(b.cond))
-        case Sum():
-            return of_sum(zip(kernel.weights, kernel.kernels, strict=True))
-        case Scaled() if isinstance(kernel.bandwidth, tuple):
-            return of_sum(kernel.components())
-        case RBF():
-            return -kernel.distance2(a, b) / (2 * kernel.bandwidth**2)
-        case Laplacian():
-            return -safe_sqrt(kernel.distance2(a, b)) / kernel.bandwidth
-        case IMQ():
-            return jnp.log(kernel.bandwidth) - 0.5 * jnp.log(kernel.bandwidth**2 + kernel.distance2(a, b))
-        case RationalQuadratic():
-            width = 2 * kernel.shape * kernel.bandwidth**2
-            return kernel.shape * (jnp.log(width) - jnp.log(width + kernel.distance2(a, b)))
-    gram = kernel.gram(a, b)
-    return jnp.where(gram > 0, jnp.log(jnp.where(gram > 0, gram, 1.0)), -jnp.inf)

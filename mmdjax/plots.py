@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from mmdjax.extras import optional
+from mmdjax._core.extras import optional
+from mmdjax._files.atomic import written_whole
+from mmdjax._points.particles import as_particles
 from mmdjax.mmd import attribution, witness
-from mmdjax.particles import as_particles
-from mmdjax.whole import written_whole
 
 DPI = 110
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from mmdjax.numerics import safe_sqrt
+from mmdjax._core.numerics import safe_sqrt
 from mmdjax.tree import check_instance, check_number, pytree, shown, static
 
 

@@ -14,15 +14,16 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from mmdjax._core.modes import in_own_modes
+from mmdjax._core.numerics import all_finite
+from mmdjax._core.progress import Bar
+from mmdjax._points.mesh import layout_of
+from mmdjax._points.particles import Particles, as_particles, widen
 from mmdjax.denoisers import DiffusionModel
-from mmdjax.guidance import MMDGuidance, bind, check_guidance, check_kind, fit_kernel
-from mmdjax.guided import GuidedSampler
+from mmdjax.guidance import MMDGuidance, check_guidance, check_kind
+from mmdjax.guidance.bound import bind, fit_kernel
+from mmdjax.guidance.wrappers import GuidedSampler
 from mmdjax.memory import Memory
-from mmdjax.modes import in_own_modes
-from mmdjax.numerics import all_finite
-from mmdjax.particles import Particles, as_particles, widen
-from mmdjax.placement import placement
-from mmdjax.progress import Bar
 from mmdjax.samplers import DDIM, Sampler, as_sampler, take_step
 from mmdjax.schedules import uniform_times
 from mmdjax.tree import as_arrays, is_concrete, is_traced, pytree, shown, strong
@@ -153,7 +154,7 @@ def guided_sample(
             "checks=True reads values, which a call inside jit, vmap or grad has none of; call it outside of them"
         )
 
-    placed = placement(sharding, num_samples, refs, (params, cond, x_init, memory))
+    placed = layout_of(sharding, num_samples, refs, (params, cond, x_init, memory))
     params, refs, guidance, model, sampler, cond = strong((params, refs, guidance, model, as_sampler(sampler), cond))
     kernel = None if refs is None else fit_kernel(guidance, refs, placed)
     if checks:
@@ -218,7 +219,7 @@ def _run(
         x = jnp.asarray(x_init, jnp.promote_types(jnp.result_type(x_init), levels.alpha.dtype))
     x, cond = placed.batch((x, cond))
 
-    if checks and (refs is None or guidance.at != "denoised"):
+    if checks and (refs is None or guidance.placement.moves != "x0_hat"):
         sampler = _Watched(sampler)
     if refs is not None:
         bound = bind(guidance, kernel, refs, cond, memory, placed)
@@ -244,7 +245,7 @@ def _run(
         if refs is None:
             trace = jnp.full((), jnp.nan), jnp.zeros(()), path
         else:
-            trace = sampler_carry[1].mmd2, sampler_carry[1].shift_norm, path
+            trace = sampler_carry.guidance.mmd2, sampler_carry.guidance.shift_norm, path
         return (x, sampler_carry), (trace, finite | {"moved": jnp.isfinite(x).all()} if checks else None)
 
     steps = (
@@ -257,9 +258,11 @@ def _run(
     (x, sampler_carry), (trace, finite) = jax.lax.scan(body, start, steps)
 
     if memory is not None:
-        published = refs is not None and guidance.published
-        memory = memory.reset_when_full() if published else memory
-        made = placed.whole(sampler_carry[1].unshifted if published else x)
+        made = x
+        if refs is not None:
+            memory = guidance.placement.begin(memory)
+            made = sampler_carry.guidance.unshifted if guidance.placement.keeps_unshifted else x
+        made = placed.whole(made)
         memory = memory.push(Particles(made, placed.whole(cond)))
     return x, memory, *trace, finite
 

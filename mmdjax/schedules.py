@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from mmdjax.numerics import safe_sqrt
-from mmdjax.particles import per_sample
+from mmdjax._core.numerics import safe_sqrt
+from mmdjax._points.particles import per_sample
 from mmdjax.tree import is_concrete, pytree, static
 
 

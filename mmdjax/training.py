@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from mmdjax._core.progress import progress_bar
+from mmdjax._points.particles import Particles, as_particles, check_points
 from mmdjax.denoisers import DiffusionModel
-from mmdjax.particles import Particles, as_particles, check_points
-from mmdjax.progress import progress_bar
 from mmdjax.sampling import check_key
 from mmdjax.schedules import Level, diffuse
 from mmdjax.tree import pytree

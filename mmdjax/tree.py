@@ -23,6 +23,11 @@ def static(**kwargs: Any) -> Any:
     return dataclasses.field(metadata={"static": True}, **kwargs)
 
 
+def choice(**kwargs: Any) -> Any:
+    """A dataclass field that is a choice where it is a string or None, and a child where it is a component."""
+    return dataclasses.field(metadata={"choice": True}, **kwargs)
+
+
 def _as_numbers(value: Any, name: str = "") -> Any:
     # 1 and 1.0 must be the same leaf, or jit would compile twice.
     if type(value) is int:
@@ -41,6 +46,16 @@ def pytree(cls: type[T]) -> type[T]:
     Printed, arrays are their type and shape.
     """
     return _component(cls, _as_numbers)
+
+
+class Component:
+    """A base whose subclasses are frozen dataclasses and pytrees without being told, as by `complete`."""
+
+    def __new__(cls, *args: Any, **kwargs: Any):
+        self = super().__new__(cls)
+        if jax.tree_util.all_leaves([self]):  # not before: decorators come after the class's body
+            complete(cls)
+        return self
 
 
 CHOICES = (int, bool, str, "int", "bool", "str")
@@ -112,9 +127,10 @@ def _as_found(value: Any, name: str) -> Any:
 
 
 def _registered(cls: type[T], by_hand: bool, convert: Callable[[Any, str], Any]) -> type[T]:
-    names = [f.name for f in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType]
-    metas = [f.name for f in dataclasses.fields(cls) if f.metadata.get("static")]  # pyright: ignore[reportArgumentType]
-    children = [n for n in names if n not in metas]
+    fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
+    choices = [f.name for f in fields if f.metadata.get("choice")]
+    metas = [f.name for f in fields if f.metadata.get("static") or f.metadata.get("choice")]
+    children = [f.name for f in fields if not f.metadata.get("static")]
     written_init = cls.__init__
 
     def __init__(self, *args, **kwargs):
@@ -135,19 +151,28 @@ def _registered(cls: type[T], by_hand: bool, convert: Callable[[Any, str], Any])
     if cls.__repr__ is object.__repr__:
         cls.__repr__ = short_repr  # type: ignore[method-assign]
 
+    def child(self, name):
+        value = getattr(self, name)
+        return None if name in choices and isinstance(value, str) else value
+
+    def meta(self, name):
+        value = getattr(self, name)
+        return None if name in choices and not isinstance(value, str) else value
+
     def flatten_with_keys(self):
-        keyed = [(jax.tree_util.GetAttrKey(n), getattr(self, n)) for n in children]
-        return keyed, tuple(getattr(self, n) for n in metas)
+        keyed = [(jax.tree_util.GetAttrKey(n), child(self, n)) for n in children]
+        return keyed, tuple(meta(self, n) for n in metas)
 
     def flatten(self):
-        return [getattr(self, n) for n in children], tuple(getattr(self, n) for n in metas)
+        return [child(self, n) for n in children], tuple(meta(self, n) for n in metas)
 
     def unflatten(meta, values):
         self = object.__new__(cls)
         for name, value in zip(metas, meta, strict=True):
             object.__setattr__(self, name, value)
         for name, value in zip(children, values, strict=True):
-            object.__setattr__(self, name, value)
+            if name not in choices or getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         return self
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)

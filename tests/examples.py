@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import mmdjax
-from mmdjax import DDIM, DDPM, IMQ, RBF, Delta, Energy, Level, Mapped, Product, Sum
-from mmdjax.guidance import PLACEMENTS, PRECONDITIONS
+from mmdjax import DDIM, DDPM, IMQ, RBF, Delta, Energy, Level, Mapped, Product, Sum, guidance
+from mmdjax.guidance import Placement, Rule
 from mmdjax.kernels import Kernel, Radial, as_kernel
 from mmdjax.schedules import Discrete, RectifiedFlow
 
@@ -33,8 +33,7 @@ MORE = {  # beside the one of each class
 }
 INSIDE = {"Barycentric", "DiffusedRBF", "Delta"}  # two that the guidance makes of others; labels alone have no gradient
 WRAPPERS = {"Opaque", "GuidedSampler"}  # samplers around another
-
-PLACEMENTS, RULES = PLACEMENTS, PRECONDITIONS
+PAPER = {"Published"}  # a placement that only `MMDGuidance.paper` has, with a memory of its own: tests/test_paper.py
 
 
 def _classes():
@@ -73,11 +72,20 @@ def _table(classes, left_out=()):
     return found | {name: made for name, made in MORE.items() if type(made) in classes}
 
 
+def _by_name(classes, named, left_out=()):
+    """What `MMDGuidance` takes for each class: its name there, where it has one, else an instance."""
+    names = {type(made): name for name, made in named.items()}
+    leaves = [cls for cls in classes if cls not in (Placement, Rule) and cls.__name__ not in left_out]
+    return {names.get(cls, cls.__name__): names.get(cls) or _example(cls) for cls in leaves}
+
+
 MISSING: list[str] = []
 _all = list(_classes())
 KERNELS = _table([cls for cls in _all if issubclass(cls, Kernel)], INSIDE)
 SAMPLERS = _table([cls for cls in _all if _is_sampler(cls)], WRAPPERS)
 SCHEDULES = _table([cls for cls in _all if _is_schedule(cls)])
+PLACEMENTS = _by_name([cls for cls in _all if issubclass(cls, Placement)], guidance.PLACEMENTS, PAPER)
+RULES = _by_name([cls for cls in _all if issubclass(cls, Rule)], guidance.RULES)
 
 
 def has_mass(kernel):
@@ -104,9 +112,11 @@ def allowed(kernel, at, rule):
     """Whether the guidance can be built: mass needs a kernel of the distance, "length" a length, "diffused" an RBF."""
     if at == "diffused" and not diffusable(kernel):
         return False
-    if rule == "length":
+    needs = {"field": "mass", "mass": "mass", "length": "length", "none": "", "raw": ""}
+    needs = needs[rule] if rule in needs else RULES[rule].needs
+    if needs == "length":
         return type(kernel).length2 is not Kernel.length2
-    return rule not in ("field", "mass") or has_mass(kernel)
+    return needs != "mass" or has_mass(kernel)
 
 
 def rules_of(kernel):

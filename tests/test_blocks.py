@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmdjax import Particles, blocks
-from mmdjax.blocks import num_blocks, rows, sum_across, sum_within, triangle
+from mmdjax import Particles
+from mmdjax._points import blocks
+from mmdjax._points.blocks import num_blocks, rows, sum_across, sum_within, triangle
 
 BLOCK = 64
 

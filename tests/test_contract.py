@@ -17,7 +17,7 @@ import examples
 import mmdjax
 from examples import KERNELS, PLACEMENTS, RULES, SAMPLERS, SCHEDULES, allowed, diffusable, rules_of
 from mmdjax import DiffusionModel, MMDGuidance, Particles, guided_sample
-from mmdjax.guidance import bind, fit_kernel
+from mmdjax.guidance.bound import bind, fit_kernel
 from mmdjax.schedules import VPLinear
 
 REFS = Particles(jax.random.normal(jax.random.key(1), (6, 2)) + 1.0, jnp.arange(6) % 2)
@@ -32,7 +32,14 @@ STEPS = {"Polynomial": 1e-4, "Custom": 1e-3}
 
 def guidance_of(kernel, at, rule, estimator, inner_steps=1):
     scale = STEPS.get(kernel, 0.01)
-    return MMDGuidance(KERNELS[kernel], scale, at=at, precondition=rule, estimator=estimator, inner_steps=inner_steps)
+    return MMDGuidance(
+        KERNELS[kernel],
+        scale,
+        at=PLACEMENTS[at],
+        precondition=RULES[rule],
+        estimator=estimator,
+        inner_steps=inner_steps,
+    )
 
 
 def test_every_public_class_is_in_the_table():
@@ -49,7 +56,7 @@ def test_every_public_class_is_in_the_table():
 @pytest.mark.parametrize(("kernel", "at", "rule"), list(itertools.product(KERNELS, PLACEMENTS, RULES)))
 def test_what_is_ruled_out_raises(kernel, at, rule):
     if allowed(KERNELS[kernel], at, rule):
-        assert guidance_of(kernel, at, rule, "u").at == at
+        assert guidance_of(kernel, at, rule, "u").at == PLACEMENTS[at]
     else:
         with pytest.raises(ValueError, match=r"none; use precondition|has no length|for RBF only"):
             guidance_of(kernel, at, rule, "u")
@@ -59,7 +66,8 @@ PAIRS = [(k, at) for k, at in itertools.product(KERNELS, PLACEMENTS) if at != "d
 
 
 # each kernel at two placements; the others are like these, and slow
-IN_TURN = [(k, PLACEMENTS[(i + j) % 3]) for i, k in enumerate(KERNELS) for j in (0, 1)] + [("RBF", "diffused")]
+ANY = [at for at in PLACEMENTS if at != "diffused"]
+IN_TURN = [(k, ANY[(i + j) % len(ANY)]) for i, k in enumerate(KERNELS) for j in (0, 1)] + [("RBF", "diffused")]
 
 
 @pytest.mark.parametrize(
@@ -68,17 +76,17 @@ IN_TURN = [(k, PLACEMENTS[(i + j) % 3]) for i, k in enumerate(KERNELS) for j in 
 def test_bound_guidance(kernel, at):
     """By a rule and an estimator in turn: finite and moved, and at scale 0 not at all."""
     turn, rules = PAIRS.index((kernel, at)), rules_of(KERNELS[kernel])
-    check_bound(at, [guidance_of(kernel, at, rules[turn % len(rules)], "uv"[turn // 2 % 2])])
+    check_bound([guidance_of(kernel, at, rules[turn % len(rules)], "uv"[turn // 2 % 2])])
 
 
-def check_bound(at, guidances):
+def check_bound(guidances):
     level, after = VPLinear()(0.4), VPLinear()(0.1)
     x = jax.random.normal(jax.random.key(2), (4, 2))
 
     def moved(scale):
         for guidance in guidances:
             bound = bind(mmdjax.tree.replace(guidance, scale=scale), fit_kernel(guidance, REFS), REFS, COND)
-            if at == "denoised":
+            if guidance.placement.moves == "x0_hat":
                 yield bound.denoised(x, bound.init(x), 0.5, level)
             else:
                 yield bound.after_step(jax.random.key(3), x, bound.init(x), 0.5, level, after)

@@ -10,7 +10,7 @@ import toys
 
 from mmdjax import IMQ, DiffusionModel, Level, MMDGuidance, cfg, from_model, guide_denoiser, guided_sample
 from mmdjax.denoisers import PREDICTIONS, Clipped, Thresholded, prediction_from_x0, score, x0_from_prediction
-from mmdjax.guided import steps_done
+from mmdjax.guidance.wrappers import steps_done
 from mmdjax.schedules import DiscreteTime, ScaledLinear, VPLinear, uniform_times
 
 LEVELS = {

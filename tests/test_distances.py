@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mmdjax import IMQ, RBF, Cosine, Energy, Laplacian, Particles, Polynomial, RationalQuadratic, mmd2
-from mmdjax.distances import (
+from mmdjax._points.distances import (
     SUBSET,
     middle,
     nearest_distance,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import mmdjax
-from mmdjax.extras import installed
+from mmdjax._core.extras import installed
 from mmdjax.plots import trace_curves
 from mmdjax.sd.files import download
 from mmdjax.sd.tiny import write_vocabulary

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from toys import neighbours
 
 from mmdjax import IMQ, RBF, Laplacian, Level, MMDGuidance, Particles
-from mmdjax.direction import neighbours
-from mmdjax.guidance import bind, fit_kernel
+from mmdjax.guidance.bound import bind, fit_kernel
 from mmdjax.kernels import Scaled
 from mmdjax.tree import pytree
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from toys import neighbours, shift_direction
 
 import mmdjax
 from mmdjax import (
@@ -24,10 +25,11 @@ from mmdjax import (
     Sum,
     mmd2,
 )
-from mmdjax.direction import FAR, SURPLUS, balance_at, diffused_pair, neighbours, shift_direction
-from mmdjax.distances import spread2, subset
-from mmdjax.guidance import bind, fit_kernel
-from mmdjax.guided import ROUNDING
+from mmdjax._points.distances import spread2, subset
+from mmdjax.guidance import Field
+from mmdjax.guidance.bound import bind, fit_kernel
+from mmdjax.guidance.field import balance_at
+from mmdjax.guidance.wrappers import ROUNDING
 from mmdjax.kernels import NearestNeighbour, Neighbourhood
 from mmdjax.schedules import Level, VPLinear
 
@@ -130,7 +132,7 @@ def test_field_step_in_loops():
         w_ref, w_gen = w(z[i], y) / len(y), w(z[i], z) / (len(z) - 1)
         average[i] = w_gen / w_gen.sum()
         w_gen[i] = 0
-        t = SURPLUS * max(0, w_gen.sum() - w_ref.sum()) / (len(y) * w_ref).std()
+        t = Field().surplus * max(0, w_gen.sum() - w_ref.sum()) / (len(y) * w_ref).std()
         average[i] = (average[i] + t**4 * np.eye(len(z))[i]) / (1 + t**4)
         f = min(1.0, (w_ref.sum() / w_gen.sum()) ** b)
         weakened += f < 1
@@ -146,9 +148,9 @@ def test_balance_is_on_when_noise_is_below_the_kernels_reach():
     """(2h)²/((2h)² + (σ/α)²): 0 at pure noise, ½ where σ/α is 2h, 1 at the clean level; the units do not matter."""
     for kernel in (IMQ(1.5), RBF((1.0, 2.0)), Energy(length=1.5), Product(x=IMQ(1.5), cond=Delta())):
         for level, expected in [(Level(1.0, 0.0, 1.0), 0.0), (Level(0.5, 0.2, 0.6), 0.5), (Level(0.0, 1.0, 0.0), 1.0)]:
-            np.testing.assert_allclose(balance_at(kernel, level), expected, rtol=1e-6)
-    assert balance_at(IMQ(1.5), None) == 0.0
-    assert balance_at(Sum(RBF(3.0), IMQ(3.0)), Level(0.5, 0.1, 0.6)) == pytest.approx(0.5)
+            np.testing.assert_allclose(balance_at(kernel.reach(), level), expected, rtol=1e-6)
+    assert balance_at(1.5, None) == 0.0
+    assert balance_at(Sum(RBF(3.0), IMQ(3.0)).reach(), Level(0.5, 0.1, 0.6)) == pytest.approx(0.5)
 
 
 def test_a_surplus_is_not_pushed_where_there_is_no_data():
@@ -185,7 +187,9 @@ def test_what_is_far_from_all_references_moves_on_its_own():
     average, plain = (averages(IMQ(1.0), z, refs, spread2=s) for s in (spread, jnp.inf))
     np.testing.assert_allclose(average.sum(1), 1, rtol=1e-5)  # float32
     share = (average - jnp.eye(4))[:, 0] / (plain - jnp.eye(4))[:, 0]
-    np.testing.assert_allclose(share, 1 / (1 + (np.array([0.25, 1, 2.25, 1e18]) / FAR) ** 8), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        share, 1 / (1 + (np.array([0.25, 1, 2.25, 1e18]) / Field().far) ** 8), rtol=1e-4, atol=1e-6
+    )
 
     def total(x):
         return averages(IMQ(1.0), Particles(x), refs, spread2=spread).sum()
@@ -352,7 +356,7 @@ def test_diffused_is_the_mean_of_sample_over_noise():
     level = VPLinear()(0.4)
     refs = Particles(Y)
     kernel = RBF(1.5)
-    diffused = diffused_pair(kernel, level, 5)
+    diffused = kernel.diffused(level, 5)
     exact = shift_direction(diffused, Particles(Z), Particles(level.alpha * Y), None, precondition="none")
     keys = jax.random.split(jax.random.key(3), 4000)
 
@@ -492,7 +496,7 @@ def test_guide_denoiser_is_the_denoised_shift():
     # of the points as they come
     average = averages(kernel, Particles(z), Particles(Y), spread2=spread2(Y, jnp.ones(len(Y))))
     for _ in range(4):
-        balance = balance_at(kernel, level)
+        balance = balance_at(kernel.reach(), level)
         z = z - average @ shifted(kernel, Particles(z), Particles(Y), None, precondition="field", balance=balance)
     np.testing.assert_allclose(guided(None, Z, level, None), z, rtol=1e-5, atol=1e-6)  # float32
 

@@ -24,7 +24,7 @@ import pytest
 from flax import linen as nn
 
 from mmdjax import RBF, DiffusionModel, Memory, MMDGuidance, Particles, cfg, from_model
-from mmdjax.identity import array_bytes, arrays_hash, as_used, describe, differences, tree_hash
+from mmdjax._files.fingerprint import array_bytes, arrays_hash, as_used, describe, differences, tree_hash
 from mmdjax.schedules import Discrete, VPLinear
 
 

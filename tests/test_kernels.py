@@ -24,6 +24,8 @@ from mmdjax import (
     Level,
     Linear,
     Mapped,
+    Matern32,
+    Matern52,
     MMDGuidance,
     Particles,
     Polynomial,
@@ -34,7 +36,7 @@ from mmdjax import (
     median_bandwidth,
     mmd2,
 )
-from mmdjax.identity import describe
+from mmdjax._files.fingerprint import describe
 from mmdjax.kernels import Kernel, Median, NearestNeighbour, Radial, Scaled, as_kernel
 from mmdjax.tree import pytree, replace, static
 
@@ -64,6 +66,10 @@ def dist2(x, y):
     return ((x[:, None] - y[None]) ** 2).sum(-1)
 
 
+def matern(xp, r, c):
+    return (1 + r + c * r**2) * xp.exp(-r)
+
+
 def cos(xp, x, y):
     return x @ y.T / xp.sqrt((x**2).sum(1))[:, None] / xp.sqrt((y**2).sum(1))[None]
 
@@ -73,6 +79,8 @@ RADIAL = {
     "rbf": (RBF(1.3), lambda xp, x, y, *_: xp.exp(-dist2(x, y) / (2 * 1.3**2))),
     "rbf mixture": (RBF((0.7, 2)), lambda xp, x, y, *_: (xp.exp(-dist2(x, y) / 0.98) + xp.exp(-dist2(x, y) / 8)) / 2),
     "laplacian": (Laplacian(1.3), lambda xp, x, y, *_: xp.exp(-xp.sqrt(dist2(x, y)) / 1.3)),
+    "matern32": (Matern32(1.3), lambda xp, x, y, *_: matern(xp, xp.sqrt(3 * dist2(x, y)) / 1.3, 0)),
+    "matern52": (Matern52(1.3), lambda xp, x, y, *_: matern(xp, xp.sqrt(5 * dist2(x, y)) / 1.3, 1 / 3)),
     "imq": (IMQ(0.8), lambda xp, x, y, *_: 1 / xp.sqrt(1 + dist2(x, y) / 0.64)),
     "imq mixture": (
         IMQ((0.5, 2)),
@@ -532,7 +540,7 @@ def test_a_function_is_told_what_it_serves():
     for precondition in (None, "mass", "length"):
         with pytest.raises(ValueError, match=r'use precondition="none", or write .* subclass of mmdjax.kernels.Scaled'):
             MMDGuidance(kernel=sine, precondition=precondition)
-    assert MMDGuidance(kernel=sine, precondition="none").rule == "none"  # as is told
+    assert MMDGuidance(kernel=sine, precondition="none").precondition == "none"  # as told
     with pytest.raises(ValueError, match=r'Polynomial is none; use precondition="length" or "none"'):
         MMDGuidance(kernel=Polynomial())
 

@@ -29,8 +29,8 @@ from mmdjax import (
     guided_sample,
     long_run,
 )
-from mmdjax.checkpoint import CheckpointError
-from mmdjax.long_run import SavedSamples, load_samples, sample_many
+from mmdjax._files.safetensors import CheckpointError
+from mmdjax.runs import SavedSamples, load_samples, sample_many
 from mmdjax.schedules import VPLinear, uniform_times
 
 
@@ -342,7 +342,7 @@ FIRST_FORMAT = {  # what the version of the first format wrote, and the hash by 
         "format": "mmdjax run 1", "num_samples": 6, "batch_size": 4, "steps": 2, "memory": 8,
         "key": "threefry2x32 [0, 7]",
         "params": "sha256 b07a95fc61f2d1076ff2706931bb7631783442fcd95f4132d56d0d00335a3d8a",
-        "refs": {"is": "mmdjax.particles.Particles", "x": None, "cond": None, "weight": None},
+        "refs": {"is": "mmdjax._points.particles.Particles", "x": None, "cond": None, "weight": None},
         "cond": "int64[6] sha256 ede135f68cfdfbc6932a8ce4a65d166eee37320eaf55b94ebd929975842341f1",
         "model": {
             "is": "mmdjax.denoisers.DiffusionModel",

@@ -10,7 +10,8 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from mmdjax import IMQ, RBF, Cosine, Delta, Energy, Linear, Particles, Polynomial, Product, blocks, mmd2
+from mmdjax import IMQ, RBF, Cosine, Delta, Energy, Linear, Particles, Polynomial, Product, mmd2
+from mmdjax._points import blocks
 from mmdjax.metrics import (
     density_coverage,
     energy_distance,

@@ -128,9 +128,10 @@ def guided_memory():
 @pytest.mark.parametrize("num_samples", [5, pytest.param(2, marks=pytest.mark.slow)])
 def test_joint_form_moves_each_sample_by_its_own_norm(num_samples):
     """Without memory: displacement α ‖x‖ ‖g‖/(‖g‖ + 1e-5) for every sample of the batch."""
-    from mmdjax.direction import shift_direction
-    from mmdjax.guidance import bind
-    from mmdjax.particles import Particles
+    from toys import shift_direction
+
+    from mmdjax._points.particles import Particles
+    from mmdjax.guidance.bound import bind
 
     with jax.enable_x64(True):
         guidance = MMDGuidance.paper(0.05)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from mmdjax import Particles
-from mmdjax.particles import as_particles, check_points, flat, per_sample, wide_dtype, widen
+from mmdjax._points.particles import as_particles, check_points, flat, per_sample, wide_dtype, widen
 
 
 def test_weights_are_normalised():

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 
-from mmdjax import progress
+from mmdjax._core import progress
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ from mmdjax import (
     guided_sample,
     mmd2,
 )
-from mmdjax.identity import tree_hash
+from mmdjax._files.fingerprint import tree_hash
 from mmdjax.schedules import VPLinear, diffuse, log_snr_times
 
 SAMPLERS = {

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mmdjax import Level
-from mmdjax.identity import describe
+from mmdjax._files.fingerprint import describe
 from mmdjax.schedules import (
     EDM,
     VE,

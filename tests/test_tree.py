@@ -30,7 +30,7 @@ from mmdjax.denoisers import FromModel
 from mmdjax.kernels import NearestNeighbour
 from mmdjax.sampling import Samples, Trace
 from mmdjax.schedules import VPLinear
-from mmdjax.suggestion import Score, Suggestion
+from mmdjax.suggest import Score, Suggestion
 from mmdjax.tree import (
     Function,
     Method,

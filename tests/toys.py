@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmdjax import Level
+from mmdjax.guidance import RULES, Field
+from mmdjax.guidance.sides import Sides
 from mmdjax.schedules import log_snr_times
 from mmdjax.tree import as_component
 
@@ -142,3 +144,14 @@ def flow_error(sampler, schedule, num_steps, *, world=None, t_max=1.0, t_min=1e-
 def order(num_steps, errors):
     """−slope of log error against log steps, by least squares."""
     return -float(np.polyfit(np.log(num_steps), np.log(errors), 1)[0])
+
+
+def shift_direction(kernel, z, refs, memory=None, *, estimator="u", precondition="mass", balance=0.0):
+    """P_i ∂MMD²/∂z_i / u_i by a rule; of "field" the step before the average over neighbours."""
+    sides, rule = Sides(kernel, z, refs, memory, estimator), RULES[precondition]
+    return rule.step(sides, balance) if isinstance(rule, Field) else rule.direction(sides, None)
+
+
+def neighbours(kernel, z, refs, memory=None, *, spread2=None):
+    """The average over neighbours of "field"."""
+    return Field().average(Sides(kernel, z, refs, memory), spread2)

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mmdjax.blocks import sum_across, sum_within, triangle
-from mmdjax.comparable import as_sets, with_kernel
+from mmdjax._core.modes import in_own_modes
+from mmdjax._core.numerics import product
+from mmdjax._points.blocks import sum_across, sum_within, triangle
+from mmdjax._points.particles import flat, wide_dtype
+from mmdjax.fit import as_sets, with_kernel
 from mmdjax.kernels import Energy, Polynomial
 from mmdjax.mmd import Estimator, check_estimator, distinct_pairs, if_known, pair_norm, per_pair, quotient
-from mmdjax.modes import in_own_modes
-from mmdjax.numerics import product
-from mmdjax.particles import flat, wide_dtype
 from mmdjax.sampling import check_key
 
 

@@ -18,13 +18,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mmdjax.blocks import BLOCK, num_blocks, rows, sum_within, triangle
-from mmdjax.comparable import with_kernel
+from mmdjax._core.modes import in_own_modes
+from mmdjax._core.numerics import product, reciprocal, safe_sqrt
+from mmdjax._points.blocks import BLOCK, num_blocks, rows, sum_within, triangle
+from mmdjax._points.particles import flat
+from mmdjax.fit import with_kernel
 from mmdjax.kernels import Cosine, Linear
 from mmdjax.mmd import Estimator, check_estimator, if_known, per_pair
-from mmdjax.modes import in_own_modes
-from mmdjax.numerics import product, reciprocal, safe_sqrt
-from mmdjax.particles import flat
 from mmdjax.tree import is_concrete
 
 LARGEST = 8 * BLOCK  # samples whose Gram is made whole: 1 GB in float32

@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from mmdjax.blocks import all_pairs, fold, own_pairs, upper_pairs
-from mmdjax.comparable import as_sets
-from mmdjax.distances import DIRECT, about, centred_distance, middle
-from mmdjax.modes import in_own_modes
-from mmdjax.numerics import product, safe_sqrt
-from mmdjax.particles import Particles, flat
+from mmdjax._core.modes import in_own_modes
+from mmdjax._core.numerics import product, safe_sqrt
+from mmdjax._points.blocks import all_pairs, fold, own_pairs, upper_pairs
+from mmdjax._points.distances import DIRECT, about, centred_distance, middle
+from mmdjax._points.particles import Particles, flat
+from mmdjax.fit import as_sets
 
 
 class PrecisionRecall(NamedTuple):

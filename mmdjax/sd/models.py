@@ -16,15 +16,15 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import unflatten_dict
 
-from mmdjax.checkpoint import Checkpoint, CheckpointError, Entry, read_json, write_safetensors
-from mmdjax.progress import progress_bar
+from mmdjax._core.progress import progress_bar
+from mmdjax._files.atomic import write_json
+from mmdjax._files.safetensors import Checkpoint, CheckpointError, Entry, read_json, write_safetensors
 from mmdjax.sd import compvis, convert, single
 from mmdjax.sd.clip import CLIPText, CLIPTextConfig
 from mmdjax.sd.config import class_name
 from mmdjax.sd.files import download, open_file, open_folder
 from mmdjax.sd.unet import UNet2D, UNet2DCondition, UNet2DConditionConfig, UNet2DConfig
 from mmdjax.sd.vae import AutoencoderKL, AutoencoderKLConfig, VQModel, VQModelConfig
-from mmdjax.whole import write_json
 
 MODULES = (
     (UNet2DConditionConfig, UNet2DCondition),

@@ -23,9 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from mmdjax._core.numerics import all_finite
+from mmdjax._files.atomic import write_json
 from mmdjax.denoisers import Clipped, DiffusionModel, cfg, from_model
 from mmdjax.kernels import Product
-from mmdjax.numerics import all_finite
 from mmdjax.schedules import Discrete, DiscreteTime
 from mmdjax.sd.models import Component, export, save
 from mmdjax.sd.prompts import ENCODERS, Network, encode_ids, prompt_kernel, rows
@@ -33,7 +34,6 @@ from mmdjax.sd.scheduler import Scheduler
 from mmdjax.sd.tiling import decode_sliced, decode_tiled
 from mmdjax.sd.tokenizer import FILES, Tokenizer
 from mmdjax.tree import is_concrete, pytree, short_repr, static
-from mmdjax.whole import write_json
 
 AUTOENCODERS = ("vae", "vqvae")
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}

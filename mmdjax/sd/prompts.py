@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from mmdjax.distances import pairwise_median
+from mmdjax._core.numerics import reciprocal, safe_sqrt
+from mmdjax._points.distances import pairwise_median
+from mmdjax._points.mesh import distances_of
+from mmdjax._points.particles import Particles, flat
 from mmdjax.kernels import IMQ, RBF, Kernel, Mapped, Product, as_kernel
-from mmdjax.numerics import reciprocal, safe_sqrt
-from mmdjax.particles import Particles, flat
 from mmdjax.tree import pytree
 
 ENCODERS = ("text_encoder", "text_encoder_2")
@@ -110,7 +111,7 @@ class Apart:
     def __call__(self, refs: Particles) -> Array:
         if refs.n < 2:
             return jnp.full((), 0.1)
-        median = pairwise_median(flat(refs.x), refs.probabilities(), above=SAME)
+        median = pairwise_median(flat(refs.x), refs.probabilities(), distances_of(refs), above=SAME)
         return jnp.where(median > 0, self.factor * median, 0.1)
 
 

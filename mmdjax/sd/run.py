@@ -5,7 +5,7 @@ grid.png             the first of them
 comparison.png       references as the autoencoder sees them, unguided and guided samples of the same noise
 samples.safetensors  "latents" [n, h, w, k], "prompt" [n] (an index into run.json's), and "unguided" [n, h, w, k]
 run.json             settings, versions, hashes, and the distances to the references before and after
-parts                until all this is there: the samples so far, from which the same call goes on (`mmdjax.long_run`)
+parts                until all this is there: the samples so far, from which the same call goes on (`mmdjax.runs`)
 """
 
 import dataclasses
@@ -25,25 +25,26 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from PIL import Image
 
-from mmdjax.checkpoint import Entry, write_safetensors
-from mmdjax.guidance import MMDGuidance, fit_kernel
-from mmdjax.identity import tree_hash
-from mmdjax.lock import NAME as LOCK
-from mmdjax.lock import locked
-from mmdjax.long_run import sample_many
+from mmdjax._core.progress import progress_bar
+from mmdjax._files.atomic import write_json, written_whole
+from mmdjax._files.fingerprint import tree_hash
+from mmdjax._files.lock import NAME as LOCK
+from mmdjax._files.lock import locked
+from mmdjax._files.provenance import provenance
+from mmdjax._files.safetensors import Entry, write_safetensors
+from mmdjax._points.particles import Particles, num_present
+from mmdjax.guidance import MMDGuidance
+from mmdjax.guidance.bound import fit_kernel
 from mmdjax.metrics import energy_distance
 from mmdjax.mmd import mmd2
-from mmdjax.particles import Particles, num_present
 from mmdjax.plots import image_grid, save_labelled_grids
-from mmdjax.progress import progress_bar
-from mmdjax.provenance import provenance
+from mmdjax.runs import sample_many
 from mmdjax.samplers import DDIM, Sampler
 from mmdjax.sd.pack import ReferencePack
 from mmdjax.sd.pipeline import Pipeline
 from mmdjax.sd.prompts import rows
 from mmdjax.sd.tokenizer import FILES
 from mmdjax.tree import replace, short_repr
-from mmdjax.whole import write_json, written_whole
 
 IN_GRID, IN_COMPARISON = 64, 16  # pictures
 SMALL = 64  # pixels: smaller pictures are enlarged in grids

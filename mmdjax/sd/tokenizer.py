@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from mmdjax.checkpoint import CheckpointError, read_json
-from mmdjax.extras import optional
+from mmdjax._core.extras import optional
+from mmdjax._files.safetensors import CheckpointError, read_json
 from mmdjax.tree import short_repr
 
 START, END = "<|startoftext|>", "<|endoftext|>"

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from mmdjax import IMQ, RBF, Delta, Energy, Laplacian, Level, Memory, MMDGuidance, Particles, Polynomial, Product, Sum
-from mmdjax.barycentric import pays
-from mmdjax.guidance import bind
+from mmdjax.guidance.bound import bind
+from mmdjax.guidance.coordinates import pays
 from mmdjax.tree import replace
 
 N, M, D = 5, 12, 60

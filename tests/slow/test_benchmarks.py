@@ -9,8 +9,8 @@ import numpy as np
 import toys
 
 from mmdjax import Memory, Particles, guided_sample
+from mmdjax._points.particles import as_particles, flat
 from mmdjax.metrics import energy_distance
-from mmdjax.particles import as_particles, flat
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))

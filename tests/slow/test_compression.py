@@ -13,6 +13,8 @@ from mmdjax import (
     DiffusionModel,
     Energy,
     Laplacian,
+    Matern32,
+    Matern52,
     MMDGuidance,
     Particles,
     Product,
@@ -183,7 +185,10 @@ def test_thinning_keeps_what_weighs_most():
     np.testing.assert_array_equal(found.particles.x, y[there])
 
 
-@pytest.mark.parametrize("kernel", [RBF(2.0), RBF((1.0, 3.0)), Laplacian(2.0), IMQ(2.0), RationalQuadratic(2.0, 1.5)])
+@pytest.mark.parametrize(
+    "kernel",
+    [RBF(2.0), RBF((1.0, 3.0)), Laplacian(2.0), Matern32(2.0), Matern52(2.0), IMQ(2.0), RationalQuadratic(2.0, 1.5)],
+)
 def test_random_features_estimate_the_kernel_within_the_bound(kernel, refs):
     """All pairs at once, at a failure probability of 1e-3; the mean error is that of a mean of cosines."""
     phi = random_features(kernel, jax.random.key(0), refs, 2000)

@@ -27,4 +27,4 @@ def test_cube(sampler, kernel, at, rule, estimator):
 @pytest.mark.parametrize(("kernel", "at"), PAIRS)
 def test_bound_cube(kernel, at):
     rules = rules_of(KERNELS[kernel])
-    check_bound(at, [guidance_of(kernel, at, rule, estimator) for rule in rules for estimator in "uv"])
+    check_bound([guidance_of(kernel, at, rule, estimator) for rule in rules for estimator in "uv"])

@@ -18,8 +18,8 @@ from mmdjax import (
     guided_sample,
     mmd2,
 )
+from mmdjax._points.streaming import HostReferences
 from mmdjax.compression import coreset, nystroem, random_features
-from mmdjax.host import HostReferences
 from mmdjax.schedules import RectifiedFlow, VPLinear
 
 M, D = 3000, 2048  # 25 MB: many blocks

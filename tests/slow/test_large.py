@@ -23,7 +23,7 @@ from mmdjax import (
     blocks,
     mmd2,
 )
-from mmdjax.guidance import bind, fit_kernel
+from mmdjax.guidance.bound import bind, fit_kernel
 from mmdjax.mmd import cross_term
 from mmdjax.tree import replace
 

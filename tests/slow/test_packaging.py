@@ -12,7 +12,7 @@ import pytest
 from mmdjax import __version__
 
 ROOT = Path(__file__).parents[2]
-NEEDED = {"py.typed", "data/NOTICE", "data/digits.npz", "data/digits.safetensors", "__init__.py", "sd/unet.py"}
+NEEDED = {"py.typed", "digits/NOTICE", "digits/digits.npz", "digits/digits.safetensors", "__init__.py", "sd/unet.py"}
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ from mmdjax import (
 from mmdjax.kernels import Median, NearestNeighbour, Neighbourhood
 from mmdjax.metrics import nearest_ratio
 from mmdjax.schedules import VPLinear
-from mmdjax.suggestion import _choose, _excess, _split, _Trial, _vary
+from mmdjax.suggest import _choose, _excess, _split, _Trial, _vary
 
 WORLD = ring()
 MODEL = DiffusionModel(WORLD, VPLinear(), (2,))

@@ -15,8 +15,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PyTree
 
-from mmdjax.host import HostReferences
-from mmdjax.numerics import readable
+from mmdjax._core.numerics import readable
+from mmdjax._points.streaming import HostReferences
 from mmdjax.tree import is_concrete, is_traced, pytree, replace
 
 T = TypeVar("T")

@@ -1,12 +1,4 @@
-"""Kernels between samples: those of inner products and labels, and kernels made of kernels.
-
-All of them are here; the kernels of the distance come from `mmdjax.radial`, where the contract stands, and how to write
-one's own. Any callable (a, b) -> Gram serves as a kernel too, its gradient then being automatic, in MMD² and with
-precondition="none".
-
-References:
-  Bińkowski et al. 2018 (the cubic kernel of KID), Gretton et al. 2012.
-"""
+"""Kernels made of kernels, and the kernel of labels: Sum, Product, Mapped, Delta."""
 
 from typing import Any
 
@@ -14,117 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from mmdjax.bandwidths import Median, NearestNeighbour, Neighbourhood, median_bandwidth
-from mmdjax.numerics import all_finite, product, reciprocal, safe_sqrt
-from mmdjax.particles import Particles, flat, wide_dtype
-from mmdjax.radial import (
-    IMQ,
-    RBF,
-    Energy,
-    Kernel,
-    Laplacian,
-    Radial,
-    RationalQuadratic,
-    Scaled,
-)
-from mmdjax.tree import as_component, check_instance, is_concrete, pytree, replace, static
-
-__all__ = [
-    "IMQ",
-    "RBF",
-    "Cosine",
-    "Custom",
-    "Delta",
-    "Energy",
-    "Kernel",
-    "Laplacian",
-    "Linear",
-    "Mapped",
-    "Median",
-    "NearestNeighbour",
-    "Neighbourhood",
-    "Polynomial",
-    "Product",
-    "Radial",
-    "RationalQuadratic",
-    "Scaled",
-    "Sum",
-    "as_kernel",
-    "check_fitted",
-    "median_bandwidth",
-]
-
-
-@pytree
-class Polynomial(Kernel):
-    """(xᵀy/D + offset)^degree on flattened samples, D their size. Degree 3 and offset 1 are KID's and the authors'.
-
-    Example:
-      >>> Polynomial()(Particles(jnp.ones((1, 4))), Particles(jnp.ones((1, 4)))).tolist()
-      [[8.0]]
-    """
-
-    degree: int = static(default=3)
-    offset: Any = 1.0
-
-    def __post_init__(self):
-        if not isinstance(self.degree, int) or self.degree < 1:
-            raise ValueError(f"degree is {self.degree}; give an integer of at least 1")
-
-    def gram(self, a, b, *, same=False):
-        x, y = flat(a.x), flat(b.x)
-        return (product(x, y.T) / x.shape[1] + self.offset) ** self.degree
-
-    def length2(self, a):
-        return float(flat(a.x).shape[1])
-
-
-@pytree
-class Linear(Kernel):
-    """xᵀy/D on flattened samples, D their size: MMD² is the squared distance of means over D."""
-
-    def gram(self, a, b, *, same=False):
-        x, y = flat(a.x), flat(b.x)
-        return product(x, y.T) / x.shape[1]
-
-    def length2(self, a):
-        return float(flat(a.x).shape[1])
-
-
-@pytree
-class Cosine(Kernel):
-    """xᵀy / (|x||y|) on flattened samples; 0 with a zero vector.
-
-    Example:
-      >>> Cosine()(Particles(jnp.array([[1.0, 0.0]])), Particles(jnp.array([[1.0, 1.0]]))).tolist()
-      [[0.707...]]
-    """
-
-    def gram(self, a, b, *, same=False):
-        x, y = (v * reciprocal(safe_sqrt((v**2).sum(1, keepdims=True))) for v in (flat(a.x), flat(b.x)))
-        return product(x, y.T)
-
-    def length2(self, a):
-        return (flat(a.x) ** 2).sum(1)
-
-
-@pytree
-class Delta(Kernel):
-    """1 where two samples are equal in every entry, else 0: for class labels as `cond`.
-
-    Example:
-      >>> labels = Particles(jnp.array([0, 3]))
-      >>> Delta()(labels, labels).tolist()
-      [[1.0, 0.0], [0.0, 1.0]]
-    """
-
-    def gram(self, a, b, *, same=False):
-        def equal(x, y):
-            x, y = x.reshape(x.shape[0], -1), y.reshape(y.shape[0], -1)
-            return (x[:, None] == y[None]).all(-1)
-
-        leaves = jax.tree.leaves(jax.tree.map(equal, a.x, b.x))
-        return jnp.stack(leaves).all(0).astype(wide_dtype(a.x))
+from mmdjax._points.particles import Particles, wide_dtype
+from mmdjax.kernels.contract import Kernel, as_kernel
+from mmdjax.kernels.radial import Energy
+from mmdjax.tree import as_component, pytree, replace
 
 
 @pytree
@@ -161,6 +46,14 @@ class Sum(Kernel):
         return all(k.has_length for k in self.kernels)
 
     @property
+    def is_radial(self):
+        return all(k.is_radial for k in self.kernels)
+
+    def check_diffused(self):
+        for k in self.kernels:
+            k.check_diffused()
+
+    @property
     def uses_cond(self):
         return any(k.uses_cond for k in self.kernels)
 
@@ -184,6 +77,20 @@ class Sum(Kernel):
 
     def distance2(self, a, b, *, same=False):
         return self.kernels[0].distance2(a, b, same=same)
+
+    def map_radial(self, change):
+        return replace(self, kernels=tuple(k.map_radial(change) for k in self.kernels))
+
+    def widened(self, factor):
+        return replace(self, kernels=tuple(k.widened(factor) for k in self.kernels))
+
+    def diffused(self, level, size):
+        among, fixed = zip(*(k.diffused(level, size) for k in self.kernels), strict=True)
+        return Sum(*among, weights=self.weights), Sum(*fixed, weights=self.weights)
+
+    def log_gram(self, a, b):
+        logs = [jnp.log(w) + k.log_gram(a, b) for w, k in zip(self.weights, self.kernels, strict=True)]
+        return jax.nn.logsumexp(jnp.stack(logs), axis=0)
 
     def reach(self):
         return sum(k.reach() for k in self.kernels) / len(self.kernels)
@@ -233,6 +140,27 @@ class Product(Kernel):
     @property
     def has_length(self):
         return self.x.has_length
+
+    @property
+    def is_radial(self):
+        return self.x.is_radial
+
+    def check_diffused(self):
+        self.x.check_diffused()
+
+    def map_radial(self, change):
+        return replace(self, x=self.x.map_radial(change))
+
+    def widened(self, factor):
+        return replace(self, x=self.x.widened(factor))
+
+    def diffused(self, level, size):
+        among, fixed = self.x.diffused(level, size)
+        return Product(among, self.cond), Product(fixed, self.cond)
+
+    def log_gram(self, a, b):
+        of_x = self.x.log_gram(Particles(a.x), Particles(b.x))
+        return of_x + self.cond.log_gram(Particles(a.cond), Particles(b.cond))
 
     def gram(self, a, b, *, same=False):
         return self._factor().gram(a, b, same=same) * self.cond_gram(a, b)
@@ -324,6 +252,12 @@ class Mapped(Kernel):
         gradient = jax.tree.map(lambda g, f: g.astype(f.dtype), gradient, features)
         return pull_back(gradient)[0], one
 
+    def widened(self, factor):
+        return replace(self, kernel=self.kernel.widened(factor))
+
+    def log_gram(self, a, b):
+        return self.kernel.log_gram(*(replace(points, x=self.fn(points.x)) for points in (a, b)))
+
     def fit(self, refs):
         return replace(self, kernel=self.kernel.fit(replace(refs, x=self.fn(refs.x))))
 
@@ -335,57 +269,19 @@ class Mapped(Kernel):
 
 
 @pytree
-class Custom(Kernel):
-    """A function (a, b) -> Gram as a kernel."""
+class Delta(Kernel):
+    """1 where two samples are equal in every entry, else 0: for class labels as `cond`.
 
-    function: Any
-
-    @property
-    def sees_cond(self):
-        return True
-
-    def called(self):
-        return "a function (a, b) -> Gram"
-
-    def without(self, precondition):
-        return super().without(precondition) + (
-            ", or write in its place a subclass of mmdjax.kernels.Scaled with value(d2, h), "
-            "of the squared distance and a bandwidth, which serves every precondition"
-        )
+    Example:
+      >>> labels = Particles(jnp.array([0, 3]))
+      >>> Delta()(labels, labels).tolist()
+      [[1.0, 0.0], [0.0, 1.0]]
+    """
 
     def gram(self, a, b, *, same=False):
-        try:
-            gram = self.function(a, b)
-        except (AttributeError, TypeError) as error:
-            error.add_note("A kernel function (a, b) -> Gram is given Particles: the points are a.x and b.x.")
-            raise
-        if jnp.shape(gram) != (a.n, b.n):
-            raise ValueError(f"the kernel returned shape {jnp.shape(gram)} for {a.n} and {b.n} samples, not [n, m]")
-        return gram
+        def equal(x, y):
+            x, y = x.reshape(x.shape[0], -1), y.reshape(y.shape[0], -1)
+            return (x[:, None] == y[None]).all(-1)
 
-
-def check_fitted(kernel: Kernel) -> None:
-    """Raise ValueError if a bandwidth came out as 0 (NaN), the references being all equal; unseen inside `jit`."""
-    for leaf in jax.tree.leaves(kernel):
-        if is_concrete(leaf) and not all_finite(leaf):
-            raise ValueError(
-                f"the references give {type(kernel).__name__} a bandwidth of 0: they are all equal, or so far apart "
-                "that their squared distances overflow; give the bandwidth as a number, such as IMQ(1.0), or "
-                "references that differ"
-            )
-
-
-def as_kernel(kernel: Any) -> Kernel:
-    """A kernel unchanged; any other callable (a, b) -> Gram as one.
-
-    Raises:
-      TypeError: not callable, or a class.
-    """
-    if isinstance(kernel, Kernel):
-        return kernel
-    check_instance("kernel", kernel)
-    if not callable(kernel):
-        raise TypeError(
-            f"a kernel is a callable (a, b) -> Gram [n, m], such as RBF(1.0); this is {type(kernel).__name__}"
-        )
-    return Custom(as_component(kernel))
+        leaves = jax.tree.leaves(jax.tree.map(equal, a.x, b.x))
+        return jnp.stack(leaves).all(0).astype(wide_dtype(a.x))

@@ -6,15 +6,17 @@ References:
   Gretton et al. 2012, section 8 (the median heuristic).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mmdjax.distances import nearest_distance, neighbour_distance, pairwise_median, subset_of
-from mmdjax.modes import in_own_modes
-from mmdjax.numerics import all_finite
-from mmdjax.particles import Particles, as_particles, check_points, flat, whole
+from mmdjax._core.modes import in_own_modes
+from mmdjax._core.numerics import all_finite
+from mmdjax._points.distances import nearest_distance, neighbour_distance, pairwise_median, subset_of
+from mmdjax._points.mesh import distances_of
+from mmdjax._points.particles import Particles, as_particles, check_points, flat, whole
 from mmdjax.tree import is_concrete, pytree
 
 
@@ -50,15 +52,15 @@ class Neighbourhood:
     factor: Any = 1.0
 
     def __call__(self, refs: Particles) -> Array:
-        y, p = _some(refs)
-        return self.factor * jnp.minimum(0.8 * neighbour_distance(y, p), 3.5 * nearest_distance(y, p))
+        looked_at = _some(refs)
+        return self.factor * jnp.minimum(0.8 * neighbour_distance(*looked_at), 3.5 * nearest_distance(*looked_at))
 
 
-def _some(refs: Particles) -> tuple[Array, Array]:
+def _some(refs: Particles) -> tuple[Array, Array, Callable]:
     # the rows that are looked at, before they are cast: a cast of all of them would be a copy of the references
-    refs = whole(refs)
-    looked_at = subset_of(Particles(refs.x, weight=refs.weight))
-    return flat(looked_at.x), looked_at.probabilities()
+    points = whole(refs)
+    looked_at = subset_of(Particles(points.x, weight=points.weight))
+    return flat(looked_at.x), looked_at.probabilities(), distances_of(refs)
 
 
 @in_own_modes

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from mmdjax.host import HostReferences
-from mmdjax.particles import Particles
+from mmdjax._points.particles import Particles
+from mmdjax._points.streaming import HostReferences
 
 BLOCK = 2048  # rows: two blocks of 2,048 float32 features and what is made of them take some 100 MB
 PLAIN = 2**22  # numbers in a set of points and its pairs: up to here one plain computation, 16 MB in float32

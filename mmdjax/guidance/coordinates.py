@@ -25,8 +25,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mmdjax.blocks import block_beside, columns_of, sum_over
-from mmdjax.distances import (
+from mmdjax._core.numerics import product
+from mmdjax._points.blocks import block_beside, columns_of, sum_over
+from mmdjax._points.distances import (
     CANCELLATION,
     by_difference,
     middle,
@@ -35,17 +36,16 @@ from mmdjax.distances import (
     width2,
     with_derivative,
 )
-from mmdjax.kernels import Energy, Kernel, Product, Scaled, Sum
-from mmdjax.numerics import product
-from mmdjax.particles import Particles, flat
-from mmdjax.radial import Radial
+from mmdjax._points.particles import Particles, flat
+from mmdjax.kernels import Kernel
+from mmdjax.kernels.radial import Radial
 from mmdjax.tree import pytree, replace
 
 APART = 4  # spreads of batch and references together, from which on the gap between them is taken out
 
 
 @pytree
-class Barycentric(Radial):
+class Barycentric(Radial, autodiff=True):
     """A kernel of the distance between combinations of N known points.
 
     A set's x is [n, N], a row a combination; or [m], the numbers of consecutive known points, in floating point so that
@@ -126,18 +126,6 @@ class Barycentric(Radial):
         return to_known, 0.5 * jnp.sum(to_known * c, axis=1)
 
 
-def of_distance(kernel: Kernel) -> bool:
-    """Whether the kernel sees samples by their distances alone, so that `Barycentric` can take its place."""
-    match kernel:
-        case Sum(kernels=kernels):
-            return all(map(of_distance, kernels))
-        case Product(x=x):
-            return of_distance(x)
-        case Energy(origin=origin):
-            return origin is None
-    return isinstance(kernel, Scaled)
-
-
 def fixed_distances(refs: Particles, memory: Particles | None) -> Float[Array, "k k"]:
     """Squared distances among references and memory, in this order."""
     x = flat(refs.x)
@@ -160,7 +148,7 @@ def combinations(
     """Kernel, batch, references and memory in terms of known points, and what makes points of the batch again.
 
     Args:
-      kernel: one `of_distance`.
+      kernel: one that `is_radial`.
       fixed: `fixed_distances`.
     """
     n, m, total = z.n, refs.n, z.n + fixed.shape[0]
@@ -191,7 +179,9 @@ def combinations(
     if memory is not None:
         memory_rows = jnp.eye(memory.n, total, k=n + m, dtype=x.dtype)
         remembered = replace(memory, x=memory_rows)
-    return _known(kernel, distances, aside, squares(gap[None])[0]), replace(z, x=known), corners, remembered, points
+    gap2 = squares(gap[None])[0]
+    between = kernel.map_radial(lambda part: Barycentric(part, distances, aside, gap2))
+    return between, replace(z, x=known), corners, remembered, points
 
 
 def _gap(x: Float[Array, "n d"], refs: Any) -> tuple[Float[Array, " d"], Array]:
@@ -206,15 +196,6 @@ def _along(gap: Array, x: Any, centre: Array) -> Float[Array, " n"]:
         return product(flat(rows.of(x)) - centre, gap)[None]
 
     return columns_of(of_rows, jax.tree.leaves(x)[0].shape[0], block_beside(1, x))[0]
-
-
-def _known(kernel: Kernel, *known: Array) -> Kernel:
-    match kernel:
-        case Sum(kernels=kernels):
-            return replace(kernel, kernels=tuple(_known(k, *known) for k in kernels))
-        case Product(x=x):
-            return replace(kernel, x=_known(x, *known))
-    return Barycentric(kernel, *known)
 
 
 def _combine(c: Array, x: Any, centre: Array) -> Array:

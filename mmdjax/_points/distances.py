@@ -16,10 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from mmdjax.blocks import block_beside, columns_of
-from mmdjax.numerics import inline_jit, product
-from mmdjax.particles import Particles, flat
-from mmdjax.placement import current
+from mmdjax._core.numerics import inline_jit, product
+from mmdjax._points.blocks import block_beside, columns_of
+from mmdjax._points.particles import Particles, flat
 from mmdjax.tree import is_traced
 
 CANCELLATION = 1e-3  # of |x|² + |y|²; there a float32 product is off by about 1e-4
@@ -222,35 +221,47 @@ def subset_of(points: Particles, most: int = SUBSET) -> Particles:
     return jax.tree.map(lambda leaf: (jnp.asarray(leaf) if is_traced(rows) else leaf)[rows], points)
 
 
-def pairwise_median(y: Float[Array, "m d"], weight: Float[Array, " m"], *, above: float = -1.0) -> Float[Array, ""]:
+def here(function: Callable, y: Array) -> Array:
+    """function(y, y), the rows of a matrix of distances all made here; `mesh.distances_of` shares them out."""
+    return function(y, y)
+
+
+def pairwise_median(
+    y: Float[Array, "m d"], weight: Float[Array, " m"], distances: Callable = here, *, above: float = -1.0
+) -> Float[Array, ""]:
     """The median distance between two rows of positive weight, on at most `SUBSET` rows; detached. NaN if it is 0.
 
     Args:
+      distances: (function, y) -> function(y, y).
       above: count distances above this one only; below 0: all.
     """
-    d2, valid = _valid_pairs(y, weight, "median distance")
+    d2, valid = _valid_pairs(y, weight, "median distance", distances)
     valid = valid & (d2 > above**2) if above >= 0 else valid
     upper = jnp.arange(valid.shape[0])[:, None] < jnp.arange(valid.shape[0])[None, :]
     return _median_distance(d2, valid & upper)
 
 
-def nearest_distance(y: Float[Array, "m d"], weight: Float[Array, " m"]) -> Float[Array, ""]:
+def nearest_distance(
+    y: Float[Array, "m d"], weight: Float[Array, " m"], distances: Callable = here
+) -> Float[Array, ""]:
     """The median distance of a row of positive weight to its nearest distinct other one; NaN if all are equal.
 
     Detached, on at most `SUBSET` rows.
     """
-    d2, valid = _valid_pairs(y, weight, "nearest-neighbour distance")
+    d2, valid = _valid_pairs(y, weight, "nearest-neighbour distance", distances)
     nearest = jnp.min(jnp.where(valid & (d2 > 0), d2, jnp.inf), axis=1)
     return _median_distance(nearest, jnp.isfinite(nearest))
 
 
-def neighbour_distance(y: Float[Array, "m d"], weight: Float[Array, " m"]) -> Float[Array, ""]:
+def neighbour_distance(
+    y: Float[Array, "m d"], weight: Float[Array, " m"], distances: Callable = here
+) -> Float[Array, ""]:
     """The median distance of a row of positive weight to its k-th nearest distinct other one; NaN if all are equal.
 
     k = √m rounded, m the number of rows of positive weight; a row with fewer distinct others counts to the last.
     Detached, on at most `SUBSET` rows.
     """
-    d2, valid = _valid_pairs(y, weight, "neighbour distance")
+    d2, valid = _valid_pairs(y, weight, "neighbour distance", distances)
     valid &= d2 > 0
     most = max(1, round(math.sqrt(d2.shape[0])))
     nearest = -jax.lax.top_k(jnp.where(valid, -d2, -jnp.inf), min(most, d2.shape[0]))[0]
@@ -260,7 +271,7 @@ def neighbour_distance(y: Float[Array, "m d"], weight: Float[Array, " m"]) -> Fl
     return _median_distance(chosen, jnp.isfinite(chosen))
 
 
-def spread2(y: Float[Array, "m d"], weight: Float[Array, " m"]) -> Float[Array, ""]:
+def spread2(y: Float[Array, "m d"], weight: Float[Array, " m"], distances: Callable = here) -> Float[Array, ""]:
     """The squared distance within which nearly all rows have their nearest distinct other one; ∞ if all are equal.
 
     q₉₀²/q₅₀, with q the quantiles of squared nearest distances: as far beyond nine in ten as these are beyond half. In
@@ -269,7 +280,7 @@ def spread2(y: Float[Array, "m d"], weight: Float[Array, " m"]) -> Float[Array, 
     """
     if y.shape[0] < 2:
         return jnp.full((), jnp.inf, y.dtype)
-    d2, valid = _valid_pairs(y, weight, "spread")
+    d2, valid = _valid_pairs(y, weight, "spread", distances)
     ordered = jnp.sort(jnp.min(jnp.where(valid & (d2 > 0), d2, jnp.inf), axis=1))
     count = jnp.isfinite(ordered).sum()
 
@@ -279,7 +290,7 @@ def spread2(y: Float[Array, "m d"], weight: Float[Array, " m"]) -> Float[Array, 
     return jnp.where(count > 0, within(0.9) * (within(0.9) / within(0.5)), jnp.inf)
 
 
-def _valid_pairs(y: Array, weight: Array, what: str) -> tuple[Array, Array]:
+def _valid_pairs(y: Array, weight: Array, what: str, distances: Callable) -> tuple[Array, Array]:
     if y.shape[0] < 2:
         raise ValueError(
             f"one reference has no {what}; give the kernel's bandwidth as a number, such as IMQ(1.0), or more refs"
@@ -287,7 +298,7 @@ def _valid_pairs(y: Array, weight: Array, what: str) -> tuple[Array, Array]:
     rows = subset(y.shape[0], weight)
     y, present = jax.lax.stop_gradient(y[rows]), weight[rows] > 0
     y = jnp.where(present[:, None], y, y[jnp.argmax(present)])  # what lies in an empty slot must not move the centre
-    d2 = current.get().by_rows(functools.partial(squared_distance, same=True, accurate=True), y)
+    d2 = distances(functools.partial(squared_distance, same=True, accurate=True), y)
     return d2, present[:, None] & present[None, :] & ~jnp.eye(d2.shape[0], dtype=bool)
 
 

@@ -9,9 +9,9 @@ every batch follows from the manifest and the batches before it. One that is mis
 bit for bit on the same devices. A batch's metadata hold the hash of the manifest's definition, its rows, and the hash
 of its whole content, so that each file can be checked by itself. A file appears under its name only once it is whole.
 
-The manifest describes values as JAX uses them: float64 references are described as the float32 that they become.
-Manifests of the first format describe them as they were given, and tell less of functions (`mmdjax.identity`); such a
-run is resumed where all that its manifest tells is the same.
+The manifest describes values as JAX uses them (`mmdjax._files.fingerprint`): float64 references are described as the
+float32 that they become. Manifests of the first format describe them as they were given, and tell less of functions;
+such a run is resumed where all that its manifest tells is the same.
 """
 
 import contextlib
@@ -31,10 +31,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from mmdjax.checkpoint import Checkpoint, CheckpointError, Entry, open_safetensors, write_safetensors
-from mmdjax.denoisers import DiffusionModel
-from mmdjax.guidance import MMDGuidance
-from mmdjax.identity import (
+from mmdjax._core.modes import in_own_modes
+from mmdjax._core.progress import progress_bar
+from mmdjax._files.atomic import write_json
+from mmdjax._files.fingerprint import (
     array_bytes,
     arrays_hash,
     as_used,
@@ -45,19 +45,19 @@ from mmdjax.identity import (
     tree_hash,
     with_public_names,
 )
-from mmdjax.lock import NAME as LOCK
-from mmdjax.lock import locked
+from mmdjax._files.lock import NAME as LOCK
+from mmdjax._files.lock import locked
+from mmdjax._files.provenance import provenance
+from mmdjax._files.safetensors import Checkpoint, CheckpointError, Entry, open_safetensors, write_safetensors
+from mmdjax._points.mesh import layout_of
+from mmdjax._points.particles import Particles, as_particles
+from mmdjax.denoisers import DiffusionModel
+from mmdjax.guidance import MMDGuidance
 from mmdjax.memory import Memory
-from mmdjax.modes import in_own_modes
-from mmdjax.particles import Particles, as_particles
-from mmdjax.placement import placement
-from mmdjax.progress import progress_bar
-from mmdjax.provenance import provenance
 from mmdjax.samplers import DDIM, Sampler
 from mmdjax.sampling import as_memory, check_call, guided_sample
 from mmdjax.schedules import uniform_times
 from mmdjax.tree import as_arrays, replace
-from mmdjax.whole import write_json
 
 MANIFEST, FORMAT, FIRST_FORMAT = "manifest.json", "mmdjax run 2", "mmdjax run 1"
 FILE = re.compile(r"(batch-\d{5,}\.safetensors|manifest\.json)(\.part)?")
@@ -168,7 +168,7 @@ def sample_many(
     if not isinstance(out, str | os.PathLike) or (Path(out).exists() and not Path(out).is_dir()):
         raise NotADirectoryError(f"out is {out!r}, which is no folder; give one, or a path that does not exist")
     memory = as_memory(memory, model, first)
-    mesh = placement(sharding, batch_size, refs, (params, first, memory)).mesh
+    mesh = layout_of(sharding, batch_size, refs, (params, first, memory)).mesh
     process = jax.process_index()
     with locked(out, LOCK if process == 0 else f"{LOCK}-{process}") as lock:
         run = _open_run(Path(out), given, made_with)
@@ -479,7 +479,7 @@ def _arrays(samples: Any, guidance: MMDGuidance, refs: Any, start: int, stop: in
     """What a batch's file holds."""
     count = stop - start
     arrays = {"x": samples.x, "mmd2": samples.trace.mmd2, "shift_norm": samples.trace.shift_norm}
-    if samples.memory is not None and refs is not None and guidance.published:  # it remembers x before its last shift
+    if samples.memory is not None and refs is not None and guidance.placement.keeps_unshifted:
         held, size = samples.memory, len(samples.x)
         kept = min(size, held.capacity)
         slots = (int(on_host(held.next)) - kept + np.arange(kept)) % held.capacity
@@ -505,8 +505,10 @@ def _remember(
       size: how many samples were made.
     """
     memory, cond = _here(memory), _here(cond)
-    if refs is not None and guidance.published:
-        memory, last = memory.reset_when_full(), arrays["remembered"]
+    if refs is not None:
+        memory = guidance.placement.begin(memory)
+    if "remembered" in arrays:
+        last = arrays["remembered"]
         x = np.zeros((size, *last.shape[1:]), last.dtype)  # in their own slots: those before them are overwritten
         x[size - len(last) :] = last
     else:

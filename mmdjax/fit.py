@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmdjax.distances import subset
-from mmdjax.host import HostReferences
+from mmdjax._points.distances import subset
+from mmdjax._points.particles import Particles, as_particles, check_points, num_present, whole, widen
+from mmdjax._points.streaming import HostReferences
 from mmdjax.kernels import as_kernel, check_fitted
-from mmdjax.particles import Particles, as_particles, check_points, num_present, whole, widen
 
 
 def check_comparable(name_p: str, p: Particles, name_q: str, q: Particles, kernel_uses_cond: bool = True) -> None:

@@ -14,11 +14,9 @@ A mesh may have Auto or Explicit axes. Inside, all are Auto: under Explicit ones
 in several ways raise.
 """
 
-import contextlib
-import contextvars
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,8 +25,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from mmdjax.particles import Particles, wide_dtype
-from mmdjax.tree import is_traced, replace
+from mmdjax._points.particles import Particles, wide_dtype
+from mmdjax.tree import is_traced, pytree, replace, static
 
 Axes = tuple[str, ...]
 
@@ -132,7 +130,7 @@ WHOLE = Shards()
 
 
 @dataclasses.dataclass(frozen=True)
-class Placement:
+class Layout:
     """How a mesh holds a batch and its references; without a mesh, one device holds all.
 
     Args:
@@ -167,6 +165,10 @@ class Placement:
     def whole(self, tree: Any) -> Any:
         """A pytree that every device holds."""
         return self.put(tree, P())
+
+    def known_to(self, points: Particles) -> "LaidOut":
+        """Points that know that they lie so."""
+        return LaidOut(points.x, points.cond, points.weight, self)
 
     def run(self, function: Callable, *args: Any, out: Any) -> Any:
         """function(*args) as if the mesh had Auto axes, inside `jit`; `out`, a tree of specs, says how results lie."""
@@ -207,23 +209,23 @@ class Placement:
         return self.split(own_rows, (y,), specs=(P(),), out=P(self.shards.batch))[: y.shape[0]]
 
 
-HERE = Placement()
-current: contextvars.ContextVar[Placement] = contextvars.ContextVar("placement", default=HERE)
-"""The placement in which a bandwidth is being fitted: rules take references only."""
+HERE = Layout()
 
 
-@contextlib.contextmanager
-def fitted_in(placement: Placement) -> Iterator[None]:
-    """Within, distances among references are shared out as `placement` says."""
-    token = current.set(placement)
-    try:
-        yield
-    finally:
-        current.reset(token)
+@pytree
+class LaidOut(Particles):
+    """Particles that know how they lie on a mesh: for bandwidth rules, which are given references only."""
+
+    layout: Layout = static(default=HERE)
 
 
-def placement(sharding: Any, num_samples: int, refs: Any, operands: Any = None) -> Placement:
-    """The placement that a call asks for.
+def distances_of(points: Particles) -> Callable:
+    """(function, y) -> function(y, y), [m, m], for some of these points, shared out as they lie."""
+    return points.layout.by_rows if isinstance(points, LaidOut) else HERE.by_rows
+
+
+def layout_of(sharding: Any, num_samples: int, refs: Any, operands: Any = None) -> Layout:
+    """The layout that a call asks for.
 
     Args:
       sharding: of the batch, a `NamedSharding` on the leading axis, or None: wherever the operands are.
@@ -249,7 +251,7 @@ def placement(sharding: Any, num_samples: int, refs: Any, operands: Any = None) 
     for s in on_refs:
         if s is not None and dict(s.mesh.shape) == dict(mesh.shape):
             split = _leading(s.spec)
-    return Placement(mesh, Shards(batch, split))
+    return Layout(mesh, Shards(batch, split))
 
 
 def _check(sharding: Any, num_samples: int) -> tuple[Any, Axes]:

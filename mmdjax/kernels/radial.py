@@ -1,266 +1,28 @@
-"""The kernel's contract, and the kernels of the distance d alone: RBF, Laplacian, IMQ, RationalQuadratic, Energy.
+"""Kernels of the distance d alone: RBF, Laplacian, Matérn, IMQ, RationalQuadratic, Energy.
 
-A kernel is a callable (a: Particles, b: Particles) -> Gram [n, m]. `Kernel` adds
-
-    fit(refs)                      what was left to the references (bandwidth None, an origin) filled in, detached
-    gradient(a, b, coef, ...)      Σ_j coef_ij ∂k(a_i, b_j)/∂a_i and the kernel mass Σ_j |coef_ij| w(a_i, b_j)
-
-with w = −2 ∂k/∂(d²), the weight of mean shift, for a kernel of the distance. `mmdjax.kernels` has the others.
-
-A kernel of one's own is a subclass: of `Scaled` where it has a bandwidth, of `Radial` where it is of the distance, of
-`Kernel` else. Nothing is to be registered or decorated, and no square root needs care at distance 0.
+`Radial` and `Scaled` are there to write more.
 
 References:
-  Gretton et al. 2012 (RBF, the median heuristic), Gorham & Mackey 2017 (IMQ), Székely & Rizzo 2013 and Sejdinovic et
-  al. 2013 (Energy), Comaniciu & Meer 2002 (mean shift).
+  Gretton et al. 2012 (RBF, the median heuristic), Rasmussen & Williams 2006, section 4.2 (Matérn), Gorham & Mackey 2017
+  (IMQ), Székely & Rizzo 2013 and Sejdinovic et al. 2013 (Energy).
 """
 
-import functools
 from collections.abc import Callable
-from typing import Any, dataclass_transform
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from mmdjax.bandwidths import Median, Neighbourhood
-from mmdjax.blocks import block_beside, sum_over
-from mmdjax.distances import about, centred_distance, middle, squared_distance
-from mmdjax.modes import in_own_modes
-from mmdjax.numerics import product, reciprocal, safe_sqrt
-from mmdjax.particles import Particles, as_particles, flat, whole, wide_dtype
-from mmdjax.schedules import Level
-from mmdjax.tree import are_numbers, as_component, check_instance, complete, is_concrete, pytree, replace, static
-
-
-@dataclass_transform(frozen_default=True, field_specifiers=(static,))
-class Kernel:
-    """What the guidance asks of a kernel; a subclass writes `gram`.
-
-    One with mass also has a `gradient` that gives it, `pair_weights`, `distance2` and `reach`.
-
-    A subclass is a frozen dataclass and a pytree without being told (see `mmdjax.tree.complete`): annotate its fields,
-    numbers as `Any`, choices as `int`, `bool` or `str`; or assign them in an `__init__`.
-    """
-
-    def __new__(cls, *args: Any, **kwargs: Any):
-        self = super().__new__(cls)
-        if jax.tree_util.all_leaves([self]):  # not before: decorators come after the class's body
-            complete(cls)
-        return self
-
-    @in_own_modes
-    def __call__(self, a: Particles, b: Particles) -> Float[Array, "n m"]:
-        """The Gram matrix k(a_i, b_j)."""
-        same = a is b
-        a, b = (whole(as_particles(points, name)) for points, name in ((a, "a"), (b, "b")))
-        return self.gram(a, b, same=same)
-
-    @property
-    def has_mass(self) -> bool:
-        """Whether precondition="mass" works: the kernel is one of the distance between the samples."""
-        return False
-
-    @property
-    def has_length(self) -> bool:
-        """Whether precondition="length" works."""
-        return type(self).length2 is not Kernel.length2
-
-    @property
-    def uses_cond(self) -> bool:
-        """Whether the kernel compares conditions and cannot do without."""
-        return False
-
-    @property
-    def sees_cond(self) -> bool:
-        """Whether the kernel is given conditions where there are some."""
-        return self.uses_cond
-
-    def gram(self, a: Particles, b: Particles, *, same: bool = False) -> Array:
-        """The Gram matrix; `same` says that row i of a and row i of b are one point, at distance exactly 0."""
-        raise NotImplementedError
-
-    def fit(self, refs: Particles) -> "Kernel":
-        """The kernel with everything that it takes from references filled in."""
-        return self
-
-    def fit_factor(self, refs: Particles) -> "Kernel":
-        """`fit` for a factor of a product, which must be positive definite on its own."""
-        return self.fit(refs)
-
-    def at_level(self, level: Level) -> "Kernel":
-        """The kernel to compare points at a noise level with, where this one compares clean ones."""
-        return self
-
-    def reach(self) -> Any:
-        """The distance at which the kernel fades, a scalar; 0 where it has none."""
-        return 0.0
-
-    def pair_weights(self, a: Particles, b: Particles, *, same: bool = False) -> Float[Array, "n m"]:
-        """w(a_i, b_j), for a kernel with mass."""
-        raise ValueError(self.without("mass"))
-
-    def distance2(self, a: Particles, b: Particles, *, same: bool = False) -> Float[Array, "n m"]:
-        """|a_i − b_j|², for a kernel with mass."""
-        raise ValueError(self.without("mass"))
-
-    def length2(self, a: Particles) -> Any:
-        """ℓ², scalar or [n]: what makes ℓ² ∂MMD²/∂x a length."""
-        raise ValueError(self.without("length"))
-
-    def called(self) -> str:
-        """What messages call it."""
-        return type(self).__name__
-
-    def without(self, precondition: str) -> str:
-        """What to say where the kernel cannot serve a precondition."""
-        name = self.called()
-        if precondition == "length":
-            return f'{name} has no length; use precondition="none"'
-        works = 'precondition="length" or "none"' if self.has_length else 'precondition="none"'
-        return f'precondition="{precondition}" needs a kernel of the distance and {name} is none; use {works}'
-
-    def gradient(
-        self, a: Particles, b: Particles, coef: Array, *, same: bool = False, precondition: str = "none"
-    ) -> tuple[Any, Array]:
-        """Σ_j coef_ij ∂k(a_i, b_j)/∂a_i, shaped like a.x, and the mass [n] that "mass" divides it by (else 1).
-
-        Args:
-          a: n points, differentiated.
-          b: m points, held fixed (also where they are the same points).
-          coef: [m] or [n, m].
-          same: a and b are the same points in the same order.
-          precondition: with "length" the gradient comes multiplied by `length2`, by component in a sum.
-        """
-        if precondition == "mass":
-            raise ValueError(self.without("mass"))
-        scale = jnp.reshape(self.length2(a), (-1, 1)) if precondition == "length" else 1.0
-        coef = jnp.broadcast_to(coef, (b.n,)) if jnp.ndim(coef) == 0 else coef
-
-        def pull(columns):
-            part = columns.of(b)
-            gram, pull_back = jax.vjp(lambda x: self.gram(replace(a, x=x), part, same=same and part.n == b.n), a.x)
-            c = jnp.broadcast_to(scale * columns.weights(coef.T).T, gram.shape)
-            (gradient,) = pull_back(c.astype(gram.dtype))
-            return jax.tree.map(lambda g: g.astype(gram.dtype), gradient)
-
-        gradient = sum_over(pull, b.n, block_beside(a.n, b.x))
-        gradient = jax.tree.map(lambda g, x: g.astype(jnp.result_type(x)), gradient, a.x)
-        return gradient, jnp.ones(a.n, wide_dtype(a.x))
-
-
-def finite_at_zero(function: Callable) -> Callable:
-    """f(d², …), elementwise in d², with 0 for values and derivatives that would not be finite at d² = 0."""
-
-    def value(d2, *rest):
-        zero = jnp.zeros((), d2.dtype)
-        finite = jnp.isfinite(function(zero, *jax.lax.stop_gradient(rest)))
-        held = jax.tree.map(lambda v: jnp.where(finite, v, jax.lax.stop_gradient(v)), rest)
-        there = jnp.where(finite, function(zero, *held), 0.0)
-        return jnp.where(d2 == 0, there, function(jnp.where(d2 == 0, 1.0, d2), *rest))
-
-    return with_slope(value, lambda *args: finite_at_zero(functools.partial(_slope, function))(*args))
-
-
-def _slope(function, d2, *rest):
-    return jax.jvp(lambda v: function(v, *rest), (d2,), (jnp.ones_like(d2),))[1]
-
-
-def with_slope(function: Callable, slope: Callable) -> Callable:
-    """f(d², …), elementwise in d², its derivative in d² being `slope(d², …)`; in the rest it is automatic."""
-
-    def call(d2, *rest):
-        leaves, structure = jax.tree.flatten(rest)
-        of_leaves = (lambda d2, *v, f=f: f(d2, *jax.tree.unflatten(structure, v)) for f in (function, slope))
-        return _with_slope(*of_leaves)(d2, *leaves)
-
-    return call
-
-
-def _with_slope(function, slope):
-    f = jax.custom_jvp(function)
-
-    def jvp(primals, tangents):
-        (d2, *rest), (d2_dot, *rest_dot) = primals, tangents
-        value = f(d2, *rest)
-        change = jnp.zeros_like(value) if _is_zero(d2_dot) else slope(d2, *rest) * d2_dot
-        moving = [i for i, dot in enumerate(rest_dot) if not _is_zero(dot)]
-        numbers = [i for i in moving if jnp.ndim(rest[i]) == 0]
-        for i in numbers:  # the derivative in it has one in d² too, that of the slope; apart from the tangent, as
-            # reverse mode keeps no custom derivative of what is linear in one
-            of_value, of_slope = (functools.partial(_along, g, i) for g in (function, slope))
-            change += _with_slope(of_value, of_slope)(d2, *rest) * rest_dot[i]
-        arrays = [i for i in moving if i not in numbers]
-        if arrays:
-
-            def of_arrays(*values):
-                given = dict(zip(arrays, values, strict=True))
-                return function(d2, *[given.get(i, v) for i, v in enumerate(rest)])
-
-            change += jax.jvp(of_arrays, tuple(rest[i] for i in arrays), tuple(rest_dot[i] for i in arrays))[1]
-        return value, change
-
-    f.defjvp(jvp, symbolic_zeros=True)
-    return f
-
-
-def _along(function, i, d2, *rest):
-    """The derivative of function(d2, *rest) in rest[i], a number."""
-    number = jnp.asarray(rest[i])
-    return jax.jvp(lambda v: function(d2, *rest[:i], v, *rest[i + 1 :]), (number,), (jnp.ones_like(number),))[1]
-
-
-def _is_zero(tangent: Any) -> bool:
-    return isinstance(tangent, jax.custom_derivatives.SymbolicZero)
-
-
-def _by_weight(cls: type) -> None:
-    """Let the derivatives in d² of what a class writes be those that its weights give."""
-    for name, of_weight in (("profile", "weight"), ("value", "value_weight")):
-        value, weight = vars(cls).get(name), vars(cls).get(of_weight)
-        written = weight
-        if value is not None and weight is None:
-            weight, written = _weight_from(value), value
-        elif cls.__module__.split(".")[0] == __package__:  # autodiff of these is exact, at 0 too
-            continue
-        if weight is not None:
-            setattr(cls, of_weight, _method(weight, finite_at_zero(_of_d2(weight)), written))
-        if value is not None:
-            setattr(cls, name, _method(value, with_slope(_of_d2(value), _half(of_weight)), value))
-
-
-def _of_d2(method):
-    return lambda d2, kernel, *h: method(kernel, d2, *h)
-
-
-def _method(like, f, written):
-    """f as a method, what the class has written being looked at first."""
-
-    @functools.wraps(like)
-    def method(self, d2, *h):
-        d2 = jnp.asarray(d2, float)
-        shape = jnp.shape(jax.eval_shape(lambda d2: jnp.asarray(written(self, d2, *h)), d2))
-        if shape != d2.shape:
-            raise ValueError(
-                f"{type(self).__name__}.{written.__name__} returned shape {shape} for d2 of shape {d2.shape}; it must "
-                "be elementwise in d2"
-            )
-        return f(d2, self, *h)
-
-    return method
-
-
-def _half(name):
-    return lambda d2, kernel, *h: -0.5 * getattr(kernel, name)(d2, *h)
-
-
-def _weight_from(value):
-    def weight(self, d2, *h):
-        """−2 ∂value/∂d²."""
-        return -2 * _slope(_of_d2(value), d2, self, *h)
-
-    return weight
+from mmdjax._core.numerics import product, reciprocal, safe_sqrt
+from mmdjax._points.blocks import block_beside, sum_over
+from mmdjax._points.distances import about, centred_distance, middle, squared_distance
+from mmdjax._points.particles import Particles, flat
+from mmdjax.kernels.bandwidths import Median, Neighbourhood
+from mmdjax.kernels.contract import Kernel
+from mmdjax.kernels.derivatives import by_weight
+from mmdjax.tree import are_numbers, as_component, check_instance, is_concrete, pytree, replace, static
 
 
 class Radial(Kernel):
@@ -269,16 +31,25 @@ class Radial(Kernel):
     A subclass may leave the weight out: it is then the derivative, exact for a smooth function of d². A function of
     d = √d² should give it, as near 0 the derivative of the root loses digits, and at 0 it is taken as 0. All
     derivatives of MMD² come from the weight, so that they are finite at d = 0; a weight that is infinite there counts
-    as 0: a coincident pair neither pulls nor weighs.
+    as 0: a coincident pair neither pulls nor weighs. A class that JAX differentiates to the last digit, at d = 0 too,
+    may say so: `class RBF(Scaled, autodiff=True)`; it writes both.
     """
 
-    def __init_subclass__(cls, **kwargs: Any):
+    def __init_subclass__(cls, autodiff: bool = False, **kwargs: Any):
         super().__init_subclass__(**kwargs)
-        _by_weight(cls)
+        if not autodiff:
+            by_weight(cls)
 
     @property
     def has_mass(self):
         return True
+
+    @property
+    def is_radial(self):
+        return type(self).gram is Radial.gram
+
+    def map_radial(self, change):
+        return change(self)
 
     def profile(self, d2: Array) -> Array:
         """k as a function of the squared distance."""
@@ -330,7 +101,7 @@ class Radial(Kernel):
         return unflatten(gradient.astype(points.dtype))[0], mass
 
 
-class Scaled(Radial):
+class Scaled(Radial, autodiff=True):
     """A radial kernel with a bandwidth: a number, a tuple (the mean of its kernels), a rule like `Median`, or None.
 
     A subclass writes `value(d2, h)` and, unless it is smooth in d² (see `Radial`), `value_weight(d2, h)`.
@@ -383,6 +154,11 @@ class Scaled(Radial):
         """w for one bandwidth."""
         return Scaled.value(self, d2, h)  # there is none, or this would be its derivative
 
+    def log_value(self, d2, h):
+        """log k for one bandwidth; write it where k underflows, so that `attribution` is right far away."""
+        k = self.value(d2, h)
+        return jnp.where(k > 0, jnp.log(jnp.where(k > 0, k, 1.0)), -jnp.inf)
+
     def _bandwidths(self) -> tuple:
         hs = self.bandwidth if isinstance(self.bandwidth, tuple) else (self.bandwidth,)
         if any(h is None or callable(h) for h in hs):
@@ -409,6 +185,20 @@ class Scaled(Radial):
         hs = self._bandwidths()
         return sum(self.value_weight(d2, h) for h in hs) / len(hs)
 
+    def log_gram(self, a, b):
+        d2, hs = self.distance2(a, b), self._bandwidths()
+        logs = [self.log_value(d2, h) for h in hs]
+        return logs[0] if len(hs) == 1 else jax.nn.logsumexp(jnp.stack(logs), axis=0) - jnp.log(len(hs))
+
+    def widened(self, factor):
+        def wider(h):
+            h = self.default_rule() if h is None else h
+            if callable(h):
+                return replace(h, factor=factor * h.factor) if hasattr(h, "factor") else h
+            return factor * h
+
+        return self._with_each_bandwidth(wider)
+
     def components(self):
         hs = self._bandwidths()
         return tuple((1.0 / len(hs), replace(self, bandwidth=h)) for h in hs)
@@ -433,7 +223,7 @@ class Scaled(Radial):
 
 
 @pytree
-class RBF(Scaled):
+class RBF(Scaled, autodiff=True):
     """exp(−d²/2h²). A tuple of bandwidths is the mean of their kernels; None is the median distance of the references.
 
     At a noise level the width is √(α²h² + σ²): a fixed one would see nothing at high noise.
@@ -452,12 +242,42 @@ class RBF(Scaled):
     def value_weight(self, d2, h):
         return jnp.exp(-d2 / (2 * h**2)) / h**2
 
+    def log_value(self, d2, h):
+        return -d2 / (2 * h**2)
+
+    def spectral_width(self, key, num, dtype):
+        return jnp.ones(num, dtype)
+
+    def check_diffused(self):
+        if type(self) is not RBF:  # a subclass may have another value
+            super().check_diffused()
+
+    def diffused(self, level, size):
+        self.check_diffused()
+        among: Any = self.at_level(level)
+        return among, DiffusedRBF(among.bandwidth, level.sigma, size)
+
     def at_level(self, level):
         return self._with_each_bandwidth(lambda h: jnp.sqrt((level.alpha * h) ** 2 + level.sigma**2))
 
 
 @pytree
-class Laplacian(Scaled):
+class DiffusedRBF(Scaled, autodiff=True):
+    """E_ε exp(−|x − y − σε|²/2h²) = (h²/(h² + σ²))^{D/2} exp(−|x − y|²/2(h² + σ²)), ε standard normal of size D."""
+
+    sigma: Any = 0.0
+    size: int = static(default=1)
+
+    def value(self, d2, h):
+        s2 = self.sigma**2  # the power is taken in the exponent, where it does not underflow alone
+        return jnp.exp(-d2 / (2 * (h**2 + s2)) - 0.5 * self.size * jnp.log1p(s2 / h**2))
+
+    def value_weight(self, d2, h):
+        return self.value(d2, h) / (h**2 + self.sigma**2)
+
+
+@pytree
+class Laplacian(Scaled, autodiff=True):
     """exp(−d/h), d the Euclidean distance.
 
     Example:
@@ -473,11 +293,81 @@ class Laplacian(Scaled):
     def value_weight(self, d2, h):
         return self.value(d2, h) * reciprocal(h * safe_sqrt(d2))
 
+    def log_value(self, d2, h):
+        return -safe_sqrt(d2) / h
+
+    def spectral_width(self, key, num, dtype):
+        """The spectrum is Cauchy's in d dimensions: normal over |normal|."""
+        return 1 / jnp.abs(jax.random.normal(key, (num,), dtype))
+
     at_level = RBF.at_level
 
 
 @pytree
-class IMQ(Scaled):
+class Matern32(Scaled):
+    """(1 + r) e^{−r}, r = √3 d/h: once differentiable, between `Laplacian` and `RBF`.
+
+    Example:
+      >>> Matern32(3.0**0.5)(Particles(jnp.zeros((1, 1))), Particles(jnp.array([[1.0]]))).tolist()
+      [[0.735...]]
+
+    Source: Rasmussen & Williams 2006, eq. 4.17.
+    """
+
+    bandwidth: Any = None
+
+    def value(self, d2, h):
+        r = safe_sqrt(3 * d2) / h
+        return (1 + r) * jnp.exp(-r)
+
+    def value_weight(self, d2, h):
+        return 3 / h**2 * jnp.exp(-safe_sqrt(3 * d2) / h)
+
+    def log_value(self, d2, h):
+        r = safe_sqrt(3 * d2) / h
+        return jnp.log1p(r) - r
+
+    def spectral_width(self, key, num, dtype):
+        """The spectrum is Student's with 3 degrees of freedom."""
+        return jax.lax.rsqrt(jax.random.gamma(key, 1.5, (num,), dtype) / 1.5)
+
+    at_level = RBF.at_level
+
+
+@pytree
+class Matern52(Scaled):
+    """(1 + r + r²/3) e^{−r}, r = √5 d/h: twice differentiable.
+
+    Example:
+      >>> Matern52(5.0**0.5)(Particles(jnp.zeros((1, 1))), Particles(jnp.array([[1.0]]))).tolist()
+      [[0.858...]]
+
+    Source: Rasmussen & Williams 2006, eq. 4.17.
+    """
+
+    bandwidth: Any = None
+
+    def value(self, d2, h):
+        r = safe_sqrt(5 * d2) / h
+        return (1 + r + r**2 / 3) * jnp.exp(-r)
+
+    def value_weight(self, d2, h):
+        r = safe_sqrt(5 * d2) / h
+        return 5 / (3 * h**2) * (1 + r) * jnp.exp(-r)
+
+    def log_value(self, d2, h):
+        r = safe_sqrt(5 * d2) / h
+        return jnp.log1p(r + r**2 / 3) - r
+
+    def spectral_width(self, key, num, dtype):
+        """The spectrum is Student's with 5 degrees of freedom."""
+        return jax.lax.rsqrt(jax.random.gamma(key, 2.5, (num,), dtype) / 2.5)
+
+    at_level = RBF.at_level
+
+
+@pytree
+class IMQ(Scaled, autodiff=True):
     """The inverse multiquadric (1 + d²/h²)^(−1/2) = h (d² + h²)^(−1/2).
 
     None is `Neighbourhood()`: the distance at which a reference has some √m of the m as neighbours.
@@ -498,9 +388,16 @@ class IMQ(Scaled):
     def value_weight(self, d2, h):
         return self.value(d2, h) ** 3 / h**2
 
+    def log_value(self, d2, h):
+        return jnp.log(h) - 0.5 * jnp.log(h**2 + d2)
+
+    def spectral_width(self, key, num, dtype):
+        """(1 + r)^(−1/2) = E exp(−sr), s ~ Gamma(1/2)."""
+        return jnp.sqrt(2 * jax.random.gamma(key, 0.5, (num,), dtype))
+
 
 @pytree
-class RationalQuadratic(Scaled):
+class RationalQuadratic(Scaled, autodiff=True):
     """(1 + d²/(2 shape h²))^(−shape): a scale mixture of RBFs; the tail thins as `shape` grows."""
 
     bandwidth: Any = None
@@ -512,9 +409,16 @@ class RationalQuadratic(Scaled):
     def value_weight(self, d2, h):
         return (1 + d2 / (2 * self.shape * h**2)) ** (-self.shape - 1) / h**2
 
+    def log_value(self, d2, h):
+        width = 2 * self.shape * h**2
+        return self.shape * (jnp.log(width) - jnp.log(width + d2))
+
+    def spectral_width(self, key, num, dtype):
+        return jnp.sqrt(jax.random.gamma(key, self.shape, (num,), dtype) / self.shape)
+
 
 @pytree
-class Energy(Radial):
+class Energy(Radial, autodiff=True):
     """−d; MMD² with it is the energy distance 2E|x − y| − E|x − x'| − E|y − y'|.
 
     Conditionally positive definite. As a factor of `Product` it becomes |x − o| + |y − o| − |x − y| with o the
@@ -531,6 +435,10 @@ class Energy(Radial):
 
     origin: Any = None
     length: Any = None
+
+    @property
+    def is_radial(self):
+        return self.origin is None
 
     def profile(self, d2):
         return -safe_sqrt(d2)

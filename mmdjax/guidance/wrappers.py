@@ -4,20 +4,21 @@
 that calls `init` and `step`. `guided_sample` is made of the second.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmdjax.comparable import check_comparable
+from mmdjax._core.modes import in_own_modes
+from mmdjax._points.particles import Particles, as_particles
 from mmdjax.denoisers import FORM, Denoiser
-from mmdjax.guidance import BoundGuidance, MMDGuidance, bind, check_guidance, fit_kernel, spread_of
+from mmdjax.fit import check_comparable
+from mmdjax.guidance import MMDGuidance, check_guidance
+from mmdjax.guidance.bound import BoundGuidance, GuidanceState, bind, fit_kernel, see
 from mmdjax.memory import Memory
-from mmdjax.modes import in_own_modes
-from mmdjax.particles import Particles, as_particles
 from mmdjax.samplers import Sampler, as_sampler, take_step
-from mmdjax.tree import as_arrays, as_component, check_function, pytree, static
+from mmdjax.tree import as_arrays, as_component, check_function, pytree, shown, static
 
 ROUNDING = 1e-5  # added to a fraction of steps: k/N may fall short of a window's edge at k/N by its last digit
 
@@ -39,7 +40,7 @@ class GuidedDenoiser:
     guidance: MMDGuidance
     kernel: Any
     refs: Particles
-    spread: Any
+    seen: Any
 
     @in_own_modes
     def __call__(self, params, x, level, cond):
@@ -47,7 +48,7 @@ class GuidedDenoiser:
             raise ValueError(f"level.t has shape {jnp.shape(level.t)}; a guided denoiser takes one level for the batch")
         _check_shapes(x, self.refs)
         reused = self.refs.n <= 8 * x.shape[0]  # at once: here all of it is made anew at each call
-        bound = bind(self.guidance, self.kernel, self.refs, cond, reused=reused, spread=self.spread)
+        bound = bind(self.guidance, self.kernel, self.refs, cond, reused=reused, seen=self.seen)
         x0 = self.denoiser(params, x, level, cond)
         return bound.denoised(x0, bound.init(x0), steps_done(1 - level.t), level)[0]
 
@@ -77,13 +78,14 @@ def guide_denoiser(denoiser: Denoiser, guidance: MMDGuidance, refs: Any) -> Guid
     """
     refs = as_particles(refs)
     check_function("denoiser", denoiser, FORM)
-    if isinstance(guidance, MMDGuidance) and guidance.at != "denoised":
-        raise ValueError(
-            f'at="{guidance.at}" moves x after a step, which a denoiser never sees; use guide_sampler, or at="denoised"'
-        )
     check_guidance(guidance, refs, refs.cond)
-    kernel, spread = fit_kernel(guidance, refs), spread_of(guidance, refs)
-    return GuidedDenoiser(as_component(denoiser), guidance, kernel, refs, spread)
+    if not guidance.placement.inside:
+        raise ValueError(
+            f"at={shown(guidance.at)} moves x after a step, which a denoiser never sees; use guide_sampler, or "
+            'at="denoised"'
+        )
+    kernel, seen = fit_kernel(guidance, refs), see(guidance, refs)
+    return GuidedDenoiser(as_component(denoiser), guidance, kernel, refs, seen)
 
 
 def _check_shapes(x, refs):
@@ -91,9 +93,17 @@ def _check_shapes(x, refs):
         raise ValueError(f"refs have shape {refs.x.shape} but the samples have {x.shape}; samples must match")
 
 
+class GuidedCarry(NamedTuple):
+    """What a `GuidedSampler` carries: the inner sampler's carry, the guidance's state, the number of steps done."""
+
+    sampler: Any
+    guidance: GuidanceState
+    done: Any
+
+
 @pytree
 class GuidedSampler:
-    """A sampler with guidance in or after each step; see `guide_sampler`. Its carry holds the guidance's state."""
+    """A sampler with guidance in or after each step; see `guide_sampler`."""
 
     sampler: Any
     bound: BoundGuidance
@@ -101,29 +111,32 @@ class GuidedSampler:
 
     @in_own_modes
     def init(self, x):
-        """The inner sampler's carry, the guidance's state, the number of steps done."""
+        """The first `GuidedCarry`."""
         _check_shapes(x, self.bound.refs)
-        return self.sampler.init(x), self.bound.init(x), jnp.zeros((), jnp.int32)
+        return GuidedCarry(self.sampler.init(x), self.bound.init(x), jnp.zeros((), jnp.int32))
 
     @in_own_modes
     def step(self, key, x, carry, state, denoise, t, s):
         """The inner sampler's step, guided."""
-        carry, guidance_state, done = carry
+        inner, guidance, done = carry
         fraction = steps_done(1 - t.t if self.num_steps is None else done / self.num_steps)
-        if self.bound.guidance.at == "denoised":
+        placement, noise_key = self.bound.guidance.placement, jax.random.fold_in(key, 1)  # `key` is the sampler's
+        if placement.moves == "x0_hat":
+            settles = placement.settles
 
             def guided(x, level, states):
                 x0, outer = denoise(x, level, states[0])
-                x0, inner = self.bound.denoised(x0, states[1], fraction, level)
-                return x0, (outer, inner)
+                x0, guidance = self.bound.denoised(x0, states[1], fraction, level)
+                return x0, (outer, guidance, x0 if settles else ())
 
-            states = state, guidance_state
-            x, carry, (state, guidance_state) = take_step(self.sampler, key, x, carry, states, guided, t, s)
+            states = state, guidance, jnp.zeros_like(x) if settles else ()
+            x, inner, (state, guidance, x0) = take_step(self.sampler, key, x, inner, states, guided, t, s)
+            if settles:
+                x = placement.settle(noise_key, x, x0, t, s)
         else:
-            x, carry, state = take_step(self.sampler, key, x, carry, state, denoise, t, s)
-            noise_key = jax.random.fold_in(key, 1)  # `key` itself is the sampler's
-            x, guidance_state = self.bound.after_step(noise_key, x, guidance_state, fraction, t, s)
-        return x, (carry, guidance_state, done + 1), state
+            x, inner, state = take_step(self.sampler, key, x, inner, state, denoise, t, s)
+            x, guidance = self.bound.after_step(noise_key, x, guidance, fraction, t, s)
+        return x, GuidedCarry(inner, guidance, done + 1), state
 
 
 @in_own_modes

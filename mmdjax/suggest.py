@@ -28,14 +28,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmdjax._core.modes import in_own_modes
+from mmdjax._core.numerics import product
+from mmdjax._points.distances import squared_distance, subset, subset_of
+from mmdjax._points.particles import Particles, as_particles, flat, widen
 from mmdjax.denoisers import DiffusionModel
-from mmdjax.distances import squared_distance, subset, subset_of
-from mmdjax.guidance import MMDGuidance, check_guidance, default_kernel, fit_kernel
-from mmdjax.kernels import IMQ, Product, Scaled
+from mmdjax.guidance import MMDGuidance, check_guidance
+from mmdjax.guidance.bound import fit_kernel
+from mmdjax.kernels import IMQ, Product
 from mmdjax.mmd import pair_norm, self_term
-from mmdjax.modes import in_own_modes
-from mmdjax.numerics import product
-from mmdjax.particles import Particles, as_particles, flat, widen
 from mmdjax.samplers import DDIM, Sampler
 from mmdjax.sampling import check_call, guided_sample
 from mmdjax.tree import as_arrays, is_concrete, pytree, replace, static
@@ -290,31 +291,11 @@ def _median(values, weights):
 def _vary(guidance, smoothness, at, strength):
     """The guidance with its bandwidths and its scale multiplied, at a placement."""
     moved = replace(guidance, at=at, scale=guidance.scale * strength)
-    return moved if smoothness == 1 else replace(moved, kernel=_widened(_kernel(moved), smoothness))
+    return moved if smoothness == 1 else replace(moved, kernel=_kernel(moved).widened(smoothness))
 
 
 def _kernel(guidance):
-    return default_kernel(guidance.at) if guidance.kernel is None else guidance.kernel
-
-
-def _widened(kernel, factor):
-    """The kernel with every bandwidth multiplied, those between conditions excepted."""
-
-    def is_length(h):
-        return h is None or callable(h)
-
-    def wider(part, h):
-        h = part.default_rule() if h is None else h
-        if callable(h):
-            return replace(h, factor=factor * h.factor) if hasattr(h, "factor") else h
-        return factor * h
-
-    def widened(path, part):
-        if not isinstance(part, Scaled) or any(getattr(entry, "name", None) == "cond" for entry in path):
-            return part
-        return replace(part, bandwidth=jax.tree.map(partial(wider, part), part.bandwidth, is_leaf=is_length))
-
-    return jax.tree_util.tree_map_with_path(widened, kernel, is_leaf=lambda part: isinstance(part, Scaled))
+    return guidance.placement.default_kernel() if guidance.kernel is None else guidance.kernel
 
 
 def _label(guidance):

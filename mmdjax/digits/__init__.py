@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from mmdjax.denoisers import DiffusionModel, from_model
 from mmdjax.schedules import Cosine
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent
 DEFAULT_WEIGHTS = DATA / "digits.safetensors"
 NULL_CLASS = 10
 NUM_TRAIN = 1200
@@ -29,7 +29,7 @@ def digits_model() -> DiffusionModel:
 
     Its cond is an integer label [n], 0 to 9; None, or label 10, is the null class.
     """
-    from mmdjax.digits_network import DigitsNetwork
+    from mmdjax.digits.network import DigitsNetwork
 
     return DiffusionModel(from_model(DigitsNetwork().apply, "v"), Cosine(), (8, 8, 1))
 

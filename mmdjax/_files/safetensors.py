@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from mmdjax.whole import written_whole
+from mmdjax._files.atomic import written_whole
 
 MAX_HEADER = 100_000_000  # bytes: the safetensors format's own limit
 MAX_JSON = 5 * 2**18  # bytes: parsed it may take 25 times as many. CLIP's vocabulary has 1.06 million

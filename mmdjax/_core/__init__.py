@@ -1,0 +1,1 @@
+"""Components as pytrees, numbers, progress bars."""

@@ -1,0 +1,244 @@
+"""The guidance with its references, at work: everything but the moving particles is bound."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+from mmdjax._points.blocks import PLAIN, row_size
+from mmdjax._points.distances import SUBSET, subset_of
+from mmdjax._points.mesh import HERE, Layout, Shards
+from mmdjax._points.particles import Particles, fill_empty, wide_dtype, widen
+from mmdjax._points.streaming import HostReferences
+from mmdjax.guidance import MMDGuidance
+from mmdjax.guidance.coordinates import combinations, fixed_distances, pays
+from mmdjax.guidance.sides import Sides
+from mmdjax.kernels import Kernel, check_fitted
+from mmdjax.memory import Memory
+from mmdjax.mmd import pair_norm, pair_sum
+from mmdjax.schedules import Level
+from mmdjax.tree import pytree, replace, static
+
+
+@pytree
+class GuidanceState:
+    """What the guidance carries from step to step.
+
+    Args:
+      transform: the optax state, one a sample; () without a transform.
+      mmd2: MMD² after the last shift (the trace).
+      shift_norm: mean L2 norm of the last shift, in the data's units (the trace).
+      unshifted: x before the last shift where the placement's memory wants it, else ().
+    """
+
+    transform: Any
+    mmd2: Any
+    shift_norm: Any
+    unshifted: Any
+
+
+@pytree
+class BoundGuidance:
+    """An `MMDGuidance` with its references, kernel fitted: everything but the moving particles. Made by `bind`.
+
+    Args:
+      refs_term: E k(y, y') over the references, of MMD² in the trace; 0 where they are noisy.
+      seen: what the rule took from the references, by `see`.
+      cond: the samples', placed as the batch is.
+      distances: squared, among references and memory, where inner steps make use of them; else None.
+    """
+
+    guidance: MMDGuidance
+    kernel: Kernel
+    refs: Particles
+    refs_term: Any
+    seen: Any
+    cond: Any
+    memory: Particles | None
+    distances: Any = None
+    layout: Layout = static(default=HERE)
+
+    def init(self, x: Array) -> GuidanceState:
+        """The state before the first step for a batch shaped like x."""
+        transform = self.guidance.transform
+        wide = wide_dtype(x)
+        per_sample_state = () if transform is None else jax.vmap(transform.init)(x.astype(wide))
+        zero = jnp.zeros((), wide)
+        return GuidanceState(per_sample_state, zero, zero, x if self.guidance.placement.keeps_unshifted else ())
+
+    def active(self, fraction: Any) -> Any:
+        """Whether a fraction of the steps lies in the window."""
+        start, end = self.guidance.window
+        return (fraction >= start) & (fraction < end)
+
+    def denoised(
+        self, x0: Array, state: GuidanceState, fraction: Any, level: Level | None = None
+    ) -> tuple[Array, GuidanceState]:
+        """x̂0 [n, ...] of points at a level, moved against clean references; `fraction` of the steps is done."""
+        return self._guide(x0, state, fraction, level, (self.kernel, self.refs, self.memory), None)
+
+    def after_step(
+        self, key: Array, x: Array, state: GuidanceState, fraction: Any, t: Level, s: Level
+    ) -> tuple[Array, GuidanceState]:
+        """x_s [n, ...], just made by a step from t, moved at level s."""
+        placement = self.guidance.placement
+        kernel, refs, memory = placement.meet(key, self.kernel, self.refs, self.memory, s)
+        if not placement.clean:
+            refs = replace(refs, x=self.layout.references(refs.x))
+        length = None if self.guidance.inner_steps else placement.length(t, s)
+        return self._guide(x, state, fraction, s, (kernel, refs, memory), length)
+
+    def _guide(self, x, state, fraction, level, compared, length):
+        """Inner steps of x; with a `length` that many unit shifts in ceil(length) equal parts."""
+        guidance, placement = self.guidance, self.guidance.placement
+        for name, number in (("scale", guidance.scale), ("window", guidance.window[0]), ("window", guidance.window[1])):
+            if jnp.ndim(number) > 0:  # would broadcast over the samples' axes
+                raise ValueError(f"{name} has shape {jnp.shape(number)}; give one number, and jax.vmap over several")
+        scale = guidance.scale if length is None else guidance.scale * length / jnp.maximum(jnp.ceil(length), 1.0)
+        scale = scale * placement.acts(self.memory)
+
+        wide = wide_dtype(x)  # of levels and references x takes no precision
+        seen = self.seen if placement.clean else None
+        numbers = {"scale": scale, "length": length, "level": level, "reach": self.kernel.reach(), "seen": seen}
+        numbers = jax.tree.map(lambda v: jnp.asarray(v, wide), numbers) | {"active": self.active(fraction)}
+        batch, on_refs = P(self.layout.shards.batch), P(self.layout.shards.refs)
+        kernel, refs, memory = compared
+        z, transform_state, norm, mmd2 = self.layout.split(
+            self._guide_rows,
+            (x.astype(wide), self.cond, state.transform, kernel, refs, memory, numbers),
+            specs=(batch, batch, batch, P(), on_refs, P(), P()),
+            out=(batch, batch, P(), P()),
+        )
+        mmd2, norm = (mmd2 + self.refs_term).astype(wide), norm.astype(wide)
+        transform_state = jax.tree.map(lambda new, old: new.astype(old.dtype), transform_state, state.transform)
+        return z.astype(x.dtype), GuidanceState(transform_state, mmd2, norm, x if placement.keeps_unshifted else ())
+
+    def _guide_rows(self, shards: Shards, x, cond, transform_state, kernel, refs, memory, numbers):
+        """`_guide` for the rows of one device: moved x, state of the transform, mean norm of the shifts, MMD²."""
+        guidance, rule, steps, length = self.guidance, self.guidance.rule, self.guidance.steps, numbers["length"]
+        all_cond = shards.everyone(cond)
+        first, points = x, lambda z: z
+        if self.distances is not None and pays(x.shape[0], self.distances.shape[0], row_size(x)):
+            kernel, z, refs, memory, points = combinations(kernel, Particles(x, cond), refs, memory, self.distances)
+            first = z.x
+
+        def gather(z):
+            return shards.everyone(z) if shards.batch else ()  # to be carried along, and not twice on one device
+
+        def sides(z, gathered):
+            everyone = Particles(gathered, all_cond) if shards.batch else None
+            rows = Particles(z, cond)
+            return Sides(kernel, rows, refs, memory, guidance.estimator, numbers["reach"], everyone, shards)
+
+        def move(plan, z, gathered, state):
+            direction = rule.direction(sides(z, gathered), plan)
+            if guidance.transform is not None:
+                direction, state = jax.vmap(guidance.transform.update)(direction, state, z)
+            z = (z - numbers["scale"] * direction).astype(z.dtype)
+            return z, gather(z), state
+
+        def guided(*carry):
+            plan = rule.prepare(sides(*carry[:2]), numbers["level"], numbers["seen"])
+
+            def inner(carry, index):
+                if length is None:
+                    return move(plan, *carry), None
+                return jax.lax.cond(index < jnp.ceil(length), lambda c: move(plan, *c), lambda c: c, carry), None
+
+            moved = inner(carry, 0)[0] if steps == 1 else jax.lax.scan(inner, carry, jnp.arange(steps))[0]
+            there = points(moved[0]).astype(x.dtype)
+            moved_by = jax.lax.stop_gradient(there - x)  # here: √ has no derivative where a sample stays
+            norms = jnp.sqrt(jnp.sum((moved_by**2).reshape(x.shape[0], -1), axis=1))
+            return *moved, there, shards.total(norms.sum()) / sides(*moved[:2]).everyone.n
+
+        def left(*carry):
+            return *carry, x, jnp.zeros((), x.dtype)
+
+        carry = first, gather(first), transform_state
+        z, gathered, transform_state, there, norm = jax.lax.cond(numbers["active"], guided, left, *carry)
+        kernel, refs, memory, z, gathered = jax.lax.stop_gradient((kernel, refs, memory, z, gathered))
+        return there, transform_state, norm, sides(z, gathered).mmd2()
+
+
+def fit_kernel(guidance: MMDGuidance, refs: Particles, layout: Layout = HERE) -> Kernel:
+    """The guidance's kernel with all that it takes from the references filled in.
+
+    Raises:
+      ValueError: a bandwidth comes out as 0, the references being all equal. Inside `jit`, where that is not seen, it
+        is NaN.
+    """
+    kernel = guidance.placement.default_kernel() if guidance.kernel is None else guidance.kernel
+    kernel = _fit(kernel, refs, layout=layout)
+    check_fitted(kernel)
+    return kernel
+
+
+@functools.partial(jax.jit, static_argnames="layout")
+def _fit(kernel, refs, *, layout):
+    def fit(kernel, refs):
+        return kernel.fit(layout.known_to(layout.whole(refs) if refs.n <= SUBSET else layout.references(refs)))
+
+    return layout.run(fit, kernel, refs, out=P())
+
+
+def bind(
+    guidance: MMDGuidance,
+    kernel: Kernel,
+    refs: Particles,
+    cond: Any = None,
+    memory: Memory | None = None,
+    layout: Layout = HERE,
+    reused: bool = True,
+    seen: Any = None,
+) -> BoundGuidance:
+    """The guidance bound to its references (in at least float32), conditions and memory; `kernel` from `fit_kernel`.
+
+    Args:
+      reused: for many network calls, so that distances among all references are worth their time.
+      seen: what `see` found in these references, where that is known.
+    """
+    placement = guidance.placement
+    if not kernel.sees_cond:  # carried along they would have to match in structure for nothing
+        cond, refs = None, replace(refs, cond=None)
+    in_blocks = placement.clean and refs.n * row_size(refs.x) > PLAIN
+    refs = fill_empty(refs) if in_blocks else widen(refs)  # blocks are cast as they are read: no copy of all references
+    refs = layout.references(refs)
+    refs_term = 0.0
+    if placement.clean:
+        looked_at = layout.whole(jax.lax.stop_gradient(subset_of(refs)))
+        refs_term = layout.split(
+            functools.partial(_refs_term, guidance.estimator), (kernel, looked_at), specs=(P(), P()), out=P()
+        )
+        refs_term = jax.lax.stop_gradient(refs_term)
+    held = None
+    if memory is not None:
+        held = widen(layout.whole(placement.begin(memory).particles))
+        held = held if kernel.sees_cond else replace(held, cond=None)
+    fixed, distances = refs.n + (0 if held is None else held.n), None
+    few = pays(0, fixed, row_size(refs.x)) and not isinstance(refs.x, HostReferences) and layout == HERE
+    plain = guidance.transform is None and kernel.is_radial  # a transform sees points, not their coefficients
+    if reused and few and plain and placement.clean and guidance.steps > 2:
+        distances = fixed_distances(refs, held)
+    seen = see(guidance, refs, layout) if seen is None else seen
+    return BoundGuidance(guidance, kernel, refs, refs_term, seen, cond, held, distances, layout)
+
+
+def see(guidance: MMDGuidance, refs: Particles, layout: Layout = HERE) -> Any:
+    """What the guidance's rule takes from clean references, or from some 16 MB of them; detached. None: nothing."""
+    if not guidance.placement.clean:
+        return None
+    most = max(64, min(SUBSET, PLAIN // row_size(refs.x)))
+    looked_at = layout.whole(widen(jax.lax.stop_gradient(subset_of(refs, most))))
+    return guidance.rule.from_refs(looked_at, layout.by_rows)
+
+
+def _refs_term(estimator, shards, kernel, refs):
+    # `self_term`, each device having its part of the rows
+    share, whole = shards.share(refs)
+    total = jnp.where(whole.weight.sum() > 0, whole.weight.sum(), 1.0)
+    u, v = share.weight / total, whole.weight / total
+    own = pair_sum(kernel, share, u, whole, v, same=True, self_pairs=estimator == "v")
+    return shards.total(own) / pair_norm(v, estimator)

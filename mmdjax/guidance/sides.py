@@ -1,0 +1,205 @@
+"""Who is compared with whom: a device's particles, and the particles, references and memory that they are compared to.
+
+For particles z_i of weight u_i (batch and memory together) and references y_j of weight v_j,
+
+    ∂MMD²/∂z_i / u_i = 2 [Σ_{j≠i} u_j ∂k(z_i, z_j)/∂z_i / (1 − Σu²) − Σ_j v_j ∂k(z_i, y_j)/∂z_i]        ("u")
+
+is twice `push` less `pull`. How the batch and the references lie on a mesh is known to `Sides.shards` alone: rules ask
+`Sides` and never see a mesh axis.
+
+References:
+  Gretton et al. 2012, eq. 3 and 5.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mmdjax._core.numerics import product, reciprocal
+from mmdjax._points.blocks import Rows, block_beside, least_over, sum_over
+from mmdjax._points.mesh import WHOLE, Shards
+from mmdjax._points.particles import Particles, flat, wide_dtype
+from mmdjax.kernels import Kernel
+from mmdjax.mmd import embedding, pair_norm, pair_sum
+
+
+@dataclasses.dataclass(frozen=True)
+class Sides:
+    """The particles of one device, and what they are compared with.
+
+    Args:
+      kernel: for all pairs, or (among the batch, between batch and fixed points).
+      rows: z, the n particles of this device. In many dimensions their `x` may be coefficients [n, N] of N known
+        points: take distances from the methods here, not from `x`.
+      refs: m references.
+      memory: past samples of weight 0 or 1, which count on the particles' side but do not move; or None.
+      estimator: "u" leaves the self-pair out, "v" keeps it.
+      reach: of the kernel between clean points; see `Kernel.reach`.
+      everyone: the batch on all devices, this one's rows first; None: `rows` is all of it.
+      shards: over which devices batch and references are split.
+    """
+
+    kernel: Kernel | tuple[Kernel, Kernel]
+    rows: Particles
+    refs: Particles
+    memory: Particles | None = None
+    estimator: str = "u"
+    reach: Any = 0.0
+    everyone: Any = None
+    shards: Shards = WHOLE
+
+    def __post_init__(self):
+        if self.everyone is None:
+            object.__setattr__(self, "everyone", self.rows)
+
+    @property
+    def among(self) -> Kernel:
+        """The kernel between particles of the batch."""
+        return self.kernel[0] if isinstance(self.kernel, tuple) else self.kernel
+
+    @property
+    def fixed(self) -> Kernel:
+        """The kernel between them and references or memory."""
+        return self.kernel[1] if isinstance(self.kernel, tuple) else self.kernel
+
+    @functools.cached_property
+    def weights(self) -> Float[Array, " all"]:
+        """u_i of everyone, then of the memory; sums to 1."""
+        weights = jnp.ones(self.everyone.n, wide_dtype(self.rows.x))
+        if self.memory is not None:
+            weights = jnp.concatenate([weights, self.memory.weight.astype(weights.dtype)])
+        return weights / weights.sum()
+
+    @functools.cached_property
+    def shares(self) -> tuple[Float[Array, "n all"], Float[Array, " k"]]:
+        """u_j/(1 − Σu²) of everyone for each row, 0 for itself, and of the memory; u_j with estimator "v"."""
+        coef = self.weights / pair_norm(self.weights, self.estimator)
+        own = jnp.broadcast_to(coef[: self.everyone.n], (self.rows.n, self.everyone.n))
+        if self.estimator == "u":
+            own = jnp.where(jnp.eye(*own.shape, dtype=bool), 0.0, own)
+        return own, coef[self.everyone.n :]
+
+    def push(self, precondition: str = "none") -> tuple[Float[Array, "n ..."], Float[Array, " n"]]:
+        """Σ_j u_j ∂k(z_i, z_j)/∂z_i/(1 − Σu²) over the other particles and the memory, and the kernel mass of them.
+
+        Args:
+          precondition: as `Kernel.gradient` has it; the mass is 1 unless it is "mass".
+        """
+        own, of_memory = self.shares
+        pushed, mass = self.among.gradient(self.rows, self.everyone, own, same=True, precondition=precondition)
+        if self.memory is not None:
+            by_memory, more = self.fixed.gradient(
+                self.rows, self.memory, of_memory, same=False, precondition=precondition
+            )
+            pushed, mass = pushed + by_memory, mass + more
+        return pushed, mass
+
+    def pull(self, precondition: str = "none") -> tuple[Float[Array, "n ..."], Float[Array, " n"]]:
+        """Σ_j v_j ∂k(z_i, y_j)/∂z_i over the references, and the kernel mass of them."""
+        v = self.shards.probabilities(self.refs).astype(self.weights.dtype)
+
+        def by_refs(rows):
+            return self.fixed.gradient(rows, self.refs, v, same=False, precondition=precondition)
+
+        return self.shards.pull(by_refs, self.rows, self.everyone)
+
+    def pair_weights(self) -> Float[Array, "n all"]:
+        """w(z_i, z_j) = −2 ∂k/∂d² among the batch, for a kernel of the distance."""
+        return self.among.pair_weights(self.rows, self.everyone, same=True)
+
+    def memory_weights(self) -> Float[Array, "n k"]:
+        """w(z_i, z_j) with the memory."""
+        assert self.memory is not None
+        return self.fixed.pair_weights(self.rows, self.memory, same=False)
+
+    def distance2(self) -> Float[Array, "n all"]:
+        """|z_i − z_j|² among the batch, for a kernel of the distance."""
+        return self.among.distance2(self.rows, self.everyone, same=True)
+
+    def over_refs(self, term: Callable[[Particles, Rows, Array], Any]) -> Any:
+        """Σ_j over the references, in blocks: term(z, rows of the references, their weights) -> [n, ...]."""
+        v = self.shards.probabilities(self.refs).astype(self.weights.dtype)
+
+        def summed(z):
+            return sum_over(lambda rows: term(z, rows, rows.weights(v)), self.refs.n, block_beside(z.n, self.refs.x))
+
+        return self.shards.pull(summed, self.rows, self.everyone)
+
+    def nearest2(self) -> Float[Array, " n"]:
+        """The squared distance of each particle to the nearest reference of positive weight."""
+        present = self.refs.probabilities() > 0
+
+        def nearest(z):
+            def in_block(rows):
+                d2 = self.among.distance2(z, rows.of(self.refs), same=False)
+                return jnp.min(jnp.where(rows.of(present), d2, jnp.inf), axis=1)
+
+            return least_over(in_block, self.refs.n, block_beside(z.n, self.refs.x))
+
+        return self.shards.least(nearest, self.rows, self.everyone)
+
+    def condition_ratio(self, own: Float[Array, "n all"], of_memory: Float[Array, " k"]) -> Array | None:
+        """Density of each particle's condition among the references, over that among the other particles; detached.
+
+        At most twice the ratio with the particle itself among the particles, which is what it is where two share a
+        condition: a particle alone with its condition would be pushed by those of others as if they had its own. None
+        where the kernel compares no conditions.
+
+        Args:
+          own, of_memory: how much each particle of the batch, and of the memory, counts; rows sum to 1.
+        """
+        alike = self.fixed.cond_gram(self.rows, self.everyone)
+        if alike is None:
+            return None
+        p = self.shards.probabilities(self.refs).astype(own.dtype)
+
+        def by_refs(rows):
+            return product(jnp.abs(self.fixed.cond_gram(rows, self.refs)), p)
+
+        among_refs = self.shards.pull(by_refs, self.rows, self.everyone)
+        alike = jnp.abs(alike)
+        others, everybody = jnp.sum(own * alike, axis=1), alike.sum(1)
+        count = jnp.asarray(self.everyone.n, own.dtype)
+        if self.memory is not None:
+            of_past = jnp.abs(self.fixed.cond_gram(self.rows, self.memory))
+            others += product(of_past, of_memory)
+            everybody += product(of_past, self.memory.weight.astype(own.dtype))
+            count += self.memory.weight.sum()
+        ratio = jnp.minimum(among_refs * reciprocal(others), 2 * among_refs * count * reciprocal(everybody))
+        return jax.lax.stop_gradient(ratio)
+
+    def averaged(self, average: Float[Array, "n all"], direction: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
+        """Σ_j average_ij direction_j over everyone."""
+        return product(average, flat(self.shards.everyone(direction))).reshape(self.rows.x.shape)
+
+    def total(self, x: Any) -> Any:
+        """The sum over the devices that hold the batch."""
+        return self.shards.total(x)
+
+    def mmd2(self) -> Float[Array, ""]:
+        """MMD² without the references' own term; NaN with a memory where the kernel is a pair: there is no one Gram."""
+        z, everyone, refs, memory, shards = self.rows, self.everyone, self.refs, self.memory, self.shards
+        if memory is not None and self.among is not self.fixed:
+            return jnp.full((), jnp.nan, wide_dtype(z.x))
+        count = everyone.n if memory is None else everyone.n + memory.weight.sum()
+        u = jnp.full(z.n, 1.0 / count, wide_dtype(z.x))
+        all_u = jnp.full(everyone.n, 1.0 / count, wide_dtype(z.x))
+        self_pairs = self.estimator == "v"
+        own = pair_sum(self.among, z, u, everyone, all_u, same=True, self_pairs=self_pairs)
+        p = shards.probabilities(refs)
+        to_refs = u * shards.pull(lambda rows: embedding(self.fixed, refs, p, rows), z, everyone)
+        across = shards.total(to_refs.sum())
+        if memory is not None:  # each device sums over its own rows, and its part of the memory's
+            share, past = shards.share(memory)
+            all_v = past.weight / count
+            own += 2 * pair_sum(self.among, z, u, past, all_v)
+            own += pair_sum(self.among, share, share.weight / count, past, all_v, same=True, self_pairs=self_pairs)
+            all_u = jnp.concatenate([all_u, all_v])
+            share, _ = shards.share(memory, shards.without_refs)
+            across += shards.total_with_refs(pair_sum(self.fixed, share, share.weight / count, refs, p))
+        return shards.total(own) / pair_norm(all_u, self.estimator) - 2 * across
