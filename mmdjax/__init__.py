@@ -28,7 +28,7 @@ from mmdjax.long_run import load_samples, sample_many
 from mmdjax.memory import Memory
 from mmdjax.mmd import mmd2, witness
 from mmdjax.particles import Particles
-from mmdjax.samplers import DDIM, DDPM, DPMSolverPP2M, EulerMaruyama, Heun
+from mmdjax.samplers import DDIM, DDPM, DPMSolverPP2M, EulerMaruyama, Heun, SDEDPMSolverPP2M
 from mmdjax.sampling import Samples, guided_sample
 from mmdjax.schedules import Level
 from mmdjax.suggestion import suggest_guidance
@@ -56,6 +56,7 @@ __all__ = [
     "Polynomial",
     "Product",
     "RationalQuadratic",
+    "SDEDPMSolverPP2M",
     "Samples",
     "Sum",
     "__version__",
