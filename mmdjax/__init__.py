@@ -30,7 +30,7 @@ from mmdjax.kernels import (
 from mmdjax.memory import Memory
 from mmdjax.mmd import mmd2, witness
 from mmdjax.runs import load_samples, sample_many
-from mmdjax.samplers import DDIM, DDPM, DPMSolverPP2M, EulerMaruyama, Heun
+from mmdjax.samplers import DDIM, DDPM, DPMSolverPP2M, EulerMaruyama, Heun, SDEDPMSolverPP2M
 from mmdjax.sampling import Samples, guided_sample
 from mmdjax.schedules import Level
 from mmdjax.suggest import suggest_guidance
@@ -60,6 +60,7 @@ __all__ = [
     "Polynomial",
     "Product",
     "RationalQuadratic",
+    "SDEDPMSolverPP2M",
     "Samples",
     "Sum",
     "__version__",

@@ -202,6 +202,22 @@ class Heun:
         return x, carry, state
 
 
+def no_history(x):
+    """Before the first step: the last x̂0, the last h, and whether there was one."""
+    return jnp.zeros_like(x), jnp.ones((), x.dtype), jnp.zeros((), bool)
+
+
+def extrapolated(x0, carry, t, s):
+    """D = x̂0_t + h/2h₋ (x̂0_t − x̂0₋), x̂0_t without history and where h is infinite; e^{−h}; the history with x̂0_t."""
+    last_x0, last_h, has_last = carry
+    ratio = t.alpha * s.sigma / (s.alpha * t.sigma)  # e^{−h}; 0 where h is infinite: from α_t = 0 or to σ_s = 0
+    finite = ratio > 0
+    h = -jnp.log(jnp.where(finite, ratio, 1.0))
+    extrapolation = jnp.where(finite & has_last, h / (2 * last_h), 0.0)
+    direction = x0 + extrapolation * (x0 - last_x0)
+    return direction, ratio, (x0, jnp.where(finite, h, 1.0).astype(x0.dtype), finite)
+
+
 @pytree
 class DPMSolverPP2M:
     """x_s = σ_s/σ_t x_t + α_s (1 − e^{−h}) D,  D = x̂0_t + h/2h₋ (x̂0_t − x̂0₋),  h = λ_s − λ_t,  λ = log(α/σ).
@@ -212,16 +228,35 @@ class DPMSolverPP2M:
 
     def init(self, x):
         """The last x̂0, the last h, and whether there was one."""
-        return jnp.zeros_like(x), jnp.ones((), x.dtype), jnp.zeros((), bool)
+        return no_history(x)
 
     def step(self, key, x, carry, state, denoise, t, s):
         """One network call."""
-        last_x0, last_h, has_last = carry
         x0, state = denoise(x, t, state)
-        ratio = t.alpha * s.sigma / (s.alpha * t.sigma)  # e^{−h}; 0 where h is infinite: from α_t = 0 or to σ_s = 0
-        finite = ratio > 0
-        h = -jnp.log(jnp.where(finite, ratio, 1.0))
-        extrapolation = jnp.where(finite & has_last, h / (2 * last_h), 0.0)
-        direction = x0 + extrapolation * (x0 - last_x0)
-        x = s.sigma / t.sigma * x + s.alpha * (1 - ratio) * direction
-        return x, (x0, jnp.where(finite, h, 1.0).astype(x.dtype), finite), state
+        direction, ratio, carry = extrapolated(x0, carry, t, s)
+        return s.sigma / t.sigma * x + s.alpha * (1 - ratio) * direction, carry, state
+
+
+@pytree
+class SDEDPMSolverPP2M:
+    """x_s = σ_s/σ_t e^{−h} x_t + α_s (1 − e^{−2h}) D + σ_s √(1 − e^{−2h}) z,  D and h as in `DPMSolverPP2M`.
+
+    Lu et al. 2022b, SDE-DPM-Solver++(2M), for the reverse SDE, whose linear part and noise are exact. Weak order 2 with
+    one network call a step; the first step and the one to σ = 0 are `DDPM()`'s (D = x̂0_t).
+
+    Example:
+      >>> SDEDPMSolverPP2M()
+      SDEDPMSolverPP2M()
+    """
+
+    def init(self, x):
+        """The last x̂0, the last h, and whether there was one."""
+        return no_history(x)
+
+    def step(self, key, x, carry, state, denoise, t, s):
+        """One network call."""
+        x0, state = denoise(x, t, state)
+        direction, ratio, carry = extrapolated(x0, carry, t, s)
+        fresh = 1 - ratio**2  # 1 − e^{−2h}, the share of σ_s² that is new noise
+        mean = s.sigma / t.sigma * ratio * x + s.alpha * fresh * direction
+        return mean + s.sigma * safe_sqrt(fresh) * noise_like(key, x, s), carry, state

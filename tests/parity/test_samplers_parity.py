@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import toys
 
-from mmdjax import DDIM, DDPM, DPMSolverPP2M, Heun, Level, from_model
+from mmdjax import DDIM, DDPM, DPMSolverPP2M, Heun, Level, SDEDPMSolverPP2M, from_model
 from mmdjax.schedules import Discrete, DiscreteTime
 
 torch = pytest.importorskip("torch", reason="parity needs torch")
@@ -72,6 +72,14 @@ def test_dpm_solver_pp_2m(num_steps):
     scheduler = diffusers.DPMSolverMultistepScheduler(**TABLE, final_sigmas_type="zero")
     expected, times = theirs(scheduler, num_steps)
     np.testing.assert_allclose(ours(DPMSolverPP2M(), scheduler, times), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("num_steps", [2, 3, 10, 20])
+def test_sde_dpm_solver_pp_2m(num_steps):
+    settings = {"algorithm_type": "sde-dpmsolver++", "solver_type": "midpoint", "solver_order": 2}
+    scheduler = diffusers.DPMSolverMultistepScheduler(**TABLE, **settings, final_sigmas_type="zero")
+    expected, times = theirs(scheduler, num_steps, noise_of_run(num_steps))
+    np.testing.assert_allclose(ours(SDEDPMSolverPP2M(), scheduler, times), expected, **TOLERANCE)
 
 
 @pytest.mark.parametrize("num_steps", [1, 4, 20])
