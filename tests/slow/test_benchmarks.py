@@ -1,5 +1,7 @@
 """What the README and benchmarks/README.md say was measured, and the claim behind it holds."""
 
+import ast
+import builtins
 import dataclasses
 import json
 import re
@@ -31,6 +33,27 @@ import tasks  # noqa: E402
 
 def test_readme_is_short():
     assert len(README.splitlines()) <= 250
+
+
+def test_readme_blocks_need_the_first_one_alone():
+    """What a Python block reads is of the first one, its own, or Python's; what the first one made it leaves alone."""
+    blocks = [ast.parse(block) for block in re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)]
+    first = _made(blocks[0])
+    for block in blocks[1:]:
+        made, nodes = _made(block), list(ast.walk(block))
+        read = {node.id for node in nodes if isinstance(node, ast.Name)}
+        assert read <= first | made | {node.arg for node in nodes if isinstance(node, ast.arg)} | set(dir(builtins))
+        assert not made & first
+
+
+def _made(block):
+    names = {node.id for node in ast.walk(block) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    for node in block.body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.ClassDef | ast.FunctionDef):
+            names.add(node.name)
+    return names
 
 
 def test_figures_in_the_readme_are_measured_ones():
