@@ -2,49 +2,17 @@
 
 For each task of `tasks.py`: 100 references, 200 samples, 50 network calls. Each method of `methods.py` is scored by
 `scores.py` on seeds that nothing was chosen on; what a method leaves open is chosen on others. `targets.py` adds fewer
-references, fewer steps and small batches with a memory, and holds all of it against the project's targets.
+references, fewer steps and small batches with a memory, and holds all of it against thresholds.
 
     python benchmarks/alignment.py                       # everything: results/alignment.json and the pictures
     python benchmarks/alignment.py --only ring grid      # these tasks anew, the others kept
     python benchmarks/alignment.py --quick               # one seed, few methods, two tasks, into out/
-    python benchmarks/alignment.py --tables              # the README's tables from the JSON
+    python benchmarks/alignment.py --tables              # the tables of benchmarks/README.md from the JSON
 
 The JSON is written after each task.
 
-Tried and dropped, so that nobody tries it again. In-mode is the share of samples in a mode's 99% radius, "nn" the
-median distance of a reference to its nearest other one, r_√m that to its √m-th:
-
-    one plain gradient step a call                         leaves several times the excess
-    one step size for all particles                        likewise
-    mean shifts to references and particles, each          diverges, or leaves several times the excess
-      normalised on its own (the log-ratio)
-    dividing by the reference mass alone                   particles between modes fly off
-    no guidance in the last 6 to 10% of the steps          doubles the excess of digits
-    a width that is a fraction of the median distance      blurs the ring or copies digits
-    denoising noised references                            twice the calls, no gain
-    "mass", any width from .5 to 6 nn                      20 references: copies below 4 nn; 16-D: .82 in-mode above it
-    push and pull balanced both ways                       16-D: .43 to .51 in-mode, twice the excess of thick strokes
-    balanced at all noise levels                           ring, 20 references: 46 to 49% of the excess left
-    balanced, without the average over neighbours          ring and moons copied (ratio .43 to .73)
-    the average without balance                            16-D: .82 to .87 in-mode
-    width .35 or .5 r_√m                                   16-D, 20 references: ratio .44, .65
-    no cap of the width in nn; cap 2.5 nn                  grid, 20 references: .68 in-mode; ratio .60
-    exponent 1 or 2 in place of 1/2                        no clear gain
-    the average made anew at each inner step               a little worse than once a call
-    averaged over the k nearest of the batch               grid .66 to .81 in-mode with 20 references
-    the average of all particles, also of those far        digits' classes: total variation .26; .10 without average
-      from every reference                                   (but copies), .14 as it is
-    "far" by 1.2 or 1.5 of the median nn, or 80%           moons' ratio .72 to .77
-    "far" by 90% of nn, nothing else left out              moons' ratio .81, 16-D .942 in-mode
-    "far" by 3 q90 of nn² in all dimensions                digits' classes: total variation .18
-    "far" by .4 or .3 q90²/q50                             with conditions and 20 references: ratio .67, .63
-    a surplus counted 2, 10, 20 times in place of 5        total variation .21, .16, .16; moons' ratio not better
-    a surplus in standard errors, of all weights           changes where references are given twice
-    a surplus by its ratio, q > 1.4 p                      digits' classes: total variation .21
-    averaged at low noise only                             copies more, classes no better
-    averaged at high noise only                            copies as without
-    20 inner steps, or scale 1.5                           ring, 20 references: ratio .57 to .70
-    the same rule at "sample"                              16-D .90, 1,024-D .76 in-mode
+benchmarks/README.md has the tables and, under "Tried and dropped", what was tried in place of the default rule and why
+it went. Read it before trying anything new.
 """
 
 import argparse
@@ -135,8 +103,8 @@ def share_left(record: dict[str, Any], name: str) -> np.ndarray:
     return excess[name] / excess["unguided"].mean()
 
 
-def markdown(results: dict[str, Any]) -> str:
-    """The README's tables from the JSON: energy ± standard error (memorisation ratio); shares; targets."""
+def tables(results: dict[str, Any]) -> list[str]:
+    """The tables of benchmarks/README.md: energy ± standard error (memorisation ratio); shares; thresholds."""
     tasks = results["tasks"]
     names = list(dict.fromkeys(name for record in tasks.values() for name in record["methods"]))
     shown = [name for name in SHOWN if name in names]
@@ -154,7 +122,7 @@ def markdown(results: dict[str, Any]) -> str:
         copies = "†" if np.mean(record["methods"][name]["ratio"]) < COPIES else ""
         return f"{left.mean():.1f} ± {_error(left):.1f}{copies}"
 
-    tables = [
+    found = [
         table(
             ["", *(SHOWN[name] for name in shown)],
             [[task, *(energy(record, name) for name in shown)] for task, record in tasks.items()],
@@ -165,14 +133,14 @@ def markdown(results: dict[str, Any]) -> str:
         ),
     ]
     if results.get("targets"):
-        tables.append(target_table([Target(**row) for row in results["targets"]]))
-    return "\n\n".join(tables)
+        found.append(target_table([Target(**row) for row in results["targets"]]))
+    return found
 
 
 def target_table(rows: list[Target]) -> str:
-    """One row a target and task."""
+    """One row a quantity and task."""
     return table(
-        ["target", "task", "measured", "must", "goal", "met"],
+        ["quantity", "task", "measured", "must", "goal", "met"],
         [[row.name, row.task, row.measured, row.must, row.goal, row.met] for row in rows],
     )
 
@@ -204,13 +172,13 @@ def main():
     makers = {make.__name__: make for make in TASKS}
     parser.add_argument("--quick", action="store_true", help="one seed, few methods, two tasks, into out/")
     parser.add_argument("--only", nargs="+", choices=makers, metavar="TASK", help=f"of {', '.join(makers)}")
-    parser.add_argument("--tables", action="store_true", help="print the README's tables from the JSON, run nothing")
+    parser.add_argument("--tables", action="store_true", help="print the tables from the JSON, run nothing")
     parser.add_argument("--out", type=Path, help="folder for the JSON and the pictures")
     args = parser.parse_args()
     folder = args.out or (Path("out") if args.quick else RESULTS)
     path = folder / "alignment.json"
     if args.tables:
-        print(markdown(json.loads(path.read_text())))
+        print("\n\n".join(tables(json.loads(path.read_text()))))
         return
 
     if args.quick:

@@ -9,11 +9,12 @@ assumed:
       the float32 peak without tensor cores
     an all-gather takes (devices − 1)/devices × bytes / bandwidth, and a latency for each; nothing overlaps
 
-    python benchmarks/pod_model.py
+    python benchmarks/pod_model.py [--table]
 """
 
 import argparse
 import functools
+import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import sd15
+from common import table
 from full_size import SHAPE, TOKENS, WIDTH
 
 from mmdjax import IMQ, MMDGuidance, Particles
@@ -97,11 +99,27 @@ def predict(machine: Machine, devices: int, per_device: int, unet: float) -> dic
             "collectives_s": collectives, "total_s": total, "bytes_per_gather": sent}  # fmt: skip
 
 
+def markdown(report: dict[str, Any]) -> str:
+    """The table of benchmarks/README.md."""
+    rows = []
+    for machine in report["machines"]:
+        for row in machine["predicted"]:
+            parts = (f"{1e3 * row[f'{part}_s']:.2f}" for part in ("network", "guidance", "collectives", "total"))
+            rows.append(
+                [machine["name"], str(row["devices"]), str(row["batch"]), *parts, f"{100 * row['efficiency']:.0f}%"]
+            )
+    return table(["machine", "devices", "batch", "network", "guidance", "sending", "step", "efficiency"], rows)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--per-device", type=int, default=8, help="samples of each device (default 8)")
     parser.add_argument("--out", type=Path, default=RESULTS / "pod_model.json")
+    parser.add_argument("--table", action="store_true", help="print the table from the JSON, run nothing")
     args = parser.parse_args()
+    if args.table:
+        print(markdown(json.loads(args.out.read_text())))
+        return
     unet = unet_flops()
     print(f"U-Net: {unet / 1e12:.3f} TFLOP a sample; {args.per_device} samples a device, {REFS} references, bfloat16")
     found = []

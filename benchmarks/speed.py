@@ -1,7 +1,7 @@
-"""The speed targets in one table, and every benchmark in one command.
+"""Speed beside thresholds in one table, and every benchmark in one command.
 
 python benchmarks/speed.py            # run them all, for hours: each writes its JSON into results/
-python benchmarks/speed.py --table    # the README's table from the JSON that there is
+python benchmarks/speed.py --table    # the table of benchmarks/README.md from the JSON that there is
 """
 
 import argparse
@@ -26,7 +26,7 @@ def read(name: str) -> dict[str, Any]:
 
 
 def targets() -> list[tuple[str, float, float, float, bool]]:
-    """(what, measured, must, goal, whether more is better) of each target that has been measured."""
+    """(what, measured, must, goal, whether more is better) of all that has been measured; goal is the stricter one."""
     rows = []
 
     def add(what, measured, must, goal, above=False):
@@ -86,12 +86,12 @@ def table() -> str:
         met = "goal" if reached[1] else "must" if reached[0] else "no"
         sign = "≥" if above else "≤"
         rows.append([what, f"{measured:.4g}", f"{sign} {must:.4g}", f"{sign} {goal:.4g}", met])
-    return markdown(["target", "measured", "must", "goal", "met"], rows)
+    return markdown(["quantity", "measured", "must", "goal", "met"], rows)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", action="store_true", help="print the README's table, run nothing")
+    parser.add_argument("--table", action="store_true", help="print the table, run nothing")
     if not parser.parse_args().table:
         for script in SCRIPTS:
             print(f"\n== {script}", flush=True)

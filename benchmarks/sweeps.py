@@ -10,6 +10,7 @@ memorisation ratio; 100 references, 200 samples and 50 steps where nothing else 
 
     python benchmarks/sweeps.py                       # results/sweeps.json and sweeps.png
     python benchmarks/sweeps.py --only steps          # this one anew, the others kept
+    python benchmarks/sweeps.py --tables              # the tables of benchmarks/README.md from the JSON
     python benchmarks/sweeps.py --quick               # one seed and the two smallest values of each, into out/
 """
 
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from alignment import RESULTS
+from common import table
 from methods import batches, default, guided, unguided
 from scores import fresh_energy, judge
 from tasks import NUM_REFS, REPORTING, Task, digits_thick, mixture_16d, mixture_of_dimension, ring
@@ -123,6 +125,23 @@ def show(row: dict[str, Any]) -> str:
     )
 
 
+def tables(results: dict[str, Any]) -> dict[str, str]:
+    """A table a sweep: % of the unguided excess left ± standard error (memorisation ratio)."""
+    found = {}
+    for name, record in results.items():
+        curves: dict[str, dict[int, str]] = {}
+        for row in record["rows"]:
+            label = row["curve"] if name == "dimension" else f"{row['task']}, {row['curve']}"
+            left = 100 * np.array(row["left"])
+            error = left.std(ddof=1) / np.sqrt(len(left))
+            text = f"{left.mean():.1f} ± {error:.1f} ({np.mean(row['ratio']):.2f})"
+            curves.setdefault(label, {})[row["value"]] = text
+        values = sorted({row["value"] for row in record["rows"]})
+        rows = [[label, *(cells.get(value, "") for value in values)] for label, cells in curves.items()]
+        found[name] = table([name, *map(str, values)], rows)
+    return found
+
+
 def picture(path: Path, results: dict[str, Any]) -> None:
     """The share left against the value, a panel a sweep."""
     from matplotlib.figure import Figure
@@ -149,10 +168,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one seed, the two smallest values, into out/")
     parser.add_argument("--only", nargs="+", choices=SWEEPS, metavar="SWEEP", help=f"of {', '.join(SWEEPS)}")
+    parser.add_argument("--tables", action="store_true", help="print the tables from the JSON, run nothing")
     parser.add_argument("--out", type=Path, help="folder for the JSON and the picture")
     args = parser.parse_args()
     folder = args.out or (Path("out") if args.quick else RESULTS)
     path = folder / "sweeps.json"
+    if args.tables:
+        print("\n\n".join(tables(json.loads(path.read_text())).values()))
+        return
     results = json.loads(path.read_text()) if args.only and path.exists() else {}
     seeds = tuple(REPORTING)[: 1 if args.quick else None]
     start = time.perf_counter()

@@ -7,7 +7,17 @@ Thin over JAX's own engine. Every host runs the same program:
     out = guided_sample(params, key, refs, model=model, num_samples=256, sharding=batch_sharding())
     index, rows = local_rows(out.x)                 # this host's samples, to be written by it
 
-The guidance is that of the whole batch: samples do not depend on the number of devices, to rounding.
+The guidance is that of the whole batch: samples do not depend on the number of devices, to rounding. References that
+exceed a host are split by `jax.make_array_from_process_local_data(batch_sharding(), own_references)`. How to start:
+
+    # a TPU pod slice: everything is found out from the slice
+    gcloud compute tpus tpu-vm ssh my-slice --zone us-west4-a --worker=all --command "python sample.py"
+
+    # SLURM: one process a GPU
+    srun --nodes=4 --ntasks-per-node=8 --gpus-per-node=8 python sample.py
+
+    # hosts by address; in sample.py initialize("10.0.0.1:1234", num_processes=4, process_id=int(sys.argv[1]))
+    for i in 0 1 2 3; do ssh host$i python sample.py $i & done; wait
 
 References:
   Rajbhandari et al. 2020 (parameters split over the devices that share a batch).

@@ -1,4 +1,4 @@
-"""A little of what `benchmarks/faults.py` does a thousand times, and what the README says of it."""
+"""A little of what `benchmarks/faults.py` does a thousand times, and what benchmarks/README.md says of it."""
 
 import json
 import random
@@ -33,7 +33,7 @@ def without_type_checks():
 
 def test_readme_has_the_measured_table():
     results = json.loads(faults.RESULTS.read_text())
-    assert faults.markdown(results) in (ROOT / "README.md").read_text()
+    assert faults.markdown(results) in (ROOT / "benchmarks" / "README.md").read_text()
     assert {name: case["tried"] for name, case in results["cases"].items()} == faults.COUNTS
 
 
