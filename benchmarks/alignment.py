@@ -24,15 +24,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from common import table
+from common import table, write_json
 from methods import DEFAULT, PLAIN, RULE, TUNED, Method, methods
 from pictures import picture
 from scores import COPIES, fresh_energy, judge, redraw_excess, redraw_tv
 from targets import PAIRED, Target, targets, variations
 from tasks import CHOOSING, NUM_REFS, NUM_SAMPLES, NUM_STEPS, REPORTING, TASKS, Task
 
-from mmdjax._files.atomic import write_json
-from mmdjax._files.provenance import provenance
+from mmdjax.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results"
 QUICK_TASKS = ("ring", "digits_prompted")

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from common import as_particles
 from scipy.special import logsumexp
 from tasks import NUM_SAMPLES, NUM_STEPS, Task
 
 from mmdjax import DiffusionModel, Particles
-from mmdjax._points.particles import as_particles, flat, per_sample
 from mmdjax.digits.network import fourier
 from mmdjax.schedules import diffuse
 from mmdjax.training import UniformTimes, denoising_loss
@@ -74,13 +74,13 @@ class Classifier(nn.Module):
 
 def _logit(weights, x, level, cond):
     size = jnp.sqrt((level.alpha * weights["spread"]) ** 2 + level.sigma**2)
-    return Classifier().apply(weights["network"], x / per_sample(size, x), level.t, cond)
+    return Classifier().apply(weights["network"], x / _per_sample(size, x), level.t, cond)
 
 
 @jax.jit
 def train_classifier(key: Any, refs: Particles, generated: Particles, rate: Any, *, model: DiffusionModel) -> Any:
     """The weights after `CLASSIFIER_EXAMPLES`, half of them references, noised as in training a denoiser."""
-    spread = jnp.sqrt(jnp.mean(jnp.concatenate([flat(refs.x), flat(generated.x)]) ** 2))
+    spread = jnp.sqrt(jnp.mean(jnp.concatenate([_flat(refs.x), _flat(generated.x)]) ** 2))
     key_init, key_steps = jax.random.split(key)
     network = Classifier().init(key_init, refs.x[:1], jnp.zeros(1), jax.tree.map(lambda c: c[:1], refs.cond))
 
@@ -111,7 +111,7 @@ class ClassifierGuided:
     def __call__(self, params, x, level, cond):
         prior, weights, scale = params
         slope = jax.grad(lambda x: _logit(weights, x, level, cond).sum())(x)
-        return self.denoiser(prior, x, level, cond) + per_sample(scale * level.sigma**2 / level.alpha, x) * slope
+        return self.denoiser(prior, x, level, cond) + _per_sample(scale * level.sigma**2 / level.alpha, x) * slope
 
 
 def some_reference(task: Task, refs: Any, rng: Any, num_samples: int = NUM_SAMPLES) -> np.ndarray:
@@ -128,9 +128,18 @@ def some_reference(task: Task, refs: Any, rng: Any, num_samples: int = NUM_SAMPL
 
 def likeliest_width(refs: Any) -> float:
     """The width of a Gaussian kernel density estimate under which each reference is likeliest given the others."""
-    x = np.asarray(flat(as_particles(refs).x), np.float64)
+    x = np.asarray(_flat(as_particles(refs).x), np.float64)
     m, d = x.shape
     d2 = ((x[:, None] - x[None]) ** 2).sum(-1)
     np.fill_diagonal(d2, np.inf)
     widths = np.geomspace(0.1 * np.sqrt(np.median(d2.min(1)) / d), x.std(), 100)
     return float(max(widths, key=lambda h: logsumexp(-d2 / (2 * h**2), axis=1).sum() - m * d * np.log(h)))
+
+
+def _flat(x):
+    return x.reshape(len(x), -1)
+
+
+def _per_sample(v, x):
+    """v [n], to be multiplied with x [n, ...]."""
+    return v.reshape(-1, *(1,) * (x.ndim - 1))

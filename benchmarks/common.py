@@ -1,9 +1,10 @@
 """What several benchmarks need: drawn inputs, calls timed in turns, a process's memory, Markdown."""
 
+import json
 import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,21 @@ import numpy as np
 def normal(seed: int, *shape: int) -> np.ndarray:
     """Standard normal numbers, float32."""
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def as_particles(points: Any) -> Any:
+    """Particles unchanged; an array as particles of equal weight."""
+    from mmdjax import Particles
+
+    return points if isinstance(points, Particles) else Particles(points)
+
+
+def write_json(path: str | Path, report: Mapping[str, Any]) -> None:
+    """Write a report as indented JSON; under its name only once it is whole."""
+    partial = Path(f"{path}.part")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_text(json.dumps(dict(report), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def in_turns(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:

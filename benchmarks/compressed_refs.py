@@ -24,14 +24,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import medians
+from common import medians, write_json
 
 from mmdjax import RBF, Particles, median_bandwidth, mmd2
-from mmdjax._files.atomic import write_json
-from mmdjax._files.provenance import provenance
 from mmdjax.compression import coreset, embed, nystroem, random_features
 from mmdjax.guidance.rules import Plain
 from mmdjax.guidance.sides import Sides
+from mmdjax.provenance import provenance
 
 N, D, CLUSTERS = 64, 64, 10
 

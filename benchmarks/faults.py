@@ -23,12 +23,11 @@ from typing import Any
 
 import fuzz
 import jax
-from common import table
+from common import table, write_json
 
 from mmdjax import DiffusionModel, load_samples, sample_many
-from mmdjax._files.atomic import write_json
-from mmdjax._files.provenance import provenance
-from mmdjax._files.safetensors import CheckpointError
+from mmdjax.checkpoint import CheckpointError
+from mmdjax.provenance import provenance
 from mmdjax.schedules import VPLinear
 
 RESULTS = Path(__file__).parent / "results" / "faults.json"

@@ -27,12 +27,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import sd15
-from common import normal
+from common import normal, write_json
 
 from mmdjax import DiffusionModel, MMDGuidance, Particles, from_model, guided_sample
-from mmdjax._files.atomic import write_json
-from mmdjax._files.provenance import provenance
 from mmdjax.guidance.bound import bind, fit_kernel
+from mmdjax.provenance import provenance
 from mmdjax.schedules import DiscreteTime
 from mmdjax.sd import load_models
 from mmdjax.sd.convert import to_device

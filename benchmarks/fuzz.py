@@ -22,7 +22,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from common import memory, reset_peak
+from common import as_particles, memory, reset_peak
 
 BOMBS = (b"Nr\xff\xff\xff\x7f", b"\x96" + b"\xff" * 5 + bytes(3))  # a memo of 2³¹ places; a string of 2⁴⁰ bytes
 FUNCTIONS = ("mmd2", "witness", "memory", "guided_sample", "median_bandwidth", "energy_distance")
@@ -258,7 +258,7 @@ def load_one(sound: Path, kind: str, file: Path, data: bytes) -> int:
     if what is None:
         result = {name: part.params for name, part in load_models(file).items()}
     elif what == "scheduler":
-        from mmdjax._files.safetensors import read_json
+        from mmdjax.checkpoint import read_json
 
         scheduler = Scheduler(read_json(file))
         scheduler.schedule()
@@ -280,7 +280,7 @@ def agrees(file: Path) -> bool:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    from mmdjax._files.safetensors import open_safetensors
+    from mmdjax.checkpoint import open_safetensors
 
     try:
         theirs = load_file(file)
@@ -297,7 +297,7 @@ def in_child(folder: str, first: int, last: int) -> None:
     """Load mutants first … last − 1; a line of JSON before and after each."""
     import gc
 
-    from mmdjax._files.safetensors import CheckpointError
+    from mmdjax.checkpoint import CheckpointError
 
     sound = Path(folder)
     documented = (CheckpointError, ValueError, FileNotFoundError, OSError)
@@ -524,7 +524,7 @@ def outcome(name: str, arguments: dict[str, Any]) -> str:
                 wanted = () if name == "mmd2" else None
             case "memory":
                 memory = mj.Memory.empty(a["capacity"], (2,), a["cond"])
-                result, wanted = memory.push(mj.particles.as_particles(a["new"])).particles.x, (a["capacity"], 2)
+                result, wanted = memory.push(as_particles(a["new"])).particles.x, (a["capacity"], 2)
             case "median_bandwidth":
                 result, wanted = mj.median_bandwidth(a["refs"]), ()
             case "energy_distance":

@@ -9,8 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-from mmdjax._files.atomic import write_json
-from mmdjax._files.provenance import provenance
+from common import write_json
+
+from mmdjax.provenance import provenance
 
 
 def seconds(statement: str) -> float:

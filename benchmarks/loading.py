@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import memory
+from common import memory, write_json
 
 PEAK, TIME = 1.3, 2.5  # at most
 CASES = {  # how it lies on disk, the dtype there, the dtype that it is cast to
@@ -46,8 +46,7 @@ def main():
     args = parser.parse_args()
     if args.child:
         return child(*args.child)
-    from mmdjax._files.atomic import write_json
-    from mmdjax._files.provenance import provenance
+    from mmdjax.provenance import provenance
 
     results, at = {}, None
     print(f"{'':30}{'size':>8}{'memory':>8}{'':>8}{'read':>8}{'load':>8}{'ratio':>8}{'cpu':>8}{'passed':>8}")

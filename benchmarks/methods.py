@@ -19,6 +19,7 @@ from alternatives import (
     some_reference,
     train_classifier,
 )
+from common import as_particles
 from scores import judge
 from tasks import NUM_SAMPLES, NUM_STEPS, Task
 
@@ -35,7 +36,6 @@ from mmdjax import (
     guided_sample,
     suggest_guidance,
 )
-from mmdjax._points.particles import as_particles
 from mmdjax.guidance import default_kernel
 from mmdjax.kernels import Median, NearestNeighbour
 from mmdjax.mixtures import Mixture

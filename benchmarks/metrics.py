@@ -22,11 +22,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from common import memory, reset_peak
+from common import memory, reset_peak, write_json
 
 from mmdjax import RBF, Cosine, Energy
-from mmdjax._files.atomic import write_json
-from mmdjax._files.provenance import provenance
 from mmdjax.metrics import (
     density_coverage,
     energy_distance,
@@ -39,6 +37,7 @@ from mmdjax.metrics import (
     rke,
     vendi,
 )
+from mmdjax.provenance import provenance
 
 DIMENSIONS, LIMIT = 2048, 2e9
 

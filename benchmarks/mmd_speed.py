@@ -34,14 +34,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import medians, memory, normal, reset_peak
+from common import medians, memory, normal, reset_peak, write_json
 
 from mmdjax import IMQ, RBF, DiffusionModel, MMDGuidance, Particles, Polynomial, guided_sample, load_digits
-from mmdjax._files.atomic import write_json
-from mmdjax._files.provenance import provenance
 from mmdjax.guidance.bound import bind, fit_kernel
 from mmdjax.guidance.rules import Raw
 from mmdjax.guidance.sides import Sides
+from mmdjax.provenance import provenance
 from mmdjax.tree import replace
 
 PACKAGES = ("torch", "geomloss", "pykeops")

@@ -28,12 +28,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import sd15
-from common import in_turns, normal
+from common import in_turns, normal, write_json
 from full_size import REFS, SAMPLES, SHAPE, TOKENS, WIDTH, nchw, network, sampler
 
 from mmdjax import DDIM, Particles, guided_sample
-from mmdjax._files.atomic import write_json
-from mmdjax._files.provenance import provenance
+from mmdjax.provenance import provenance
 from mmdjax.sd import load
 from mmdjax.sd.convert import to_device
 from mmdjax.sd.tiny import write_vocabulary

@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import as_particles
 from methods import DEFAULT, RULE, methods
 from scores import judge
 from tasks import Task
 
-from mmdjax._points.particles import as_particles
 from mmdjax.plots import save_labelled_grids
 
 SHOWN = {"references": "references", "unguided": "unguided", RULE: "the authors' rule", DEFAULT: DEFAULT}

@@ -23,14 +23,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import sd15
-from common import table
+from common import table, write_json
 from full_size import SHAPE, TOKENS, WIDTH
 
 from mmdjax import IMQ, MMDGuidance, Particles
-from mmdjax._files.atomic import write_json
-from mmdjax._files.provenance import provenance
 from mmdjax.guidance.field import Field
 from mmdjax.guidance.sides import Sides
+from mmdjax.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results"
 REFS, UTILISATION, CFG = 150, 0.4, 2

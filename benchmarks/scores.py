@@ -14,10 +14,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from common import as_particles
 from tasks import NUM_REFS, Draw, Task
 
 from mmdjax import Energy, Particles
-from mmdjax._points.particles import as_particles
 from mmdjax.metrics import density_coverage, nearest_ratio, precision_recall
 from mmdjax.mmd import cross_term, self_term
 

@@ -10,7 +10,7 @@ import numpy as np
 from common import normal
 from flax.traverse_util import unflatten_dict
 
-from mmdjax._files.safetensors import write_safetensors
+from mmdjax.checkpoint import write_safetensors
 from mmdjax.sd import compvis, convert
 from mmdjax.sd.models import Component, export, module_from_config, save
 

@@ -19,14 +19,13 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 import jax
 import numpy as np
-from common import normal
+from common import normal, write_json
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mmdjax import MMDGuidance, guided_sample, load_digits
-from mmdjax._files.atomic import write_json
-from mmdjax._files.provenance import provenance
 from mmdjax.distributed import batch_mesh, batch_sharding, replicate
+from mmdjax.provenance import provenance
 
 DEVICES, STEPS, INNER_STEPS = 8, 2, 8
 MUST, GOAL = 1.05, 1.01

@@ -24,13 +24,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from alignment import RESULTS
-from common import table
+from common import table, write_json
 from methods import batches, default, guided, unguided
 from scores import fresh_energy, judge
 from tasks import NUM_REFS, REPORTING, Task, digits_thick, mixture_16d, mixture_of_dimension, ring
 
-from mmdjax._files.atomic import write_json
-from mmdjax._files.provenance import provenance
+from mmdjax.provenance import provenance
 
 PLACEMENTS = ("denoised", "sample")
 TOTAL = 1024  # samples of the batch sweep

@@ -31,7 +31,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmdjax import DiffusionModel, Particles, from_model, guided_sample
-from mmdjax._files.atomic import write_json
 from mmdjax.digits import slant, splits, thicken
 from mmdjax.metrics import energy_distance, nearest_ratio
 from mmdjax.schedules import DiscreteTime
@@ -285,7 +284,8 @@ def main():
     if not args.evaluate:
         start, origin = time.perf_counter(), provenance(args.seed, args.vae_steps, args.steps)
         train(args.out, args.seed, args.vae_steps, args.steps)
-        write_json(args.out / "provenance.json", origin | {"seconds": f"{time.perf_counter() - start:.0f}"})
+        told = origin | {"seconds": f"{time.perf_counter() - start:.0f}"}
+        (args.out / "provenance.json").write_text(json.dumps(told, indent=2) + "\n")
     for name, value in evaluate(args.out).items():
         print(f"{name:40} {value:.4f}")
 

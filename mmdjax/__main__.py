@@ -289,7 +289,7 @@ def _sample(args: argparse.Namespace) -> None:
     _check_together(args)
     prompts = [*args.prompt, *(_lines(args.prompts) if args.prompts else [])]
     from mmdjax import DDIM, DDPM, DPMSolverPP2M, EulerMaruyama, Heun, MMDGuidance
-    from mmdjax._files.safetensors import CheckpointError
+    from mmdjax.checkpoint import CheckpointError
     from mmdjax.sd import load_references
     from mmdjax.sd.models import check_path
     from mmdjax.sd.run import check_out, check_settings, check_writable, sample_to_folder

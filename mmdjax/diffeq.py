@@ -46,7 +46,7 @@ from mmdjax.memory import Memory
 from mmdjax.samplers import DDIM
 from mmdjax.sampling import as_memory, check_call
 from mmdjax.schedules import Level, Schedule, time_of_log_snr
-from mmdjax.tree import as_arrays, is_concrete, pytree, replace, shown, strong
+from mmdjax.tree import as_arrays, is_concrete, pytree, replace, strong
 
 FIRST_STEP = 0.1  # in λ; a step too long is rejected, a short one grows tenfold
 LONGEST_STEP = 2.0  # in λ: where noise dominates nothing happens, and a longer step would leap over the data unseen
@@ -266,7 +266,7 @@ def _call(
     check_call(key, refs, model, num_samples, cond, guidance, DDIM(), x_init)
     if refs is not None and not guidance.placement.inside:
         raise ValueError(
-            f"at={shown(guidance.at)} moves x after a step, which an adaptive solver may reject; use guided_sample, or "
+            f"{guidance.where} moves x after a step, which an adaptive solver may reject; use guided_sample, or "
             'at="denoised"'
         )
     _check_numbers(*numbers)

@@ -47,13 +47,13 @@ from mmdjax._files.fingerprint import (
 )
 from mmdjax._files.lock import NAME as LOCK
 from mmdjax._files.lock import locked
-from mmdjax._files.provenance import provenance
-from mmdjax._files.safetensors import Checkpoint, CheckpointError, Entry, open_safetensors, write_safetensors
 from mmdjax._points.mesh import layout_of
 from mmdjax._points.particles import Particles, as_particles
+from mmdjax.checkpoint import Checkpoint, CheckpointError, Entry, open_safetensors, write_safetensors
 from mmdjax.denoisers import DiffusionModel
 from mmdjax.guidance import MMDGuidance
 from mmdjax.memory import Memory
+from mmdjax.provenance import provenance
 from mmdjax.samplers import DDIM, Sampler
 from mmdjax.sampling import as_memory, check_call, guided_sample
 from mmdjax.schedules import uniform_times

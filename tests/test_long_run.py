@@ -27,9 +27,9 @@ from mmdjax import (
     Particles,
     Product,
     guided_sample,
-    long_run,
+    runs,
 )
-from mmdjax._files.safetensors import CheckpointError
+from mmdjax.checkpoint import CheckpointError
 from mmdjax.runs import SavedSamples, load_samples, sample_many
 from mmdjax.schedules import VPLinear, uniform_times
 
@@ -153,7 +153,7 @@ def test_resumed_is_uninterrupted(whole, tmp_path, batches):
 
 def test_a_finished_run_makes_nothing(whole, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in whole.iterdir()}
-    monkeypatch.setattr(long_run, "guided_sample", lambda *args, **kwargs: pytest.fail("made a batch"))
+    monkeypatch.setattr(runs, "guided_sample", lambda *args, **kwargs: pytest.fail("made a batch"))
     assert len(run(whole)) == 14
     assert {path: path.stat().st_mtime_ns for path in whole.iterdir()} == before
 
@@ -179,7 +179,7 @@ def test_published_memory_with_conditions_and_a_cut_last_batch(tmp_path):
     assert arrays(tmp_path, ("x", "mmd2", "remembered")) == before
     settings = {"model": MODEL, "num_samples": 4, "num_steps": 4, "guidance": how["guidance"], "cond": LABELS[:4]}
     made = guided_sample(0.5, jax.random.fold_in(KEY, 0), REFS, memory=3, **settings).memory
-    read = long_run._remember(
+    read = runs._remember(
         Memory.empty(3, (3,), LABELS), load_samples(tmp_path).batch(0), LABELS[:4], 4, how["guidance"], REFS
     )
     jax.tree.map(np.testing.assert_array_equal, read, made)  # in the same slots: sums over them round alike
@@ -218,7 +218,7 @@ def test_damaged_batch_is_found_and_made_again(whole, tmp_path, damage, monkeypa
     with pytest.raises(CheckpointError, match=r"batch-00001\.safetensors is missing or damaged"):
         load_samples(tmp_path)[5]
     made = []
-    monkeypatch.setattr(long_run, "guided_sample", lambda *a, **k: made.append(1) or guided_sample(*a, **k))
+    monkeypatch.setattr(runs, "guided_sample", lambda *a, **k: made.append(1) or guided_sample(*a, **k))
     run(tmp_path)
     assert len(made) == 1  # around the same memory, so that the batches after it stay what they are
     assert path.read_bytes() == (whole / path.name).read_bytes()
@@ -342,7 +342,7 @@ FIRST_FORMAT = {  # what the version of the first format wrote, and the hash by 
         "format": "mmdjax run 1", "num_samples": 6, "batch_size": 4, "steps": 2, "memory": 8,
         "key": "threefry2x32 [0, 7]",
         "params": "sha256 b07a95fc61f2d1076ff2706931bb7631783442fcd95f4132d56d0d00335a3d8a",
-        "refs": {"is": "mmdjax._points.particles.Particles", "x": None, "cond": None, "weight": None},
+        "refs": {"is": "mmdjax.particles.Particles", "x": None, "cond": None, "weight": None},
         "cond": "int64[6] sha256 ede135f68cfdfbc6932a8ce4a65d166eee37320eaf55b94ebd929975842341f1",
         "model": {
             "is": "mmdjax.denoisers.DiffusionModel",
@@ -382,7 +382,7 @@ def test_run_of_the_first_format_resumes(dtype, tmp_path):
     definition = json.loads(json.dumps(FIRST_FORMAT["definition"]))
     definition["refs"]["x"], name = FIRST_FORMAT[dtype]
     assert SavedSamples(tmp_path, definition).id == name
-    made = long_run.provenance()  # what follows from where the tests run
+    made = runs.provenance()  # what follows from where the tests run
     definition["versions"] = {key: made[key] for key in ("mmdjax", "jax", "jaxlib")} | {
         "python": ".".join(platform.python_version_tuple()[:2])
     }
@@ -413,11 +413,11 @@ def test_run_of_the_first_format_resumes(dtype, tmp_path):
 
 def test_other_versions_are_refused_and_other_devices_said(whole, tmp_path, monkeypatch):
     run(tmp_path)
-    provenance = long_run.provenance
-    monkeypatch.setattr(long_run, "provenance", lambda: provenance() | {"jax": "0.0.1"})
+    provenance = runs.provenance
+    monkeypatch.setattr(runs, "provenance", lambda: provenance() | {"jax": "0.0.1"})
     with pytest.raises(FileExistsError, match=r"versions.jax was .* and is 0.0.1"):
         run(tmp_path)
-    monkeypatch.setattr(long_run, "provenance", lambda: provenance() | {"device": "tpu: v9"})
+    monkeypatch.setattr(runs, "provenance", lambda: provenance() | {"device": "tpu: v9"})
     with pytest.warns(UserWarning, match="1 × cpu: cpu, and this is 1 × tpu: v9: the samples agree .* to rounding"):
         run(tmp_path)
 

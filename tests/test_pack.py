@@ -9,7 +9,7 @@ import pytest
 import sd_toys
 from safetensors.numpy import load_file, save_file
 
-from mmdjax._files.safetensors import CheckpointError, open_safetensors
+from mmdjax.checkpoint import CheckpointError, open_safetensors
 from mmdjax.sd import encode_references, load, load_references
 from mmdjax.sd.pack import identity
 

@@ -15,7 +15,7 @@ import pytest
 import sd_tiny
 from safetensors.numpy import load_file, save_file
 
-from mmdjax._files.safetensors import CheckpointError, open_safetensors
+from mmdjax.checkpoint import CheckpointError, open_safetensors
 from mmdjax.sd.files import open_file
 from mmdjax.sd.models import load_component, load_models, module_from_config, save
 

@@ -12,7 +12,7 @@ import sd_tiny
 from flax.traverse_util import unflatten_dict
 from safetensors.numpy import load_file, save_file
 
-from mmdjax._files.safetensors import Checkpoint, CheckpointError, Entry, open_safetensors, write_safetensors
+from mmdjax.checkpoint import Checkpoint, CheckpointError, Entry, open_safetensors, write_safetensors
 from mmdjax.sd import compvis, convert, single
 from mmdjax.sd.files import open_file, open_folder
 from mmdjax.sd.layers import SpatialAttention

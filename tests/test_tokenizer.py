@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmdjax._files.safetensors import CheckpointError
+from mmdjax.checkpoint import CheckpointError
 from mmdjax.sd.tiny import BYTES, write_vocabulary
 from mmdjax.sd.tokenizer import load_tokenizer
 

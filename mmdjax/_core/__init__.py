@@ -1,1 +1,1 @@
-"""Components as pytrees, numbers, progress bars."""
+"""Numbers with the right derivatives, JAX's modes, progress bars, optional packages."""

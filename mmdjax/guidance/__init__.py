@@ -150,6 +150,11 @@ class MMDGuidance:
         return RULES[rule] if isinstance(rule, str) else rule
 
     @property
+    def where(self) -> str:
+        """`at` as it is written, for messages."""
+        return f'at="{self.at}"' if isinstance(self.at, str) else f"at={shown(self.at)}"
+
+    @property
     def steps(self) -> int:
         """Inner steps a network call, at most."""
         return self.inner_steps or self.placement.steps
@@ -208,8 +213,7 @@ def check_guidance(guidance: Any, refs: Particles, cond: Any) -> None:
     check_kind(guidance)
     check_points("refs", refs, floats=True)
     if isinstance(refs.x, HostReferences) and not guidance.placement.clean:
-        at = f'"{guidance.at}"' if isinstance(guidance.at, str) else shown(guidance.at)
-        raise ValueError(f'at={at} brings references to each noise level; HostReferences need at="denoised"')
+        raise ValueError(f'{guidance.where} brings references to each noise level; HostReferences need at="denoised"')
     if guidance.kernel is None or not guidance.kernel.uses_cond:
         return
     if refs.cond is None:

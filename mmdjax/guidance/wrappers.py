@@ -18,7 +18,7 @@ from mmdjax.guidance import MMDGuidance, check_guidance
 from mmdjax.guidance.bound import BoundGuidance, GuidanceState, bind, fit_kernel, see
 from mmdjax.memory import Memory
 from mmdjax.samplers import Sampler, as_sampler, take_step
-from mmdjax.tree import as_arrays, as_component, check_function, pytree, shown, static
+from mmdjax.tree import as_arrays, as_component, check_function, pytree, static
 
 ROUNDING = 1e-5  # added to a fraction of steps: k/N may fall short of a window's edge at k/N by its last digit
 
@@ -81,8 +81,7 @@ def guide_denoiser(denoiser: Denoiser, guidance: MMDGuidance, refs: Any) -> Guid
     check_guidance(guidance, refs, refs.cond)
     if not guidance.placement.inside:
         raise ValueError(
-            f"at={shown(guidance.at)} moves x after a step, which a denoiser never sees; use guide_sampler, or "
-            'at="denoised"'
+            f'{guidance.where} moves x after a step, which a denoiser never sees; use guide_sampler, or at="denoised"'
         )
     kernel, seen = fit_kernel(guidance, refs), see(guidance, refs)
     return GuidedDenoiser(as_component(denoiser), guidance, kernel, refs, seen)

@@ -1,6 +1,6 @@
 """Stable Diffusion and latent diffusion in Flax, without torch: the models, their converter and whole pipelines."""
 
-from mmdjax._files.safetensors import CheckpointError
+from mmdjax.checkpoint import CheckpointError
 from mmdjax.sd.clip import CLIPText, CLIPTextConfig, TextOutput
 from mmdjax.sd.models import Component, export, load_component, load_models, module_from_config, save
 from mmdjax.sd.pack import ReferencePack, encode_references, load_references

@@ -21,7 +21,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from mmdjax._files.safetensors import MAX_HEADER, Checkpoint, CheckpointError, Stored, header_limit, map_file
+from mmdjax.checkpoint import MAX_HEADER, Checkpoint, CheckpointError, Stored, header_limit, map_file
 
 STORAGES = {
     "DoubleStorage": np.float64,

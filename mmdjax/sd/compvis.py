@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mmdjax._files.safetensors import Checkpoint, Entry
+from mmdjax.checkpoint import Checkpoint, Entry
 from mmdjax.sd.clip import CLIPText
 from mmdjax.sd.unet import UNet2D, UNet2DCondition
 

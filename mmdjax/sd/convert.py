@@ -21,7 +21,7 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from mmdjax._files.safetensors import Checkpoint, CheckpointError, Entry
+from mmdjax.checkpoint import Checkpoint, CheckpointError, Entry
 from mmdjax.sd.clip import CLIPText
 from mmdjax.sd.unet import UNet2D, UNet2DCondition
 

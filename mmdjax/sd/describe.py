@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmdjax._core.extras import installed
-from mmdjax._files.safetensors import CheckpointError, open_safetensors
+from mmdjax.checkpoint import CheckpointError, open_safetensors
 from mmdjax.sd.models import Component, load_models, local_path
 from mmdjax.sd.pack import FORMAT, load_references
 from mmdjax.sd.pipeline import Pipeline

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from mmdjax._core.extras import optional
-from mmdjax._files.safetensors import Checkpoint, CheckpointError, open_safetensors, read_json
+from mmdjax.checkpoint import Checkpoint, CheckpointError, open_safetensors, read_json
 from mmdjax.sd.archive import open_archive
 
 WEIGHTS = re.compile(

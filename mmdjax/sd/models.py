@@ -18,7 +18,7 @@ from flax.traverse_util import unflatten_dict
 
 from mmdjax._core.progress import progress_bar
 from mmdjax._files.atomic import write_json
-from mmdjax._files.safetensors import Checkpoint, CheckpointError, Entry, read_json, write_safetensors
+from mmdjax.checkpoint import Checkpoint, CheckpointError, Entry, read_json, write_safetensors
 from mmdjax.sd import compvis, convert, single
 from mmdjax.sd.clip import CLIPText, CLIPTextConfig
 from mmdjax.sd.config import class_name

@@ -17,8 +17,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from mmdjax._files.fingerprint import arrays_hash, sha256, tree_bytes
-from mmdjax._files.safetensors import CheckpointError, Entry, open_safetensors, write_safetensors
 from mmdjax._points.particles import Particles
+from mmdjax.checkpoint import CheckpointError, Entry, open_safetensors, write_safetensors
 from mmdjax.sd.pipeline import Pipeline
 from mmdjax.sd.prompts import rows
 from mmdjax.tree import short_repr

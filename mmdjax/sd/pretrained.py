@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from mmdjax._core.extras import optional
-from mmdjax._files.safetensors import read_json
+from mmdjax.checkpoint import read_json
 from mmdjax.sd.convert import to_device
 from mmdjax.sd.models import Component, load_models, local_path
 from mmdjax.sd.pipeline import TOKENIZERS, Pipeline

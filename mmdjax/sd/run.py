@@ -30,14 +30,14 @@ from mmdjax._files.atomic import write_json, written_whole
 from mmdjax._files.fingerprint import tree_hash
 from mmdjax._files.lock import NAME as LOCK
 from mmdjax._files.lock import locked
-from mmdjax._files.provenance import provenance
-from mmdjax._files.safetensors import Entry, write_safetensors
 from mmdjax._points.particles import Particles, num_present
+from mmdjax.checkpoint import Entry, write_safetensors
 from mmdjax.guidance import MMDGuidance
 from mmdjax.guidance.bound import fit_kernel
 from mmdjax.metrics import energy_distance
 from mmdjax.mmd import mmd2
 from mmdjax.plots import image_grid, save_labelled_grids
+from mmdjax.provenance import provenance
 from mmdjax.runs import sample_many
 from mmdjax.samplers import DDIM, Sampler
 from mmdjax.sd.pack import ReferencePack

@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from mmdjax._files.safetensors import Checkpoint, CheckpointError
+from mmdjax.checkpoint import Checkpoint, CheckpointError
 
 UNET, VAE, EMA = "model.diffusion_model.", "first_stage_model.", "model_ema."
 TEXTS = (  # component, prefix, whether the names are OpenCLIP's

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Int
 
 from mmdjax._core.extras import optional
-from mmdjax._files.safetensors import CheckpointError, read_json
+from mmdjax.checkpoint import CheckpointError, read_json
 from mmdjax.tree import short_repr
 
 START, END = "<|startoftext|>", "<|endoftext|>"

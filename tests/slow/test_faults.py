@@ -11,8 +11,8 @@ import pytest
 import sd_toys
 from safetensors.numpy import save_file
 
-from mmdjax._files import safetensors as checkpoint
-from mmdjax._files.safetensors import CheckpointError, open_safetensors
+from mmdjax import checkpoint
+from mmdjax.checkpoint import CheckpointError, open_safetensors
 from mmdjax.sd.files import open_file
 from mmdjax.sd.models import load_models
 
