@@ -21,6 +21,7 @@ class Sum(Kernel):
       weights: one number each, default 1.
 
     Example:
+      >>> from mmdjax import IMQ, RBF
       >>> p = Particles(jnp.zeros((1, 2)))
       >>> Sum(RBF(1.0), IMQ(1.0), weights=(1.0, 2.0))(p, p).tolist()
       [[3.0]]
@@ -117,6 +118,7 @@ class Product(Kernel):
       cond: kernel on the conditions (`Delta` for labels; for prompts see `mmdjax.sd.prompt_kernel`).
 
     Example:
+      >>> from mmdjax import RBF
       >>> p = Particles(jnp.zeros((2, 3)), cond=jnp.array([0, 1]))
       >>> Product(x=RBF(1.0), cond=Delta())(p, p).tolist()
       [[1.0, 0.0], [0.0, 1.0]]
@@ -215,6 +217,7 @@ class Mapped(Kernel):
       kernel: on the features.
 
     Example:
+      >>> from mmdjax import Linear
       >>> p = Particles(jnp.ones((1, 4)))
       >>> Mapped(lambda x: x.mean(1), Linear())(p, p).tolist()
       [[1.0]]
