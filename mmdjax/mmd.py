@@ -102,6 +102,12 @@ def cross_term(kernel: Any, p: Particles, q: Particles) -> Float[Array, ""]:
     return pair_sum(kernel, p, p.probabilities(), q, q.probabilities())
 
 
+def estimate(kernel: Any, p: Particles, q: Particles, estimator: str) -> Float[Array, ""]:
+    """`mmd2` of sets that were checked, with a kernel that is fitted."""
+    value = self_term(kernel, p, estimator) - 2 * cross_term(kernel, p, q) + self_term(kernel, q, estimator)
+    return value if estimator == "v" else if_known(value, estimator, p.probabilities(), q.probabilities())
+
+
 @in_own_modes
 def mmd2(kernel: Any, p: Any, q: Any, *, estimator: Estimator = "v") -> Float[Array, ""]:
     """Squared maximum mean discrepancy between two weighted point sets.
@@ -131,9 +137,7 @@ def mmd2(kernel: Any, p: Any, q: Any, *, estimator: Estimator = "v") -> Float[Ar
     Source: Gretton et al. 2012, eq. 3 and 5.
     """
     check_estimator(estimator)
-    kernel, p, q = with_kernel(kernel, estimator=estimator, p=p, q=q)
-    value = self_term(kernel, p, estimator) - 2 * cross_term(kernel, p, q) + self_term(kernel, q, estimator)
-    return value if estimator == "v" else if_known(value, estimator, p.probabilities(), q.probabilities())
+    return estimate(*with_kernel(kernel, estimator=estimator, p=p, q=q), estimator)
 
 
 @in_own_modes

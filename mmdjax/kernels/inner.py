@@ -17,6 +17,7 @@ class Polynomial(Kernel):
     """(xᵀy/D + offset)^degree on flattened samples, D their size. Degree 3 and offset 1 are KID's and the authors'.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> from mmdjax import Particles
       >>> Polynomial()(Particles(jnp.ones((1, 4))), Particles(jnp.ones((1, 4)))).tolist()
       [[8.0]]
@@ -54,6 +55,7 @@ class Cosine(Kernel):
     """xᵀy / (|x||y|) on flattened samples; 0 with a zero vector.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> from mmdjax import Particles
       >>> Cosine()(Particles(jnp.array([[1.0, 0.0]])), Particles(jnp.array([[1.0, 1.0]]))).tolist()
       [[0.707...]]

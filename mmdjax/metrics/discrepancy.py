@@ -18,7 +18,7 @@ from mmdjax._points.blocks import sum_across, sum_within, triangle
 from mmdjax._points.particles import flat, wide_dtype
 from mmdjax.fit import as_sets, with_kernel
 from mmdjax.kernels import Energy, Polynomial
-from mmdjax.mmd import Estimator, check_estimator, distinct_pairs, if_known, pair_norm, per_pair, quotient
+from mmdjax.mmd import Estimator, check_estimator, distinct_pairs, estimate, if_known, pair_norm, per_pair, quotient
 from mmdjax.sampling import check_key
 
 
@@ -58,7 +58,7 @@ def energy_distance(x: Any, y: Any, *, estimator: Estimator = "u") -> Float[Arra
     """
     check_estimator(estimator)
     x, y = as_sets(estimator=estimator, x=x, y=y)
-    return _mmd2(Energy(), x, y, estimator)
+    return _estimate(Energy(), x, y, estimator=estimator)
 
 
 @in_own_modes
@@ -171,15 +171,7 @@ def _form(k, u, v):
     return product(product(u.T, k), v)
 
 
-@functools.partial(jax.jit, static_argnames="estimator")
-def _mmd2(kernel, p, q, estimator):
-    u, v = (r.probabilities()[:, None] for r in (p, q))
-    own = [
-        per_pair(sum_within(kernel.gram, _form, r, w, self_pairs=estimator == "v"), w, estimator)
-        for r, w in ((p, u), (q, v))
-    ]
-    value = jnp.squeeze(own[0] - 2 * sum_across(kernel.gram, _form, p, q, u, v) + own[1])
-    return if_known(value, estimator, u, v)
+_estimate = jax.jit(estimate, static_argnames="estimator")
 
 
 def _root(x):
