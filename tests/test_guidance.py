@@ -1,6 +1,7 @@
 """Truths about the shift: its formula, its placements and its composition."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from toys import neighbours, shift_direction
 
 import mmdjax
 from mmdjax import (
+    DDIM,
     IMQ,
     RBF,
     Cosine,
@@ -23,10 +25,12 @@ from mmdjax import (
     Polynomial,
     Product,
     Sum,
+    guide_denoiser,
+    guide_sampler,
     mmd2,
 )
 from mmdjax._points.distances import spread2, subset
-from mmdjax.guidance import Field
+from mmdjax.guidance import PLACEMENTS, RULES, AtSample, Denoised, Field, Placement, Rule
 from mmdjax.guidance.bound import bind, fit_kernel
 from mmdjax.guidance.field import balance_at
 from mmdjax.guidance.wrappers import ROUNDING
@@ -575,3 +579,105 @@ def test_far_from_tight_references_is_told_by_exact_distances():
     average = averages(IMQ(1.0), z, refs, spread2=spread)
     assert float(average[0, 1]) < 1e-3
     assert float(average[1, 0]) > 0.1
+
+
+# --- placements and rules as objects ------------------------------------------------------------------------------
+
+
+class Redrawn(Denoised):
+    """x̂0 is moved, then x_s drawn anew from it."""
+
+    amount: Any = 1.0
+
+    def settle(self, key, x, x0, t, s):
+        return s.alpha * x0 + self.amount * s.sigma * jax.random.normal(key, x.shape)
+
+
+class ByMedian(Rule):
+    """The step over the batch's own median distance."""
+
+    factor: Any = 1.0
+
+    def prepare(self, sides, level, seen):
+        return jnp.sqrt(jnp.median(sides.distance2()))
+
+    def direction(self, sides, plan):
+        return self.factor * (sides.push()[0] - sides.pull()[0]) / plan
+
+
+T, S = VPLinear()(0.5), VPLinear()(0.3)
+
+
+def one_step(guidance):
+    sampler = guide_sampler(DDIM(), guidance, REFS)
+    return sampler.step(
+        jax.random.key(7), Z, sampler.init(Z), (), lambda x, level, state: (level.alpha * x, state), T, S
+    )[0]
+
+
+@pytest.mark.parametrize(("name", "rule"), [("denoised", "field"), ("sample", "mass"), ("clean", "length")])
+def test_a_name_is_the_object_that_it_names(name, rule):
+    kernel = IMQ(1.5)
+    objects = MMDGuidance(kernel, at=PLACEMENTS[name], precondition=RULES[rule])
+    np.testing.assert_array_equal(one_step(MMDGuidance(kernel, at=name, precondition=rule)), one_step(objects))
+
+
+def test_own_placement_and_its_numbers():
+    key, guidance = jax.random.key(7), MMDGuidance(IMQ(1.5), at=Redrawn(0.5))
+    denoiser = guide_denoiser(lambda params, x, level, cond: level.alpha * x, MMDGuidance(IMQ(1.5)), REFS)
+    noise = jax.random.normal(jax.random.fold_in(key, 1), Z.shape)
+    expected = S.alpha * denoiser(None, Z, T, None) + 0.5 * S.sigma * noise
+    np.testing.assert_allclose(one_step(guidance), expected, rtol=1e-5, atol=1e-6)  # compiled apart
+    slope = jax.grad(lambda amount: one_step(MMDGuidance(IMQ(1.5), at=Redrawn(amount))).sum())(0.5)
+    np.testing.assert_allclose(slope, S.sigma * noise.sum(), rtol=1e-5)
+
+
+def test_own_rule_sees_points_and_combinations_alike():
+    x, y = jax.random.normal(jax.random.key(3), (5, 64)), jax.random.normal(jax.random.key(4), (6, 64)) + 1
+    guidance = MMDGuidance(IMQ(8.0), scale=300.0, precondition=ByMedian(), inner_steps=3)
+    bound = bind(guidance, guidance.kernel, Particles(y))
+    assert bound.distances is not None
+    moved, plain = (b.denoised(x, b.init(x), 0.5)[0] for b in (bound, mmdjax.tree.replace(bound, distances=None)))
+    assert jnp.abs(moved - x).max() > 0.1
+    np.testing.assert_allclose(moved, plain, rtol=1e-4, atol=1e-5)  # float32
+
+
+class Flat(Rule):
+    def direction(self, sides, plan):
+        return jnp.ones(3)
+
+
+class Empty(Rule):
+    pass
+
+
+class Lonely(Placement):
+    def meet(self, key, kernel, refs, memory, s):
+        return kernel
+
+
+class Shrunk(Denoised):
+    def settle(self, key, x, x0, t, s):
+        return x0[:1]
+
+
+class Nowhere(Placement):
+    moves = "x0"
+
+
+@pytest.mark.parametrize(
+    ("parts", "error", "message"),
+    [
+        ({"precondition": Flat()}, ValueError, r"Flat.direction returned shape \(3,\) for particles of shape \(7, 5\)"),
+        ({"precondition": Empty()}, NotImplementedError, "Empty has no direction"),
+        ({"at": Lonely()}, TypeError, r"Lonely.meet returned IMQ.*\(kernel, refs, memory\)"),
+        ({"at": Shrunk()}, ValueError, r"Shrunk.settle returned shape \(1, 5\)"),
+        ({"at": Nowhere()}, ValueError, "Nowhere.moves is 'x0'"),
+        ({"at": AtSample}, TypeError, "at is the class AtSample"),
+        ({"at": 3}, ValueError, "at is 3; choose one of .* or give a mmdjax.guidance.Placement"),
+        ({"precondition": Field}, TypeError, "precondition is the class Field"),
+    ],
+)
+def test_mistakes_in_own_parts_are_named(parts, error, message):
+    with pytest.raises(error, match=message):
+        one_step(MMDGuidance(IMQ(1.5), **parts))

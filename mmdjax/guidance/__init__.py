@@ -108,6 +108,10 @@ class MMDGuidance:
 
     def __post_init__(self):
         _check_choice("at", self.at, PLACEMENTS, Placement)
+        if self.placement.moves not in ("x0_hat", "x_s"):
+            raise ValueError(
+                f'{type(self.placement).__name__}.moves is {self.placement.moves!r}; choose "x0_hat" or "x_s"'
+            )
         check_estimator(self.estimator)
         if self.precondition is not None:
             _check_choice("precondition", self.precondition, RULES, Rule, "None, ")

@@ -20,7 +20,7 @@ from mmdjax.kernels import Kernel, check_fitted
 from mmdjax.memory import Memory
 from mmdjax.mmd import pair_norm, pair_sum
 from mmdjax.schedules import Level
-from mmdjax.tree import pytree, replace, static
+from mmdjax.tree import pytree, replace, shown, static
 
 
 @pytree
@@ -85,7 +85,10 @@ class BoundGuidance:
     ) -> tuple[Array, GuidanceState]:
         """x_s [n, ...], just made by a step from t, moved at level s."""
         placement = self.guidance.placement
-        kernel, refs, memory = placement.meet(key, self.kernel, self.refs, self.memory, s)
+        met = placement.meet(key, self.kernel, self.refs, self.memory, s)
+        if not (isinstance(met, tuple) and len(met) == 3):
+            raise TypeError(f"{type(placement).__name__}.meet returned {shown(met)}; give (kernel, refs, memory)")
+        kernel, refs, memory = met
         if not placement.clean:
             refs = replace(refs, x=self.layout.references(refs.x))
         length = None if self.guidance.inner_steps else placement.length(t, s)
@@ -135,6 +138,11 @@ class BoundGuidance:
 
         def move(plan, z, gathered, state):
             direction = rule.direction(sides(z, gathered), plan)
+            if jnp.shape(direction) != z.shape:
+                raise ValueError(
+                    f"{type(rule).__name__}.direction returned shape {jnp.shape(direction)} for particles of shape "
+                    f"{z.shape}; it must be that of sides.rows.x"
+                )
             if guidance.transform is not None:
                 direction, state = jax.vmap(guidance.transform.update)(direction, state, z)
             z = (z - numbers["scale"] * direction).astype(z.dtype)

@@ -131,7 +131,13 @@ class GuidedSampler:
             states = state, guidance, jnp.zeros_like(x) if settles else ()
             x, inner, (state, guidance, x0) = take_step(self.sampler, key, x, inner, states, guided, t, s)
             if settles:
-                x = placement.settle(noise_key, x, x0, t, s)
+                settled = placement.settle(noise_key, x, x0, t, s)
+                if jnp.shape(settled) != x.shape:
+                    raise ValueError(
+                        f"{type(placement).__name__}.settle returned shape {jnp.shape(settled)} for x of shape "
+                        f"{x.shape}; it must keep it"
+                    )
+                x = settled.astype(x.dtype)
         else:
             x, inner, state = take_step(self.sampler, key, x, inner, state, denoise, t, s)
             x, guidance = self.bound.after_step(noise_key, x, guidance, fraction, t, s)

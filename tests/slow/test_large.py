@@ -20,9 +20,9 @@ from mmdjax import (
     Polynomial,
     Product,
     Sum,
-    blocks,
     mmd2,
 )
+from mmdjax._points import blocks
 from mmdjax.guidance.bound import bind, fit_kernel
 from mmdjax.mmd import cross_term
 from mmdjax.tree import replace
