@@ -137,7 +137,7 @@ def mmd2(kernel: Any, p: Any, q: Any, *, estimator: Estimator = "v") -> Float[Ar
     Source: Gretton et al. 2012, eq. 3 and 5.
     """
     check_estimator(estimator)
-    return estimate(*with_kernel(kernel, estimator=estimator, p=p, q=q), estimator)
+    return estimate(*with_kernel(kernel, estimator=estimator, p=p, q=q), estimator=estimator)
 
 
 @in_own_modes
