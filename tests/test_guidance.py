@@ -623,12 +623,18 @@ def test_a_name_is_the_object_that_it_names(name, rule):
 
 
 def test_own_placement_and_its_numbers():
-    key, guidance = jax.random.key(7), MMDGuidance(IMQ(1.5), at=Redrawn(0.5))
     denoiser = guide_denoiser(lambda params, x, level, cond: level.alpha * x, MMDGuidance(IMQ(1.5)), REFS)
-    noise = jax.random.normal(jax.random.fold_in(key, 1), Z.shape)
-    expected = S.alpha * denoiser(None, Z, T, None) + 0.5 * S.sigma * noise
-    np.testing.assert_allclose(one_step(guidance), expected, rtol=1e-5, atol=1e-6)  # compiled apart
-    slope = jax.grad(lambda amount: one_step(MMDGuidance(IMQ(1.5), at=Redrawn(amount))).sum())(0.5)
+    noise = jax.random.normal(jax.random.fold_in(jax.random.key(7), 1), Z.shape)
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def settled(amount):
+        x = one_step(MMDGuidance(IMQ(1.5), at=Redrawn(amount)))
+        return x.sum(), x
+
+    (_, found), slope = settled(0.5)
+    expected = S.alpha * jax.jit(denoiser)(None, Z, T, None) + 0.5 * S.sigma * noise
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)  # compiled apart
     np.testing.assert_allclose(slope, S.sigma * noise.sum(), rtol=1e-5)
 
 
@@ -637,7 +643,8 @@ def test_own_rule_sees_points_and_combinations_alike():
     guidance = MMDGuidance(IMQ(8.0), scale=300.0, precondition=ByMedian(), inner_steps=3)
     bound = bind(guidance, guidance.kernel, Particles(y))
     assert bound.distances is not None
-    moved, plain = (b.denoised(x, b.init(x), 0.5)[0] for b in (bound, mmdjax.tree.replace(bound, distances=None)))
+    step = jax.jit(lambda bound: bound.denoised(x, bound.init(x), 0.5)[0])
+    moved, plain = map(step, (bound, mmdjax.tree.replace(bound, distances=None)))
     assert jnp.abs(moved - x).max() > 0.1
     np.testing.assert_allclose(moved, plain, rtol=1e-4, atol=1e-5)  # float32
 
