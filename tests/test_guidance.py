@@ -633,7 +633,7 @@ def test_own_placement_and_its_numbers():
         return x.sum(), x
 
     (_, found), slope = settled(0.5)
-    expected = S.alpha * jax.jit(denoiser)(None, Z, T, None) + 0.5 * S.sigma * noise
+    expected = S.alpha * jax.jit(lambda: denoiser(None, Z, T, None))() + 0.5 * S.sigma * noise
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)  # compiled apart
     np.testing.assert_allclose(slope, S.sigma * noise.sum(), rtol=1e-5)
 
