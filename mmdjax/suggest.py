@@ -198,7 +198,7 @@ def suggest_guidance(
                 model=model,
                 num_samples=num_samples,
                 cond=cond,
-                guidance=replace(candidate, kernel=_kernel(candidate)),  # None would be a compilation of its own
+                guidance=replace(candidate, kernel=candidate.base_kernel),  # None would be a compilation of its own
                 sampler=sampler,
                 num_steps=num_steps,
             ).x
@@ -291,15 +291,11 @@ def _median(values, weights):
 def _vary(guidance, smoothness, at, strength):
     """The guidance with its bandwidths and its scale multiplied, at a placement."""
     moved = replace(guidance, at=at, scale=guidance.scale * strength)
-    return moved if smoothness == 1 else replace(moved, kernel=_kernel(moved).widened(smoothness))
-
-
-def _kernel(guidance):
-    return guidance.placement.default_kernel() if guidance.kernel is None else guidance.kernel
+    return moved if smoothness == 1 else replace(moved, kernel=moved.base_kernel.widened(smoothness))
 
 
 def _label(guidance):
-    kernel = re.sub(r"[a-z_]+=", "", repr(_kernel(guidance)))
+    kernel = re.sub(r"[a-z_]+=", "", repr(guidance.base_kernel))
     return f"{guidance.at}, {kernel}, scale {float(guidance.scale):g}"
 
 

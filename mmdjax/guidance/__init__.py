@@ -148,6 +148,11 @@ class MMDGuidance:
         return PLACEMENTS[self.at] if isinstance(self.at, str) else self.at
 
     @property
+    def base_kernel(self) -> Kernel:
+        """The kernel, None filled in; bandwidths may still be left to the references."""
+        return self.placement.default_kernel() if self.kernel is None else self.kernel
+
+    @property
     def rule(self) -> Rule:
         """P_i, None filled in."""
         rule = self.placement.rule if self.precondition is None else self.precondition

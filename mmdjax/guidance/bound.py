@@ -178,8 +178,7 @@ def fit_kernel(guidance: MMDGuidance, refs: Particles, layout: Layout = HERE) ->
       ValueError: a bandwidth comes out as 0, the references being all equal. Inside `jit`, where that is not seen, it
         is NaN.
     """
-    kernel = guidance.placement.default_kernel() if guidance.kernel is None else guidance.kernel
-    kernel = _fit(kernel, refs, layout=layout)
+    kernel = _fit(guidance.base_kernel, refs, layout=layout)
     check_fitted(kernel)
     return kernel
 
@@ -236,7 +235,7 @@ def bind(
 
 def see(guidance: MMDGuidance, refs: Particles, layout: Layout = HERE) -> Any:
     """What the guidance's rule takes from clean references, or from some 16 MB of them; detached. None: nothing."""
-    if not guidance.placement.clean:
+    if not (guidance.placement.clean and guidance.rule.looks):
         return None
     most = max(64, min(SUBSET, PLAIN // row_size(refs.x)))
     looked_at = layout.whole(widen(jax.lax.stop_gradient(subset_of(refs, most))))

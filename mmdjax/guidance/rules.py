@@ -33,6 +33,11 @@ class Rule(Component):
 
     needs: ClassVar[str] = ""
 
+    @property
+    def looks(self) -> bool:
+        """Whether the rule takes anything from the references once a run."""
+        return type(self).from_refs is not Rule.from_refs
+
     def check(self, kernel: Kernel, name: str) -> None:
         """Raise ValueError where the kernel lacks what the rule needs; `name` is what the user called the rule."""
         if self.needs and not (kernel.has_length if self.needs == "length" else kernel.has_mass):
