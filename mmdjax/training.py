@@ -14,7 +14,10 @@ and every usual loss is a choice of the weight w, all predictions being linear i
     EDMLoss   SNR + 1/σ_data²                                    Karras et al. 2022, table 1, over σ/α
 """
 
+import json
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +26,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from mmdjax._core.progress import progress_bar
+from mmdjax._files.atomic import written_whole
+from mmdjax._files.fingerprint import as_used, describe, differences
 from mmdjax._points.particles import Particles, as_particles, check_points
 from mmdjax.denoisers import DiffusionModel
 from mmdjax.sampling import check_key
@@ -30,6 +35,7 @@ from mmdjax.schedules import Level, diffuse
 from mmdjax.tree import pytree
 
 Weighting = Callable[[Level], Array]
+SECONDS = 120  # between two checkpoints
 
 
 def snr(level: Level) -> Array:
@@ -170,6 +176,7 @@ def fit(
     drop_cond: float = 0.0,
     augment: Callable[[Array, Particles], Particles] | None = None,
     chunk: int = 100,
+    checkpoint: str | Path | None = None,
     progress: bool = True,
 ) -> Fitted:
     """Minimise `denoising_loss` over minibatches drawn with replacement, `chunk` steps to a compiled call.
@@ -190,10 +197,14 @@ def fit(
       augment: (key, batch: Particles) -> Particles, inside jit; may change x and cond.
       chunk: steps a compiled call; the bar moves once a call. Give 1 for convolutions on a CPU: inside a loop XLA
         computes the gradients of their weights tens of times slower.
+      checkpoint: a file to keep the training in, written every two minutes and at the end. If the training stops,
+        repeat the call to resume it from there: the result is that of a training that never stopped, bit for bit on the
+        same devices. With more steps the call trains on. A call with other settings fails and lists the differences.
       progress: show a bar.
     Returns:
       Fitted(params, ema_params, losses), a named tuple.
     Raises:
+      FileExistsError: `checkpoint` is of a training with other settings, or not one at all.
       TypeError: data that are not floats, a key that is not typed.
       ValueError: data that do not fit the model or are not finite, numbers out of range, params without float arrays.
       FloatingPointError: the loss is not finite, naming the step.
@@ -241,10 +252,20 @@ def fit(
         carry, loss = step(carry, indices[0])  # no loop, see `chunk`
         return carry, loss[None]
 
+    saved = None
+    if checkpoint is not None:
+        told = {"params": params, "key": jax.random.key_data(key), "data": data, "model": model, "optimizer": optimizer}
+        told |= {"batch_size": batch_size, "ema": ema, "augment": augment, **settings}
+        saved = _Saved(Path(checkpoint), told)
     params = jax.tree.map(jnp.asarray, params)
-    carry, losses = (params, params, optimizer.init(params)), []
-    with progress_bar(total=num_steps, desc="training", disable=not progress) as bar:
-        for start in range(0, num_steps, chunk):
+    carry, losses = (params, params, optimizer.init(params)), [np.zeros(0, np.float32)]
+    if saved is not None:
+        carry, losses = saved.resume(carry, losses)
+    first = len(losses[0])
+    if first > num_steps:
+        raise FileExistsError(f"{checkpoint} has {first} steps, num_steps is {num_steps}; give at least {first}")
+    with progress_bar(total=num_steps, initial=first, desc="training", disable=not progress) as bar:
+        for start in range(first, num_steps, chunk):
             indices = jnp.arange(start, min(start + chunk, num_steps))
             carry, loss = steps(carry, indices, key, data, model)
             losses.append(np.asarray(loss))
@@ -255,7 +276,49 @@ def fit(
                 )
             bar.update(len(loss))
             bar.set_postfix(loss=f"{losses[-1].mean():.4f}")
+            if saved is not None:
+                saved.keep(carry, losses, last=start + chunk >= num_steps)
     return Fitted(carry[0], carry[1], np.concatenate(losses))
+
+
+class _Saved:
+    """A training in a safetensors file: the leaves of the carry by number, the losses, and what defines the training."""
+
+    def __init__(self, path: Path, told: dict[str, Any]):
+        self.path, self.written = path, time.monotonic()
+        self.told = {name: describe(as_used(value)) for name, value in told.items()}
+
+    def resume(self, carry: Any, losses: list) -> tuple[Any, list]:
+        """What the file holds, in place of the beginning that is given; that beginning where there is no file."""
+        from safetensors import SafetensorError, safe_open
+
+        if not self.path.exists():
+            return carry, losses
+        try:
+            with safe_open(self.path, "numpy") as file:
+                told = json.loads((file.metadata() or {}).get("training", "null"))
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+        except (SafetensorError, ValueError):
+            told = None
+        if told is None:
+            raise FileExistsError(f"{self.path} holds no training of mmdjax; remove it, or give another checkpoint")
+        if changed := differences(told, self.told):
+            raise FileExistsError(
+                f"{self.path} is of another training: {'; '.join(changed)}; repeat that call, or give another checkpoint"
+            )
+        leaves, structure = jax.tree.flatten(carry)
+        return structure.unflatten([jnp.asarray(arrays[str(i)]) for i in range(len(leaves))]), [arrays["losses"]]
+
+    def keep(self, carry: Any, losses: list, *, last: bool) -> None:
+        """Write the file if it is time to."""
+        from safetensors.numpy import save_file
+
+        if not last and time.monotonic() - self.written < SECONDS:
+            return
+        arrays = {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(carry))}
+        with written_whole(self.path) as partial:
+            save_file(arrays | {"losses": np.concatenate(losses)}, partial, {"training": json.dumps(self.told)})
+        self.written = time.monotonic()
 
 
 def _as_weighting(weighting: str | Weighting) -> Weighting:

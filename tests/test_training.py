@@ -247,3 +247,55 @@ def test_bad_data_and_params():
         denoising_loss(start, KEY, jnp.zeros((2, 3)), jnp.zeros(3), model=model)
     with pytest.raises(ValueError, match="weighting is 'snr'; choose of"):
         denoising_loss(start, KEY, jnp.zeros((2, 3)), model=model, weighting="snr")
+
+
+def checkpointed(path, num_steps, **settings):
+    data = Particles(jax.random.normal(KEY, (16, 3)))
+    settings = {"optimizer": optax.adam(0.05), "chunk": 4, "progress": False} | settings
+    return fit(jnp.zeros(3), KEY, data, model=model_of(), num_steps=num_steps, checkpoint=path, **settings)
+
+
+def test_stopped_training_goes_on_with_the_same_bits(tmp_path, monkeypatch):
+    monkeypatch.setattr("mmdjax.training.SECONDS", 0)
+    whole = checkpointed(None, 20)
+    calls = iter(range(3))  # two checkpoints are written, then the process dies
+    real = np.concatenate
+
+    def dies(*args):
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("mmdjax.training.np.concatenate", dies)
+        checkpointed(tmp_path / "training", 20)
+    resumed = checkpointed(tmp_path / "training", 20)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert [path.name for path in tmp_path.iterdir()] == ["training"]
+
+
+def test_more_steps_train_on_from_the_checkpoint(tmp_path):
+    checkpointed(tmp_path / "training", 8)
+    np.testing.assert_array_equal(checkpointed(tmp_path / "training", 12).params, checkpointed(None, 12).params)
+
+
+def test_checkpoint_of_another_training_is_refused(tmp_path):
+    path = tmp_path / "training"
+    checkpointed(path, 4)
+    kept = path.read_bytes()
+    with pytest.raises(FileExistsError, match="batch_size was 128 and is 64"):
+        checkpointed(path, 4, batch_size=64)
+    with pytest.raises(FileExistsError, match="optimizer"):
+        checkpointed(path, 4, optimizer=optax.adam(0.1))
+    assert path.read_bytes() == kept
+    path.write_text("notes")
+    with pytest.raises(FileExistsError, match="holds no training"):
+        checkpointed(path, 4)
+    assert path.read_text() == "notes"
+
+
+def test_checkpoint_with_fewer_steps_than_done_is_refused(tmp_path):
+    checkpointed(tmp_path / "training", 8)
+    with pytest.raises(FileExistsError, match="8 steps.*num_steps is 4"):
+        checkpointed(tmp_path / "training", 4)
