@@ -1,6 +1,5 @@
 """What several benchmarks need: drawn inputs, calls timed in turns, a process's memory, Markdown."""
 
-import json
 import re
 import statistics
 import time
@@ -24,11 +23,10 @@ def as_particles(points: Any) -> Any:
 
 
 def write_json(path: str | Path, report: Mapping[str, Any]) -> None:
-    """Write a report as indented JSON; under its name only once it is whole."""
-    partial = Path(f"{path}.part")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(json.dumps(dict(report), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    """`mmdjax.provenance.write_report`, imported when it is called: some benchmarks set up JAX first."""
+    from mmdjax.provenance import write_report
+
+    write_report(path, report)
 
 
 def in_turns(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:

@@ -8,6 +8,7 @@ from mmdjax._points.streaming import HostReferences
 from mmdjax._version import __version__
 from mmdjax.denoisers import DiffusionModel, cfg, from_model
 from mmdjax.digits import load_digits
+from mmdjax.faces import load_faces
 from mmdjax.guidance import MMDGuidance
 from mmdjax.guidance.wrappers import guide_denoiser, guide_sampler
 from mmdjax.kernels import (
@@ -70,6 +71,7 @@ __all__ = [
     "guide_sampler",
     "guided_sample",
     "load_digits",
+    "load_faces",
     "load_samples",
     "median_bandwidth",
     "mmd2",

@@ -17,11 +17,11 @@ EXAMPLE = """example:
   mmdjax inspect path/to/stable-diffusion-v1-5
   mmdjax sample path/to/stable-diffusion-v1-5 --refs pictures/ --prompt "a red cat" -n 16 --out cats
 
-`mmdjax COMMAND --help` tells each option, its default and its units."""
+`mmdjax COMMAND --help` lists the options, their defaults and units."""
 
 
-QUIET_IS_CACHED = """JAX's persistent compilation cache (JAX_COMPILATION_CACHE_DIR=FOLDER) keeps the program that
-samples with --quiet only: the bar of the steps calls back from inside it."""
+QUIET_IS_CACHED = """JAX's persistent compilation cache (JAX_COMPILATION_CACHE_DIR=FOLDER) keeps the sampling program
+only with --quiet, without the progress bar."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -82,14 +82,13 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         required=True,
         metavar="FOLDER",
-        help="a new folder for pictures, figures, latents and run.json; where this command was interrupted, "
-        "repeat it to resume",
+        help="a new folder for pictures, figures, latents and run.json; if the command stops, repeat it to resume",
     )
     group.add_argument(
         "--num-samples", "-n", type=_whole(1), default=8, metavar="N", help="pictures to make (default 8)"
     )
     group.add_argument(
-        "--no-compare", action="store_true", help="leave out the unguided samples of the same noise: half the time"
+        "--no-compare", action="store_true", help="make no unguided samples to compare with, in half the time"
     )
     group = sample.add_argument_group("references")
     group.add_argument(
@@ -105,11 +104,11 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="TEXT",
-        help="may be repeated; sample i takes prompt i modulo their number (default: the references' captions in turn, "
-        "else the empty prompt)",
+        help="may be repeated; samples take the prompts in turn (default: the references' captions, else the empty "
+        "prompt)",
     )
     group.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="text file of prompts, one a line, after those of --prompt"
+        "--prompts", type=Path, metavar="FILE", help="text file with a prompt in each line, after those of --prompt"
     )
     group.add_argument("--negative", default="", metavar="TEXT", help="negative prompt (default: empty)")
     group.add_argument(
@@ -117,7 +116,7 @@ def parser() -> argparse.ArgumentParser:
         type=_real(),
         default=7.5,
         metavar="X",
-        help="strength of classifier-free guidance, by prompts; 1 is none (default 7.5)",
+        help="strength of classifier-free guidance by the prompts; 1 is none (default 7.5)",
     )
     group = sample.add_argument_group("guidance by the references")
     group.add_argument(
@@ -127,15 +126,15 @@ def parser() -> argparse.ArgumentParser:
         "--at",
         choices=("denoised", "sample", "clean", "diffused"),
         default="denoised",
-        help="what the guidance moves, see MMDGuidance (default denoised)",
+        help="what the guidance moves; see help(mmdjax.MMDGuidance) (default denoised)",
     )
     group.add_argument(
         "--memory",
         type=_whole(0),
         default=1000,
         metavar="N",
-        help="where the samples take several batches, each is guided around the last N samples of those before it as "
-        "well, so that small batches align as one large batch does; 0: each batch on its own (default 1000)",
+        help="how many samples of earlier batches the guidance of a batch takes into account, so that small batches "
+        "align as one large batch does; 0: none (default 1000)",
     )
     group = sample.add_argument_group("sampling")
     group.add_argument("--sampler", choices=SAMPLERS, default="ddim", help="default ddim")
@@ -144,17 +143,17 @@ def parser() -> argparse.ArgumentParser:
         type=_whole(1),
         default=50,
         metavar="N",
-        help="steps to a picture, a network call each (default 50; heun takes two calls)",
+        help="steps for each picture, with a network call each; heun: two calls (default 50)",
     )
     group.add_argument(
         "--eta",
         type=_real(0.0),
         default=1.0,
         metavar="X",
-        help="noise of ddim, from 0, deterministic, to 1 (default 1)",
+        help="noise of ddim, from 0 (deterministic) to 1 (default 1)",
     )
     group.add_argument(
-        "--batch-size", type=_whole(1), default=4, metavar="N", help="pictures made at once, at most (default 4)"
+        "--batch-size", type=_whole(1), default=4, metavar="N", help="the most pictures made at once (default 4)"
     )
     group.add_argument(
         "--seed", type=_whole(-(2**31), 2**32 - 1), default=0, metavar="N", help="of the noise (default 0)"
@@ -181,13 +180,13 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--to", choices=("mmdjax", "diffusers"), default="mmdjax", help="layout (default mmdjax)")
     group.add_argument("--dtype", choices=DTYPES, help="cast to (default: as stored)")
 
-    inspect = _command(commands, "inspect", _inspect, "say what a checkpoint is and what it needs in memory")
+    inspect = _command(commands, "inspect", _inspect, "show what a checkpoint is and how much memory it needs")
     _model_options(inspect)
     inspect.add_argument(
         "--batch-size",
         type=_whole(1),
         metavar="N",
-        help="compile the U-Net for N pictures at once and tell the memory it takes here (default: do not compile)",
+        help="compile the U-Net for N pictures at once and report the memory it needs here (default: do not compile)",
     )
     return top
 
@@ -199,9 +198,9 @@ def _command(commands: Any, name: str, run: Any, description: str, epilog: str =
     command.add_argument(
         "--quiet",
         action="store_true",
-        help="no progress bars and no summary; errors, and what was skipped, are still told",
+        help="no progress bars and no summary, only errors and what was skipped",
     )
-    command.add_argument("--traceback", action="store_true", help="show where an error came from")
+    command.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     return command
 
 
@@ -220,15 +219,15 @@ def _model_options(command: argparse.ArgumentParser, computes: bool = True) -> N
         "--tokenizer",
         type=Path,
         metavar="FOLDER",
-        help="CLIP's vocabulary, which single files lack (default: the model's own)",
+        help="CLIP's vocabulary, which single files do not have (default: the model's own)",
     )
     group.add_argument(
         "--prediction",
         choices=("epsilon", "v_prediction", "sample"),
-        help="what the network predicts, where the checkpoint does not say (single files of Stable Diffusion 2)",
+        help="what the network predicts, if the checkpoint does not say (single files of Stable Diffusion 2)",
     )
     if computes:
-        group.add_argument("--dtype", choices=DTYPES, default="float32", help="to compute in (default float32)")
+        group.add_argument("--dtype", choices=DTYPES, default="float32", help="of the computation (default float32)")
 
 
 def _picture_options(group: Any) -> None:
@@ -236,22 +235,22 @@ def _picture_options(group: Any) -> None:
     group.add_argument(
         "--height",
         **sides,
-        help="of all pictures, a multiple of the autoencoder's step, mostly 8 (default: the model's)",
+        help="of all pictures, a multiple of the autoencoder's factor, mostly 8 (default: the model's)",
     )
     group.add_argument("--width", **sides, help="likewise")
     group.add_argument(
         "--captions",
         choices=("use", "ignore"),
         default="use",
-        help="use: each reference pulls the samples whose prompt is like its caption, and if one picture has a caption "
-        "all need one; ignore: as if there were none (default use)",
+        help="use: a reference pulls the samples whose prompt is like its caption; if one picture has a caption, all "
+        "need one. ignore: as if there were none (default use)",
     )
     group.add_argument(
         "--unreadable",
         choices=("refuse", "skip"),
         default="refuse",
-        help="what to do with unreadable pictures, and with captions without picture or the reverse (default refuse). "
-        "Readable ones are cut around their centre and resized",
+        help="what to do with unreadable pictures, captions without a picture, and missing captions: stop or skip them "
+        "(default refuse). Readable pictures are cropped around their centre and resized",
     )
 
 
@@ -285,7 +284,7 @@ def _real(least: float = -math.inf) -> Callable[[str], float]:
 
 
 def _sample(args: argparse.Namespace) -> None:
-    """All that needs no model is checked first, then all that needs no weights; then minutes of loading begin."""
+    """First the checks that need no model, then those that need no weights, as loading takes minutes."""
     _check_together(args)
     prompts = [*args.prompt, *(_lines(args.prompts) if args.prompts else [])]
     from mmdjax import DDIM, DDPM, DPMSolverPP2M, EulerMaruyama, Heun, MMDGuidance
@@ -359,7 +358,7 @@ def _sample(args: argparse.Namespace) -> None:
 
 
 def _check_together(args: argparse.Namespace) -> None:
-    """Options of `mmdjax sample` that would do nothing beside the others."""
+    """Raise ValueError for options of `mmdjax sample` that have no effect beside the others."""
     changed = {"--guidance-scale": args.guidance_scale != 1, "--at": args.at != "denoised"}
     changed |= {"--captions": args.captions != "use", "--unreadable": args.unreadable != "refuse"}
     if args.refs is None:
@@ -496,13 +495,13 @@ def _assembly(args: argparse.Namespace) -> dict[str, Any]:
 
 def _lines(path: Path) -> list[str]:
     if not path.is_file():
-        raise FileNotFoundError(f"--prompts {path} is no file; give a text file, one prompt a line")
+        raise FileNotFoundError(f"--prompts {path} is not a file; give a text file with a prompt in each line")
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except UnicodeDecodeError as error:
         raise ValueError(f"--prompts {path} is not UTF-8 text; save it as such") from error
     if not any(lines):
-        raise ValueError(f"{path} holds no prompts; give one a line")
+        raise ValueError(f"{path} holds no prompts; write one in each line")
     return [line for line in lines if line]
 
 

@@ -1,9 +1,9 @@
 """Reading checkpoint files: safetensors and PyTorch's zip archives as mappings from names to arrays on disk.
 
-Nothing is read until it is asked for: an array is a view of the memory map. Files are not trusted. A safetensors header
-is checked against the file's size before anything is allocated. A `.ckpt` or `.bin` is a pickle, which may name any
-function to be called: here it may name the constructors of tensors and a few inert types, nothing is imported, and any
-other name is an error.
+An array is read only when it is used: it is a view of the memory map. Files are not trusted. A safetensors header is
+checked against the file's size before anything is allocated. A `.ckpt` or `.bin` is a pickle, which can name any
+function to be called. Here it may name only constructors of tensors and a few harmless types; nothing is imported, and
+any other name is an error.
 
 References:
   the safetensors format (github.com/huggingface/safetensors, "Format"); PyTorch's serialization notes (zip of data.pkl
@@ -50,7 +50,7 @@ class CheckpointError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """Where one tensor lies: shape, dtype, the strides in elements (None: C order) and the first byte in a file."""
+    """Where one tensor is in a file: shape, dtype, strides in elements (None: C order) and first byte."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -65,7 +65,7 @@ class Stored:
 
 
 class Entry(NamedTuple):
-    """An array to be written: what the header says of it, and how to get it."""
+    """An array to be written: its shape and dtype for the header, and a function that returns it."""
 
     shape: tuple[int, ...]
     dtype: Any
@@ -73,11 +73,11 @@ class Entry(NamedTuple):
 
 
 class Checkpoint(Mapping[str, np.ndarray]):
-    """Names to arrays, each read from disk when it is asked for.
+    """Names to arrays, each read from disk when it is used.
 
     Args:
-      stored: where each tensor lies, `Stored`, or how to make it of others, `Entry`.
-      source: what to call it in errors.
+      stored: where each tensor is, `Stored`, or how to make it from others, `Entry`.
+      source: its name in error messages.
       metadata: the strings of a safetensors header's `__metadata__`.
     """
 
@@ -104,7 +104,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
         return self.stored[key].shape
 
     def part(self, prefix: str) -> "Checkpoint":
-        """The tensors whose names start with a prefix, without it."""
+        """The tensors whose names start with a prefix, under the rest of their names."""
         found = {key.removeprefix(prefix): value for key, value in self.stored.items() if key.startswith(prefix)}
         return Checkpoint(found, self.source, self.metadata)
 
@@ -171,8 +171,7 @@ def open_safetensors(path: str | Path) -> Checkpoint:
 def write_safetensors(
     path: str | Path, entries: Mapping[str, Entry], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write arrays one after the other: memory for one at a time, and the bytes that the safetensors library would
-    write.
+    """Write arrays one at a time, in the same bytes as the safetensors library.
 
     The file appears under its name once it is whole.
     """
@@ -192,16 +191,43 @@ def write_safetensors(
             file.write(np.ascontiguousarray(entries[key].read()).reshape(-1).view(np.uint8).data)
 
 
-def header_limit(size: int) -> int:
-    """The most bytes of names and shapes that a file of this size may have.
+def load_weights(path: str | Path) -> dict:
+    """A Linen parameter tree from a file of `save_weights`; what it keeps in half precision becomes float32."""
+    from flax.traverse_util import unflatten_dict
+    from safetensors.numpy import load_file
 
-    Parsed they may take thirty times as many, which stays within 32 MiB and twice the file's size.
+    arrays = {name: value.astype(np.float32) for name, value in load_file(path).items()}
+    joined_by = "/" if any("/" in name for name in arrays) else "."  # older files; no module's name has a dot there
+    return unflatten_dict(arrays, sep=joined_by)
+
+
+def save_weights(path: str | Path, params: Any, metadata: dict[str, str], *, dtype: Any = None) -> None:
+    """Write a Linen parameter tree as safetensors, under its paths joined by slashes.
+
+    Args:
+      path: the file; it appears under its name once it is whole.
+      params: nested dictionaries of arrays.
+      metadata: where the weights came from.
+      dtype: to write in, such as float16; by default each array's own.
+    """
+    from flax.traverse_util import flatten_dict
+    from safetensors.numpy import save_file
+
+    flat = flatten_dict(params, sep="/")
+    with written_whole(path) as partial:
+        save_file({name: np.ascontiguousarray(value, dtype) for name, value in flat.items()}, partial, metadata)
+
+
+def header_limit(size: int) -> int:
+    """The largest header accepted in a file of this size.
+
+    Parsed it may take thirty times as much, which stays within 32 MiB and twice the file's size.
     """
     return 2**20 + size // 16
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file's object; CheckpointError where it is none."""
+    """The object in a JSON file; CheckpointError if it holds none."""
     name = f"{path.parent.name}/{path.name}"
     if path.stat().st_size > MAX_JSON:
         raise CheckpointError(f"{name} has {path.stat().st_size:,} bytes, more than a configuration or index has")
@@ -215,5 +241,5 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def map_file(file) -> mmap.mmap:
-    """The whole of an open file, read when touched."""
+    """An open file mapped into memory, read when it is used."""
     return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

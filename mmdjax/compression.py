@@ -1,7 +1,7 @@
-"""Few points or features in place of many references, with the error that this makes.
+"""Few points or features in place of many references, with the error that this causes.
 
-A step of guidance against m references costs in proportion to m. A coreset of s references, or features φ with
-k(x, y) ≈ φ(x)ᵀφ(y), whose mean over the references is one vector, cost the same however many references there were.
+A step of guidance costs in proportion to the number m of references. A coreset of s references costs the same for
+every m. So do features φ with k(x, y) ≈ φ(x)ᵀφ(y): their mean over the references is one vector.
 
     coreset           s references and weights; the MMD between them and all references is computed exactly
     random_features   cosines of random projections (radial kernels); |k̂ − k| bounded by Hoeffding, Rahimi & Recht
@@ -36,11 +36,11 @@ HELD = 10_000  # references whose Gram is held by "thinning": 400 MB
 
 
 class Coreset(NamedTuple):
-    """References that stand for all.
+    """A few weighted references in place of all.
 
     Args:
       particles: s of the references, with weights: refs for `guided_sample`.
-      mmd: their MMD from all references, in the kernel's units; guidance's MMD to them is off by at most as much.
+      mmd: MMD between them and all references, in the kernel's units: the most by which any MMD to them is wrong.
     """
 
     particles: Particles
@@ -51,16 +51,17 @@ class Coreset(NamedTuple):
 def coreset(kernel: Any, refs: Any, size: int, *, method: str = "herding", reweight: bool = True) -> Coreset:
     """A few references whose weighted sum is closest to all of them in MMD.
 
-    "herding" adds the reference that brings the sum closest, one at a time; time m² + m · size kernel values, memory
-    that of blocks. "thinning" starts from all and drops the one that is missed least; m² values, all of them held.
-    Weights of refs are those of the sum to come close to. References of weight 0 are never chosen.
+    "herding" adds one reference at a time, the one that brings the sum closest: m² + m · size kernel values, in blocks.
+    "thinning" starts with all and drops the one whose loss matters least: m² values, all in memory. Weights of refs are
+    taken into account; references of weight 0 are never chosen.
 
     Args:
-      kernel: a bandwidth of None is taken from refs.
+      kernel: a kernel; a bandwidth of None is taken from refs.
       refs: m Particles or an array [m, ...].
-      size: how many to keep. Where fewer have a weight above 0, these are kept, each once: then the result is smaller
-        (inside `jit`, where that is not seen, the rest of it has weight 0).
-      reweight: then give them the best non-negative weights, some of which may be 0; False: equal ones.
+      size: how many to keep. If fewer have a weight above 0, each of these is kept, and the result is smaller (inside
+        `jit` it is filled up with weight 0).
+      method: "herding" or "thinning".
+      reweight: give the chosen ones the best non-negative weights, some of which may be 0; False: equal weights.
     Raises:
       ValueError: size not in 1 … m, a method that does not exist, "thinning" of more than 10,000 references.
 
@@ -70,7 +71,7 @@ def coreset(kernel: Any, refs: Any, size: int, *, method: str = "herding", rewei
       >>> sorted(few.particles.x.ravel().tolist())[-1], bool(few.mmd < 0.05)
       (5.0, True)
 
-    Source: Chen, Welling & Smola 2010; "thinning" is its greedy counterpart from above.
+    Source: Chen, Welling & Smola 2010; "thinning" is the greedy method that removes.
     """
     kernel, refs = with_kernel(kernel, refs=refs)
     if not 1 <= size <= refs.n:
@@ -79,7 +80,7 @@ def coreset(kernel: Any, refs: Any, size: int, *, method: str = "herding", rewei
         raise ValueError(f'method is {method!r}; choose "herding" or "thinning"')
     refs = _counting(refs)
     if method == "thinning" and refs.n > HELD:
-        raise ValueError(f'"thinning" holds the Gram of all references and {refs.n} are too many; use "herding"')
+        raise ValueError(f'"thinning" keeps the Gram of all references, and {refs.n} are too many; use "herding"')
     size = min(int(size), refs.n)
     if method == "herding":
         chosen, square = jax.jit(_herd, static_argnums=2)(kernel, refs, size)
@@ -95,7 +96,7 @@ def coreset(kernel: Any, refs: Any, size: int, *, method: str = "herding", rewei
 
 
 def _counting(refs):
-    """References without those of weight 0, where it is known which they are."""
+    """References without those of weight 0, if weights are concrete."""
     if refs.weight is None or not is_concrete(refs.weight) or (np.asarray(refs.weight) > 0).all():
         return refs
     counts = np.flatnonzero(np.asarray(refs.weight) > 0)
@@ -244,7 +245,7 @@ class RandomFeatures:
         return Mapped(self, Linear())
 
     def pair_bound(self, pairs: int = 1, failure: float = 0.05) -> float:
-        """What |k̂ − k| exceeds for any of so many pairs with at most this probability: √(2 log(2 pairs/δ)/F).
+        """A bound on |k̂ − k| for all of so many pairs, wrong with at most this probability: √(2 log(2 pairs/δ)/F).
 
         Source: Hoeffding's inequality for a mean of F cosines, and the union bound.
         """
@@ -253,7 +254,7 @@ class RandomFeatures:
     def uniform_bound(self, diameter: float, bandwidth: float, failure: float = 0.05) -> float:
         """The same for all pairs in a set of this diameter, for an RBF: ε with 2⁸ (σℓ/ε)² exp(−Fε²/4(d + 2)) = δ.
 
-        σ² = d/h². Above 2 it says nothing; F must be many times d. Source: Rahimi & Recht 2007, claim 1.
+        σ² = d/h². It is useful below 2, for F many times d. Source: Rahimi & Recht 2007, claim 1.
         """
         count, d = self.frequencies.shape
         low, high = 1e-6, 1e6
@@ -269,10 +270,10 @@ def random_features(kernel: Any, key: Array, refs: Any, num: int) -> RandomFeatu
     """Features whose inner products estimate a radial kernel.
 
     Args:
-      kernel: RBF, Laplacian, Matern32, Matern52, IMQ or RationalQuadratic, a bandwidth of None taken from refs; of a
-        tuple of bandwidths each frequency draws one.
+      kernel: RBF, Laplacian, Matern32, Matern52, IMQ or RationalQuadratic. A bandwidth of None is taken from refs; with
+        a tuple of bandwidths one is drawn for each frequency.
       refs: Particles or an array [m, ...].
-      num: F; the features are 2F.
+      num: F; there are 2F features.
     Raises:
       TypeError: a kernel with no known spectrum.
 
@@ -304,7 +305,7 @@ class Nystroem:
       base: k.
       landmarks: L.
       root: K_LL^(−1/2) [s, s].
-      error: the MMD between references before and after the projection is at most this.
+      error: a bound on the MMD between the references before and after the projection.
     """
 
     base: Any
@@ -326,7 +327,7 @@ def nystroem(kernel: Any, refs: Any, landmarks: Any) -> Nystroem:
     """Features from the kernel's values at landmarks.
 
     Args:
-      kernel: on samples, positive definite; a bandwidth of None is taken from refs.
+      kernel: a positive definite kernel on samples; a bandwidth of None is taken from refs.
       refs: m Particles or an array [m, ...].
       landmarks: s Particles or an array: a `coreset` of refs, or some rows of them.
 
@@ -341,7 +342,7 @@ def nystroem(kernel: Any, refs: Any, landmarks: Any) -> Nystroem:
     """
     kernel, landmarks, refs = with_kernel(kernel, landmarks=landmarks, refs=refs)
     if kernel.uses_cond:
-        raise ValueError("Nyström features are of samples alone; give the kernel on x")
+        raise ValueError("Nyström features are of samples, not of conditions; give the kernel on x")
     few = Particles(landmarks.x)
     values, vectors = jnp.linalg.eigh(kernel.gram(few, few, same=True))
     kept = values > values[-1] * few.n * jnp.finfo(values.dtype).eps
@@ -359,10 +360,10 @@ def nystroem(kernel: Any, refs: Any, landmarks: Any) -> Nystroem:
 
 @pytree
 class MeanEmbedding:
-    """References as one vector of features: MMD² and its gradient at a cost that their number does not enter.
+    """References as one vector of features: MMD² and its gradient at a cost that does not depend on their number.
 
     Args:
-      features: x [n, ...] -> φ [n, F], such as `random_features` or `nystroem` give.
+      features: x [n, ...] -> φ [n, F], such as those of `random_features` or `nystroem`.
       mean: Σ_j v_j φ(y_j) [F].
       own: E k̂(y, y') over the references, by `estimator`.
     """
@@ -382,7 +383,7 @@ class MeanEmbedding:
         return (own - 2 * product(mean, self.mean)) / phi.shape[1] + self.own
 
     def gradient(self, z: Any) -> Any:
-        """∂MMD²/∂z_i / u_i, as `mmdjax.guidance.direction` has it with precondition "none"; descend it."""
+        """∂MMD²/∂z_i / u_i, as guidance with precondition="none" has it: move z_i against it."""
         z = whole(as_particles(z, "z"))
         u = z.probabilities()
         phi, pull_back = jax.vjp(self.features, z.x)

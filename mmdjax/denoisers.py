@@ -48,10 +48,10 @@ def from_model(apply: Callable, prediction: Prediction = "eps", time: Callable |
     """A denoiser from a network and what it predicts.
 
     Args:
-      apply: (params, x [n, ...], t [n], cond) -> [n, ...]; t is float32, or float64 where x is. A bound Linen
-        `module.apply` compares by the module's value; any other function by identity, so make it once.
-      prediction: "eps", "v" (α ε − σ x_0), "x0", "score" (∇ log p_t) or "flow" (ε − x_0).
-      time: maps level.t in [0, 1] to what the network wants; `DiscreteTime(T)` for the index of a discrete model.
+      apply: (params, x [n, ...], t [n], cond) -> [n, ...]; t is float32, or float64 if x is. Linen's `module.apply` is
+        compared by the module's value, any other function by identity: make it once, as another one compiles anew.
+      prediction: what the network predicts: "eps", "v" (α ε − σ x_0), "x0", "score" (∇ log p_t) or "flow" (ε − x_0).
+      time: maps level.t in [0, 1] to the network's t; `DiscreteTime(T)` for a model of T levels. None: no change.
     Raises:
       ValueError: another prediction.
       TypeError: `apply` or `time` is not callable.
@@ -80,7 +80,7 @@ def x0_from_prediction(prediction: str, x: Array, output: Array, level: Level) -
     check_array("the network", output)
     if output.shape != x.shape:
         raise ValueError(
-            f"the network returned shape {output.shape} for x of shape {x.shape}; it must return one x0, eps, … each"
+            f"the network returned shape {output.shape} for x of shape {x.shape}; it must return an output for each"
         )
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     x, output = x.astype(dtype), output.astype(dtype)
@@ -100,7 +100,7 @@ def x0_from_prediction(prediction: str, x: Array, output: Array, level: Level) -
 
 
 def prediction_from_x0(prediction: str, x: Array, x0: Array, level: Level) -> Array:
-    """The inverse of `x0_from_prediction`: what the network should have said. [n, ...]."""
+    """The inverse of `x0_from_prediction`: the output of a network whose x̂0 is x0. [n, ...]."""
     alpha, sigma = per_sample(level.alpha, x), per_sample(level.sigma, x)
     eps = (x - alpha * x0) / _off_zero(sigma)
     match prediction:
@@ -124,7 +124,7 @@ def score(denoiser: Denoiser, params: Any, x: Array, level: Level, cond: Any = N
 
 @pytree
 class CFG:
-    """Classifier-free guidance; see `cfg`. `null_cond` is one row [1, ...]: so a label stays an integer."""
+    """Classifier-free guidance; see `cfg`. `null_cond` has one row [1, ...], so that a label stays an integer."""
 
     denoiser: Any
     scale: Any
@@ -138,7 +138,7 @@ class CFG:
         if jax.tree.map(lambda c: c.shape[1:], cond) != jax.tree.map(lambda c: c.shape[1:], null):
             shapes = [jax.tree.map(jnp.shape, tree) for tree in (cond, self.null_cond)]
             raise ValueError(
-                f"cond has shape {shapes[0]} but null_cond {shapes[1]}; null_cond is one sample's, no batch"
+                f"cond has shape {shapes[0]} but null_cond {shapes[1]}; give the null_cond of one sample, no batch axis"
             )
         both = jax.tree.map(lambda a, b: jnp.concatenate([a, b.astype(a.dtype)]), cond, null)
         twice = jax.tree.map(lambda v: v if jnp.ndim(v) == 0 else jnp.concatenate([v, v]), level)
@@ -149,13 +149,13 @@ class CFG:
 def cfg(denoiser: Denoiser, scale: Any, null_cond: Any) -> CFG:
     """Classifier-free guidance: x̂0 = x̂0(∅) + scale (x̂0(cond) − x̂0(∅)), both in one call of twice the batch.
 
-    On x̂0, eps and v it is the same rule, all being linear in each other at a level.  Ho & Salimans 2022, eq. 6.
+    The rule is the same for x̂0, eps and v, as each is linear in the others at a level.  Ho & Salimans 2022, eq. 6.
 
     Args:
       denoiser: a conditional denoiser.
       scale: 1 is plain conditional sampling, 0 unconditional.
-      null_cond: the empty condition of one sample (no batch axis), of cond's structure. With cond=None it is used
-        alone.
+      null_cond: the empty condition of one sample, like one row of cond without the batch axis. With cond=None only
+        this condition is used.
 
     Example:
       >>> toy = from_model(lambda params, x, t, cond: jnp.zeros_like(x) + cond[:, None], "x0")
@@ -208,10 +208,10 @@ class Thresholded:
 
 @pytree
 class DiffusionModel:
-    """A pretrained diffusion model without its parameters: what `guided_sample` runs backwards.
+    """A pretrained diffusion model without its parameters, for `guided_sample`.
 
     A frozen pytree: functions, modules, prediction type and shape are static; cfg scale, null condition and schedule
-    tables are leaves. It may be closed over or passed through `jit`; in the second form new leaves compile nothing.
+    tables are leaves. `jit` may close over it or take it as an argument; new leaves in an argument compile nothing.
 
     Args:
       denoiser: `from_model(...)`, `cfg(...)` or any `(params, x, level, cond) -> x0_hat`.
@@ -253,13 +253,13 @@ class DiffusionModel:
         check_array("the denoiser", x0)
         if x0.shape != x.shape:
             raise ValueError(
-                f"the denoiser returned shape {x0.shape} for x of shape {x.shape}; it must return x0_hat, one each"
+                f"the denoiser returned shape {x0.shape} for x of shape {x.shape}; it must return an x0_hat for each"
             )
         return x0.astype(x.dtype)
 
 
 def check_array(who: str, output: Any) -> None:
-    """Raise TypeError for a model that returns no array, such as a tuple with its state."""
+    """Raise TypeError for a model that returns something other than an array, such as a tuple with its state."""
     if not hasattr(output, "shape"):
         raise TypeError(f"{who} returned {shown(output)}; it must return one array, like x, and nothing else")
 

@@ -13,11 +13,11 @@ s² = 1 − c², hence dc/dλ = c s²:
     dy = [2c (x̂0 − c y) − s² y] dλ + √2 s dw.
 
 Where noise dominates, y is the noise itself, of unit variance; at the clean end it is the sample, in the data's units.
-So a tolerance rtol |y| + atol has a meaning at both ends: atol is a fraction of the noise first, in the data's units
-last. The right sides stay bounded at both ends (dσ/dt is infinite at t = 0 for many schedules), and the SDE's noise is
+So a tolerance rtol |y| + atol has a meaning at both ends: atol is a fraction of the noise at first, and in the data's
+units at last. The right sides stay bounded (dσ/dt is infinite at t = 0 for many schedules), and the SDE's noise is
 additive.
 
-Guidance couples the samples, so the state is the whole batch: one step length for all, chosen for the worst sample.
+Guidance couples the samples, so the state is the whole batch, with one step length, chosen for the worst sample.
 
 References:
   Song et al. 2021 (eq. 6 and 13), Karras et al. 2022 (eq. 1 to 4), Kingma et al. 2021 (log-SNR as time), Kidger 2021
@@ -33,7 +33,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax
-import numpy as np
 from jaxtyping import Array
 
 from mmdjax._core.modes import in_own_modes
@@ -44,7 +43,7 @@ from mmdjax.guidance import MMDGuidance
 from mmdjax.guidance.bound import bind, fit_kernel
 from mmdjax.memory import Memory
 from mmdjax.samplers import DDIM
-from mmdjax.sampling import as_memory, check_call
+from mmdjax.sampling import as_memory, check_call, check_count
 from mmdjax.schedules import Level, Schedule, time_of_log_snr
 from mmdjax.tree import as_arrays, is_concrete, pytree, replace, strong
 
@@ -63,10 +62,10 @@ class AdaptiveSamples:
     Args:
       x: [num_samples, *shape].
       memory: with these samples added, for the next call; None without memory.
-      num_steps: steps tried, one length for the whole batch.
-      num_rejected: of those, how many were too long.
-      num_evaluations: network calls on the whole batch; None for a solver that does not tell (no Runge–Kutta tableau).
-      succeeded: whether the end was reached; where not, x is where the solver stopped (with throw=False).
+      num_steps: steps tried, of one length for the whole batch.
+      num_rejected: how many of these were too long.
+      num_evaluations: network calls on the whole batch; None for a solver without a Runge–Kutta tableau.
+      succeeded: whether the end was reached; if not (with throw=False), x is where the solver stopped.
     """
 
     x: Array
@@ -101,17 +100,17 @@ def probability_flow(
 ) -> AdaptiveSamples:
     """Sample by the probability flow dx̄/dλ = x̂0 − x̄ with an adaptive solver: deterministic given x at t_max.
 
-    Jitted inside, and callable inside `jit`, `vmap` and reverse-mode `grad` (to params, refs, x_init, the numbers in
-    guidance and denoiser; the schedule, t_max, t_min and the tolerances count as constants). Step lengths are not
-    differentiated: the gradient is that of the steps taken, as near to the flow's as the tolerance.
+    The call is jitted, and may be made inside `jit`, `vmap` and reverse-mode `grad` (with respect to params, refs,
+    x_init and the numbers in guidance and denoiser; the schedule, t_max, t_min and the tolerances count as constants).
+    The gradient is that of the steps taken, their lengths held fixed; it is as near to the flow's as the tolerance.
 
-    Guidance moves x̂0 at every network call and keeps nothing between calls: the transform's state starts anew at
-    each, so a momentum acts within the inner steps only. The window is read on 1 − t; the solver steps to its edges
-    and starts afresh there.
+    Guidance moves x̂0 at every network call and keeps no state between calls: the transform's state starts anew, so that
+    a momentum acts only within the inner steps. The window is compared with 1 − t; the solver steps to its edges and
+    starts afresh there.
 
-    diffrax's checks of values call back from the compiled program, with throw=False too, so that JAX's persistent
-    compilation cache (`jax_compilation_cache_dir`) does not keep it. With EQX_ON_ERROR=nan in the environment it does,
-    and what would raise gives NaN.
+    JAX's persistent compilation cache (`jax_compilation_cache_dir`) does not keep the program, because diffrax's checks
+    of values call back from it, even with throw=False. With EQX_ON_ERROR=nan in the environment it is kept, and errors
+    give NaN.
 
     Args:
       params: the model's parameters.
@@ -125,21 +124,21 @@ def probability_flow(
       rtol: relative tolerance of a step on y = x/√(α² + σ²).
       atol: absolute tolerance; y has the data's units at the clean end. The error is the largest of the samples' RMS
         errors.
-      t_max: where x starts, in (t_min, 1]. Where α(t_max) = 0 (rectified flow from t = 1) log-SNR is −∞, and a DDIM
-        step covers the first thousandth of the interval.
-      t_min: where the flow ends, above 0: log-SNR is +∞ at the clean end.
+      t_max: where x starts, in (t_min, 1]. If α(t_max) = 0 (rectified flow from t = 1), log-SNR is −∞ there, and the
+        first thousandth of the interval is one step of DDIM.
+      t_min: where the flow ends, above 0, as log-SNR is +∞ at the clean end.
       final: return x̂0 (guided) at t_min, else x at t_min.
       x_init: x at t_max, [n, *model.shape]; default prior noise.
       memory: None, the capacity of a new memory, or the memory of an earlier call.
       max_steps: give up after so many; with the default adjoint the backward pass keeps about √(2 max_steps) states.
       adjoint: default `diffrax.RecursiveCheckpointAdjoint()`; for forward mode `diffrax.ForwardMode()`.
-      throw: raise when the end is not reached; else see `AdaptiveSamples.succeeded`.
+      throw: raise if the end is not reached; else see `AdaptiveSamples.succeeded`.
     Returns:
       AdaptiveSamples.
     Raises:
       TypeError, ValueError: as `guided_sample`; another placement than "denoised"; t_max, t_min, tolerances or
         max_steps out of range; solver or adjoint not from diffrax.
-      RuntimeError: the end is not reached in max_steps, or a NaN met.
+      RuntimeError: the end is not reached in max_steps, or a value is NaN.
 
     Example:
       >>> from mmdjax.denoisers import from_model
@@ -197,15 +196,14 @@ def reverse_sde(
 ) -> AdaptiveSamples:
     """Sample by the reverse SDE dx̄ = 2 (x̂0 − x̄) dλ + √2 σ̄ dw with an adaptive solver for additive noise.
 
-    The Brownian path is a function of the key alone (`diffrax.VirtualBrownianTree`), so one key is one path at every
-    tolerance: the tolerance is on the path, not only on its law, and samples cost more network calls than by
-    `guided_sample`. No step is shorter than a 4096th of the interval in log-SNR: tolerances that ask for less are not
-    met.
+    The Brownian path depends only on the key (`diffrax.VirtualBrownianTree`): one key gives one path for all
+    tolerances. The tolerance is on the path, not only on its distribution, so that samples cost more network calls than
+    with `guided_sample`. No step is shorter than a 4096th of the interval in log-SNR, whatever the tolerance.
 
-    Everything else, arguments and what is raised, is as for `probability_flow`.
+    All else is as for `probability_flow`.
 
     Args:
-      params: see `probability_flow`, as all that is not listed here.
+      params: the model's parameters.
       key: of the noise at t_max and of the Brownian path.
       refs: references or None.
       model: the diffusion model.
@@ -220,9 +218,9 @@ def reverse_sde(
       final: return x̂0 at t_min, else x at t_min.
       x_init: x at t_max.
       memory: as in `guided_sample`.
-      max_steps: give up after so many.
+      max_steps: give up after this number.
       adjoint: a diffrax adjoint.
-      throw: raise when the end is not reached.
+      throw: raise if the end is not reached.
     Returns:
       AdaptiveSamples.
     Raises:
@@ -266,12 +264,11 @@ def _call(
     check_call(key, refs, model, num_samples, cond, guidance, DDIM(), x_init)
     if refs is not None and not guidance.placement.inside:
         raise ValueError(
-            f"{guidance.where} moves x after a step, which an adaptive solver may reject; use guided_sample, or "
+            f"{guidance.where} moves x after a step, but an adaptive solver may reject steps; use guided_sample, or "
             'at="denoised"'
         )
     _check_numbers(*numbers)
-    if not isinstance(max_steps, (int, np.integer)) or max_steps < 1:
-        raise ValueError(f"max_steps is {max_steps}; give an integer of at least 1")
+    check_count("max_steps", max_steps)
     memory = as_memory(memory, model, cond)
     if not isinstance(solver, diffrax.AbstractSolver):
         raise TypeError(f"solver is {solver!r}; give a solver from diffrax, such as diffrax.Tsit5()")
@@ -441,7 +438,7 @@ def _window_on_log_snr(window: tuple[Any, Any], schedule: Schedule) -> tuple[Arr
 
 
 def _worst_rms(scaled_error: Any) -> Array:
-    """Largest RMS of a sample: easy samples in the batch must not excuse the hard ones."""
+    """The largest RMS of a sample: hard samples must not be averaged with easy ones."""
     rows = scaled_error.reshape(scaled_error.shape[0], -1)
     return safe_sqrt(jnp.mean(rows**2, axis=1)).max()
 

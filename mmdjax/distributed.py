@@ -1,16 +1,17 @@
 """Many devices and many hosts: starting, meshes, placing parameters, and each host's own part of the result.
 
-Thin over JAX's own engine. Every host runs the same program:
+A thin layer over JAX. Every host runs the same program:
 
     initialize()                                    # first of all; on TPU pods, SLURM and Kubernetes without arguments
-    params = shard_params(params, batch_mesh())     # or replicate(...), where they fit on each device
+    params = shard_params(params, batch_mesh())     # or replicate(...), if they fit on each device
     out = guided_sample(params, key, refs, model=model, num_samples=256, sharding=batch_sharding())
-    index, rows = local_rows(out.x)                 # this host's samples, to be written by it
+    index, rows = local_rows(out.x)                 # this host's samples, for it to write
 
-The guidance is that of the whole batch: samples do not depend on the number of devices, to rounding. References that
-exceed a host are split by `jax.make_array_from_process_local_data(batch_sharding(), own_references)`. How to start:
+The whole batch is guided together: samples do not depend on the number of devices, except for rounding. References that
+do not fit on one host are split by `jax.make_array_from_process_local_data(batch_sharding(), own_references)`. How to
+start:
 
-    # a TPU pod slice: everything is found out from the slice
+    # a TPU pod slice: JAX finds the processes by itself
     gcloud compute tpus tpu-vm ssh my-slice --zone us-west4-a --worker=all --command "python sample.py"
 
     # SLURM: one process a GPU
@@ -46,21 +47,20 @@ def initialize(
 ) -> None:
     """Join this process to the others of a run: `jax.distributed.initialize`. Call it before anything else uses JAX.
 
-    On TPU pods, SLURM, Open MPI and Kubernetes it finds everything out by itself. Elsewhere, hosts listed by address,
-    give all three arguments, the address being that of process 0, such as "10.0.0.1:1234", and the same on all hosts.
+    On TPU pods, SLURM, Open MPI and Kubernetes no arguments are needed. Elsewhere give all three: the address of
+    process 0, such as "10.0.0.1:1234", the same on all hosts; how many processes there are; and which one this is.
 
-    A process that dies ends the run: within some `heartbeat_timeout_seconds` the others stop with an error that says
-    so, instead of waiting for it in the next collective.
+    If a process dies, the others stop with an error after about `heartbeat_timeout_seconds`, instead of waiting for it.
 
     Args:
       coordinator_address: host:port of process 0.
       num_processes: how many there are.
       process_id: which one this is, from 0.
-      heartbeat_timeout_seconds: after which silence a process counts as dead.
-      settings: others of `jax.distributed.initialize`, such as local_device_ids and initialization_timeout.
+      heartbeat_timeout_seconds: after how long a silent process counts as dead.
+      settings: other arguments of `jax.distributed.initialize`, such as local_device_ids.
     Raises:
-      ValueError: some of the three arguments without the others.
-      RuntimeError: JAX is in use already, or nothing tells which processes there are.
+      ValueError: one or two of the three arguments.
+      RuntimeError: JAX is in use already, or the processes of the run are not known.
 
     Example:
       >>> initialize("10.0.0.1:1234", num_processes=2)
@@ -84,7 +84,7 @@ def initialize(
     except ValueError as error:
         if missing and "should be defined" in str(error):
             raise RuntimeError(
-                "no TPU pod, SLURM, Open MPI or Kubernetes was found to say which processes there are; give "
+                "found no TPU pod, SLURM, Open MPI or Kubernetes, which list the processes; give "
                 "coordinator_address, num_processes and process_id"
             ) from error
         raise
@@ -96,8 +96,8 @@ def batch_mesh(devices: Sequence[Any] | None = None, *, axis: str = "batch", exp
     Args:
       devices: None for all.
       axis: its name.
-      explicit: whether the axis is Explicit. By default it is Auto: samples split over it are arrays like others, to be
-        sliced and compared at will. Over an Explicit one, references that come split into a `jit` of one's own stay so.
+      explicit: whether the axis is Explicit. By default it is Auto: samples split over it are used like other arrays.
+        With an Explicit axis, split references stay split inside your own `jit`.
 
     Example:
       >>> batch_mesh(jax.devices()[:1]).axis_names
@@ -109,7 +109,7 @@ def batch_mesh(devices: Sequence[Any] | None = None, *, axis: str = "batch", exp
 
 
 def batch_sharding(mesh: Mesh | None = None, axis: str = "batch") -> NamedSharding:
-    """What `guided_sample(sharding=)` takes: the batch split over a mesh axis, by default over all devices.
+    """For `guided_sample(sharding=...)`: the batch split over a mesh axis, by default over all devices.
 
     Raises:
       ValueError: the mesh has no such axis.
@@ -124,16 +124,16 @@ def batch_sharding(mesh: Mesh | None = None, axis: str = "batch") -> NamedShardi
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """A pytree of arrays, whole on every device. Every process must have the same values; they are not compared."""
+    """A pytree of arrays, whole on every device. Every process must give the same values; this is not checked."""
     return jax.tree.map(lambda leaf: _put(leaf, NamedSharding(mesh, P())), tree)
 
 
 def shard_params(params: Any, mesh: Mesh, axis: str = "batch") -> Any:
-    """Parameters split over a mesh axis, each array along its largest dimension that divides; small ones stay whole.
+    """Parameters split over a mesh axis, each array along its longest dimension that the axis divides.
 
-    So they take 1/devices of the memory each, and what a layer needs is gathered when it runs. The axis may be that of
-    the batch. One array is a pytree too: `load(path, put=lambda array: shard_params(array, mesh))` never holds all
-    parameters of a checkpoint on one device.
+    So each device holds its part only, and gathers a layer's parameters when it runs. Small arrays stay whole. The axis
+    may be that of the batch. With `load(path, put=lambda array: shard_params(array, mesh))` no device ever holds all
+    parameters of a checkpoint.
 
     Args:
       params: a pytree of arrays, the same on every process.
@@ -163,7 +163,7 @@ def shard_params(params: Any, mesh: Mesh, axis: str = "batch") -> Any:
 def local_rows(x: Any) -> tuple[Int[np.ndarray, " k"], Shaped[np.ndarray, "k ..."]]:
     """This process's own rows of an array split along its leading axis: their indices in the whole, and the rows.
 
-    Over all processes each row comes exactly once, also where several devices hold it.
+    Over all processes each row comes exactly once, even if several devices hold it.
 
     Raises:
       ValueError: the array is split along another axis.
@@ -177,7 +177,7 @@ def local_rows(x: Any) -> tuple[Int[np.ndarray, " k"], Shaped[np.ndarray, "k ...
         x = jax.numpy.asarray(x)
     n, own = x.shape[0], [shard for shard in x.addressable_shards if shard.replica_id == 0]
     if any(shard.data.shape[1:] != x.shape[1:] for shard in own):
-        raise ValueError(f"x of shape {x.shape} is split as {x.sharding}; only a split of the leading axis has rows")
+        raise ValueError(f"x of shape {x.shape} is split as {x.sharding}; only its leading axis may be split")
     own.sort(key=lambda shard: shard.index[0].start or 0)
     index = [np.arange(n)[shard.index[0]] for shard in own]
     rows = [np.asarray(shard.data) for shard in own]

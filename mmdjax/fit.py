@@ -1,4 +1,4 @@
-"""Point sets that can be compared, and a kernel fitted to them: what `mmd2`, `witness` and every metric begin with."""
+"""Checks of point sets, and kernels fitted to them: what `mmd2`, `witness` and every metric begin with."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from mmdjax.kernels import as_kernel, check_fitted
 
 
 def check_comparable(name_p: str, p: Particles, name_q: str, q: Particles, kernel_uses_cond: bool = True) -> None:
-    """Raise ValueError if two point sets' samples, or conditions where both have them, differ in structure or shape."""
+    """Raise ValueError if the samples of two point sets, or their conditions, differ in structure or shape."""
     for part in ("x", "cond"):
         left, right = getattr(p, part), getattr(q, part)
         if part == "cond" and (left is None or right is None or not kernel_uses_cond):
@@ -40,12 +40,12 @@ def as_sets(
     """The named sets as Particles in at least float32, empty slots filled, whole on every device of Explicit axes.
 
     Args:
-      at_least: samples that a set needs, counting those of weight above 0 where weights are concrete; with the
-        estimator "u" 2 at least, as the own term of one sample is unknown.
+      at_least: the fewest samples of a set, counting those of weight above 0 if weights are concrete; at least 2 with
+        the estimator "u".
     Raises:
-      TypeError: a set is none of arrays.
-      ValueError: a set is empty, too small or not finite, its samples have another shape than the last set's, or it has
-        weights where they mean nothing.
+      TypeError: a set does not hold arrays.
+      ValueError: a set is empty, too small or not finite; its samples have another shape than the last set's; it has
+        weights, and the metric has no meaning for them.
     """
     particles = {name: as_particles(points, name) for name, points in sets.items()}
     last = list(particles)[-1]
@@ -60,12 +60,12 @@ def as_sets(
             remedy = ' by the unbiased estimator; give more, or take estimator="v"' if estimator == "u" else ""
             raise ValueError(f"{name} has {count} samples{why}; at least {at_least} are needed{remedy}")
         if not weighted and points.weight is not None:
-            raise ValueError(f"{name} has weights, which mean nothing here; draw rows in proportion to them instead")
+            raise ValueError(f"{name} has weights, which this metric does not take; draw rows in proportion to them")
     return [widen(points) for points in whole(list(particles.values()))]
 
 
 def with_kernel(kernel: Any, *, fit_to_all: bool = False, **settings: Any) -> tuple[Any, ...]:
-    """`as_sets`, and before them the kernel, with what it takes from references taken from the last set, or from all.
+    """The fitted kernel, then the sets of `as_sets`. Its bandwidths are taken from the last set, or from all.
 
     Raises:
       TypeError: the kernel is not callable, or as `as_sets`.

@@ -1,7 +1,7 @@
 """Past samples, in a ring of fixed capacity.
 
-Finished samples join the generated side of MMD², so that a long run in small batches aligns as one large batch does:
-each new batch sees what has been made. Shapes never change; empty slots have weight 0.
+Finished samples count as generated particles in MMD² but do not move, so that many small batches align as one large
+batch does. Shapes never change; empty slots have weight 0.
 """
 
 from typing import Any
@@ -17,11 +17,13 @@ from mmdjax.tree import pytree, replace
 
 @pytree
 class Memory:
-    """Finished samples that later batches are guided around.
+    """Finished samples, which count as particles in the guidance of later batches but do not move.
+
+    `guided_sample(..., memory=100)` makes one; give its result's `memory` to the next call.
 
     Args:
       particles: the slots; weight 1 where one holds a sample, 0 where it is empty.
-      next: the slot that the next sample goes to.
+      next: index of the slot for the next sample.
 
     Example:
       >>> memory = Memory.empty(3, (2,)).push(Particles(jnp.ones((2, 2))))
@@ -37,9 +39,9 @@ class Memory:
         """A memory without samples.
 
         Args:
-          capacity: how many samples it holds; the oldest make room for new ones.
+          capacity: how many samples it holds; new ones replace the oldest.
           shape: of one sample.
-          cond: conditions [n, ...] of samples to come, for their structure; None if they have none.
+          cond: conditions [n, ...] like those of the samples to come; None if they have none.
         Raises:
           ValueError: capacity below 1.
         """
@@ -60,10 +62,10 @@ class Memory:
         return (self.particles.weight > 0).sum()
 
     def push(self, new: Particles) -> "Memory":
-        """The memory with samples added, the oldest overwritten; of more than `capacity` the last are kept.
+        """The memory with samples added in place of the oldest; of more than `capacity` samples the last are kept.
 
         Raises:
-          TypeError: samples that are complex, or no numbers.
+          TypeError: samples that are complex or not numbers.
           ValueError: samples or conditions of another structure or shape than the memory's.
         """
         held = self.particles
@@ -72,7 +74,7 @@ class Memory:
             same = jax.tree.structure(slots) == jax.tree.structure(rows) and shapes[0] == shapes[1]
             if not same or any(np.shape(leaf)[:1] != (new.n,) for leaf in jax.tree.leaves(rows)):
                 found = jax.tree.map(np.shape, rows)
-                raise ValueError(f"memory holds {name} of shape {shapes[0]}; give [n, ...] of them, not {found}")
+                raise ValueError(f"memory holds {name} of shape {shapes[0]}; give [n, ...] of these, not {found}")
             if any(jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating) for leaf in jax.tree.leaves(rows)):
                 raise TypeError(f"the new {name} are complex; a memory holds real numbers")
         kept = min(new.n, self.capacity)
@@ -86,7 +88,7 @@ class Memory:
         return replace(self, particles=particles, next=(self.next + new.n) % self.capacity)
 
     def reset_when_full(self) -> "Memory":
-        """Only the last sample kept once every slot is taken, as the published code does before a batch."""
+        """The memory, or if it is full only its last sample: what the published code does before a batch."""
         last = (jnp.arange(self.capacity) == (self.next - 1) % self.capacity).astype(self.particles.weight.dtype)
         weight = jnp.where(self.count == self.capacity, last, self.particles.weight)
         return replace(self, particles=replace(self.particles, weight=weight))

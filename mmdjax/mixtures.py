@@ -1,10 +1,10 @@
-"""Gaussian mixtures as diffusion models: the denoiser is exact, so that what guidance does is all there is to see.
+"""Gaussian mixtures as diffusion models. The denoiser is exact, so that nothing but the guidance has an error.
 
 For p = Σ_k π_k N(μ_k, s_k² I) and x_t = α x_0 + σ ε,
 
     E[x_0 | x_t] = Σ_k r_k [μ_k + g_k (x_t − α μ_k)],   g_k = α s_k² / (α² s_k² + σ²),
 
-with r_k the share of component k in the density of x_t.
+where r_k is the share of component k in the density of x_t.
 """
 
 from typing import Any

@@ -4,8 +4,8 @@ For P = Σ u_i δ(x_i), Q = Σ v_j δ(y_j) with weights summing to one,
 
     MMD²_v(P, Q) = uᵀ K_xx u − 2 uᵀ K_xy v + vᵀ K_yy v,
 
-and MMD²_u leaves the self-pairs out: uᵀ K_xx u becomes Σ_{i≠j} u_i u_j k(x_i, x_j) / (1 − Σ u_i²). For one particle
-that is unknown: `mmd2` refuses it; the guidance, whose gradient does not ask for it, takes 0.
+and MMD²_u leaves the self-pairs out: uᵀ K_xx u becomes Σ_{i≠j} u_i u_j k(x_i, x_j) / (1 − Σ u_i²). That is undefined
+for one particle: `mmd2` raises an error, and the guidance, whose gradient does not depend on it, takes 0.
 
 References:
   Gretton et al., A Kernel Two-Sample Test, JMLR 2012, eq. 3 ("u") and 5 ("v").
@@ -33,7 +33,7 @@ def check_estimator(estimator: str) -> None:
 
 
 def distinct_pairs(u: Array) -> Array:
-    """Σ_{i≠j} u_i u_j to the last digits, also where one u is nearly all: (Σu)² − Σu² would cancel."""
+    """Σ_{i≠j} u_i u_j without cancellation, which (Σu)² − Σu² has if one u is nearly all of the sum."""
     u = u.reshape(-1)
     largest = jnp.arange(u.size) == jnp.argmax(u)
     top, others = jnp.where(largest, u, 0.0).sum(), jnp.where(largest, 0.0, u)
@@ -41,7 +41,7 @@ def distinct_pairs(u: Array) -> Array:
 
 
 def pair_norm(u: Array, estimator: str) -> Array:
-    """What uᵀKu is divided by: 1 ("v"), or 1 − Σu² ("u"; ∞ for one particle, whose term is then 0)."""
+    """The divisor of uᵀKu: 1 ("v"), or 1 − Σu² ("u"; ∞ for one particle, whose term is then 0)."""
     if estimator == "v":
         return jnp.ones((), u.dtype)
     rest = 1 - jnp.sum(u**2)
@@ -55,13 +55,13 @@ def per_pair(total: Array, u: Array, estimator: str) -> Array:
 
 
 def quotient(x: Array, y: Array) -> Array:
-    """x / y for y ≥ 0, differentiable also where y² is no number of the type."""
+    """x / y for y ≥ 0, with a finite derivative even if y² underflows."""
     scale = jax.lax.stop_gradient(jnp.where((y > 0) & (y < 1e-10), 1 / jnp.where(y > 0, y, 1.0), 1.0))
     return (x * scale) / (y * scale)
 
 
 def if_known(value: Array, estimator: str, *weights: Array) -> Array:
-    """A public estimate; NaN where all weight is one particle's, so that its own term in "u" is unknown."""
+    """The value, or NaN if one particle has all the weight, for which "u" is undefined."""
     known = [jnp.isfinite(pair_norm(jax.lax.stop_gradient(u), estimator)) for u in weights]
     return jnp.where(jnp.stack(known).all(), value, jnp.nan)
 
@@ -69,7 +69,7 @@ def if_known(value: Array, estimator: str, *weights: Array) -> Array:
 def pair_sum(
     kernel: Any, p: Particles, u: Array, q: Particles, v: Array, *, same: bool = False, self_pairs: bool = True
 ) -> Float[Array, ""]:
-    """Σ_ij u_i v_j k(x_i, y_j); with `same` x_i and y_i are one point, and the pairs of it may be left out."""
+    """Σ_ij u_i v_j k(x_i, y_j); with `same`, x_i and y_i are one point, and self-pairs may be left out."""
     if not same:
         return sum_across(kernel.gram, _form, p, q, u, v)
     if p is q:
@@ -103,7 +103,7 @@ def cross_term(kernel: Any, p: Particles, q: Particles) -> Float[Array, ""]:
 
 
 def estimate(kernel: Any, p: Particles, q: Particles, estimator: str) -> Float[Array, ""]:
-    """`mmd2` of sets that were checked, with a kernel that is fitted."""
+    """`mmd2` of checked sets with a fitted kernel."""
     value = self_term(kernel, p, estimator) - 2 * cross_term(kernel, p, q) + self_term(kernel, q, estimator)
     return value if estimator == "v" else if_known(value, estimator, p.probabilities(), q.probabilities())
 
@@ -112,21 +112,19 @@ def estimate(kernel: Any, p: Particles, q: Particles, estimator: str) -> Float[A
 def mmd2(kernel: Any, p: Any, q: Any, *, estimator: Estimator = "v") -> Float[Array, ""]:
     """Squared maximum mean discrepancy between two weighted point sets.
 
-    Differentiable in points, weights and the kernel's numbers, coincident points included.
+    Differentiable with respect to points, weights and the kernel's numbers, also where points coincide.
 
     Args:
-      kernel: a bandwidth of None is taken from q.
-      p: n particles, or an array or pytree of arrays [n, ...]; zero-weight rows drop out.
+      kernel: a kernel; a bandwidth of None is taken from q.
+      p: n particles: an array or pytree of arrays [n, ...], or `Particles` with weights.
       q: m particles, likewise.
-      estimator: "v", biased, zero when p and q coincide; "u", unbiased and possibly negative, of two particles or
-        more.
+      estimator: "v": biased, zero if p and q coincide. "u": unbiased, may be negative, needs two particles in each set.
     Returns:
       Scalar, in the kernel's units.
     Raises:
-      TypeError: p or q holds something else than arrays of numbers.
-      ValueError: the samples' shapes differ (both are named), a Product kernel meets particles without cond, q gives
-        a bandwidth of 0, all of it being equal, or "u" and a set of one particle, or of one that has all the weight
-        (inside `jit`, where weights are not seen, NaN).
+      TypeError: p or q holds something other than numbers.
+      ValueError: the samples' shapes differ; a Product kernel, but particles without cond; a bandwidth taken from q,
+        whose points are all equal; "u", and one particle has all the weight of a set (NaN inside `jit`).
 
     Example:
       >>> from mmdjax import RBF
@@ -142,12 +140,13 @@ def mmd2(kernel: Any, p: Any, q: Any, *, estimator: Estimator = "v") -> Float[Ar
 
 @in_own_modes
 def witness(kernel: Any, p: Any, q: Any, points: Any) -> Float[Array, " k"]:
-    """The witness function f(z) = E k(z, x) − E k(z, y): positive where p has too much mass, negative where q has more.
+    """The witness function f(z) = E k(z, x) − E k(z, y): positive where p has more mass, negative where q has more.
 
-    Half of MMD²'s functional derivative in p: a particle of p descends it.  Gretton et al. 2012, section 2.3.
+    It is half of MMD²'s functional derivative in p, so guidance moves particles of p down its gradient.  Gretton et al.
+    2012, section 2.3.
 
     Args:
-      kernel: a bandwidth of None is taken from q.
+      kernel: a kernel; a bandwidth of None is taken from q.
       p: n particles or an array [n, ...].
       q: m particles or an array [m, ...].
       points: z, k particles or an array [k, ...].
@@ -169,11 +168,11 @@ def witness(kernel: Any, p: Any, q: Any, points: Any) -> Float[Array, " k"]:
 def attribution(kernel: Any, points: Any, refs: Any) -> Float[Array, "n m"]:
     """The share of each reference in the pull on each point: v_j k(z_i, y_j) / Σ_l v_l k(z_i, y_l); rows sum to 1.
 
-    Far from all references, where the kernel underflows, it is the limit: the nearest ones' share of an RBF. A row is
-    0 where nothing pulls, as for a label that no reference has.
+    Far from all references, where the kernel underflows, the limit is returned: for an RBF the nearest reference has
+    all. A row is 0 if no reference pulls, as for a label that none has.
 
     Args:
-      kernel: a non-negative one, such as that of the guidance; a bandwidth of None is taken from refs.
+      kernel: a non-negative kernel, such as that of the guidance; a bandwidth of None is taken from refs.
       points: n particles or an array [n, ...].
       refs: m particles or an array [m, ...].
     Raises:

@@ -2,7 +2,7 @@
 
 import functools
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ def image_grid(images: Any, *, columns: int, scale: int = 1, margin: int = 1) ->
 
     Args:
       images: [n, height, width, 1 or 3] in [−1, 1]; values outside are clipped.
-      columns: images a row.
-      scale: pixels a pixel.
-      margin: between images, in pixels of the picture.
+      columns: images in a row.
+      scale: each pixel becomes scale × scale pixels.
+      margin: pixels between images.
     Raises:
       ValueError: images of another shape, or none.
 
@@ -47,32 +47,43 @@ def image_grid(images: Any, *, columns: int, scale: int = 1, margin: int = 1) ->
     return Image.fromarray(sheet)
 
 
-def save_labelled_grids(path: str | Path, grids: dict[str, Any], *, columns: int = 8, scale: int = 6) -> Path:
+def save_labelled_grids(
+    path: str | Path,
+    grids: dict[str, Any] | Sequence[dict[str, Any]],
+    *,
+    columns: int | Sequence[int] = 8,
+    scale: int = 6,
+) -> Path:
     """Write several image grids side by side, each under its title, as one PNG; complete or not at all.
 
     Args:
       path: the file; its folder is made.
-      grids: title -> images [n, height, width, 1 or 3] in [−1, 1].
-      columns: images a row in each grid.
-      scale: pixels a pixel.
+      grids: title -> images [n, height, width, 1 or 3] in [−1, 1]. A list of such: one row of grids below the other.
+      columns: images in a row of each grid; a list gives one number for each row of grids.
+      scale: each pixel becomes scale × scale pixels.
     Returns:
       The path.
     """
     from PIL import Image, ImageDraw, ImageFont
 
     path = Path(path)
-    pictures = {
-        title: image_grid(images, columns=columns, scale=scale, margin=scale) for title, images in grids.items()
-    }
+    rows = [grids] if isinstance(grids, dict) else list(grids)
+    widths = [columns] * len(rows) if isinstance(columns, int) else list(columns)
     gap, header, font = 16, 34, ImageFont.load_default(size=16)
-    widths = [max(picture.width, round(font.getlength(title))) for title, picture in pictures.items()]
-    size = (sum(widths) + gap * (len(pictures) + 1), max(p.height for p in pictures.values()) + header + gap)
-    sheet = Image.new("RGB", size, "white")
-    draw, left = ImageDraw.Draw(sheet), gap
-    for (title, picture), width in zip(pictures.items(), widths, strict=True):
-        draw.text((left, 8), title, fill="black", font=font)
-        sheet.paste(picture, (left, header))
-        left += width + gap
+    placed, bottom, right = [], 0, 0  # (title, picture, left, top)
+    for row, number in zip(rows, widths, strict=True):
+        left, top, height = gap, bottom + header, 0
+        for title, images in row.items():
+            picture = image_grid(images, columns=number, scale=scale, margin=scale)
+            placed.append((title, picture, left, top))
+            left += max(picture.width, round(font.getlength(title))) + gap
+            height = max(height, picture.height)
+        bottom, right = top + height + gap, max(right, left)
+    sheet = Image.new("RGB", (right, bottom), "white")
+    draw = ImageDraw.Draw(sheet)
+    for title, picture, left, top in placed:
+        draw.text((left, top - header + 8), title, fill="black", font=font)
+        sheet.paste(picture, (left, top))
     with written_whole(path) as partial:
         sheet.save(partial, format="PNG")
     return path
@@ -104,16 +115,16 @@ def before_after(
     target_density: Callable[[np.ndarray], Any] | None = None,
     shown_paths: int = 40,
 ) -> Any:
-    """Three panels of points in the plane: references, unguided and guided samples, these with their paths.
+    """Three panels of points in the plane: references, unguided samples, guided samples with their paths.
 
     Args:
       refs: [m, 2].
       unguided: [n, 2].
       guided: [n, 2].
-      path: [num_steps, n, 2], `trace.path` of `guided_sample(..., keep_path=True)`; None: without paths.
+      path: [num_steps, n, 2], `trace.path` of `guided_sample(..., keep_path=True)`; None: no paths.
       model_density: points [k, 2] -> log density [k], drawn as contours under the unguided samples.
       target_density: likewise, under the other two.
-      shown_paths: samples whose paths are drawn.
+      shown_paths: how many samples' paths are drawn.
     Raises:
       ValueError: points that are not in the plane.
     """
@@ -138,7 +149,7 @@ def before_after(
 
 
 def trace_curves(traces: dict[str, Any]) -> Any:
-    """MMD² to the references, and the mean length of the shifts, against the fraction of steps done.
+    """Curves of MMD² to the references, and of the mean length of the shifts, over the fraction of steps done.
 
     Args:
       traces: label -> `Samples.trace`. An unguided run has no MMD²: give the trace of one with `MMDGuidance(scale=0)`.
@@ -158,15 +169,16 @@ def trace_curves(traces: dict[str, Any]) -> Any:
 
 
 def witness_map(kernel: Any, points: dict[str, Any], refs: Any, *, resolution: int = 120) -> Any:
-    """The witness function between samples and references in the plane, a panel a set of samples.
+    """The witness function between samples and references in the plane, in a panel for each set of samples.
 
-    Red: too many samples, which guidance moves away. Blue: too few, where it moves them to. One colour scale for all.
+    Red: too many samples; guidance moves them away. Blue: too few; it moves samples there. All panels have one colour
+    scale.
 
     Args:
       kernel: as for `witness`.
       points: title -> samples [n, 2].
       refs: references [m, 2].
-      resolution: values along each side.
+      resolution: grid points along each side.
     """
     sets = {title: np.asarray(p) for title, p in points.items()}
     low, high = _limits(np.concatenate([np.asarray(refs), *sets.values()]))
@@ -186,15 +198,15 @@ def witness_map(kernel: Any, points: dict[str, Any], refs: Any, *, resolution: i
 
 
 def attribution_grid(kernel: Any, samples: Any, refs: Any, *, rows: int = 8, top: int = 4, scale: int = 4) -> Any:
-    """Images: each sample, then the references that pulled it most, as one `PIL.Image`; see `mmdjax.mmd.attribution`.
+    """Images: each sample, then the references that pull it most, as one `PIL.Image`; see `mmdjax.mmd.attribution`.
 
     Args:
-      kernel: of the guidance.
-      samples: [n, h, w, c] in [−1, 1], or Particles of such, with the conditions that the kernel compares.
+      kernel: the kernel of the guidance.
+      samples: [n, h, w, c] in [−1, 1], or Particles of such images, with the conditions that the kernel compares.
       refs: likewise.
-      rows: samples shown.
-      top: references each.
-      scale: pixels a pixel.
+      rows: how many samples are shown.
+      top: how many references for each.
+      scale: each pixel becomes scale × scale pixels.
     """
     shares = np.asarray(attribution(kernel, samples, refs))[:rows]
     of_samples, of_refs = (np.asarray(as_particles(points).x) for points in (samples, refs))

@@ -1,8 +1,13 @@
-"""What a result was made with: the device, the processor and the versions that decide numbers and speed."""
+"""What a result was made with: device, processor and versions, as they affect numbers and speed."""
 
 import os
 import platform
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from mmdjax._files.atomic import write_json
 
 PACKAGES = ("mmdjax", "jax", "jaxlib", "numpy", "optax", "flax")
 
@@ -23,6 +28,19 @@ def provenance() -> dict[str, str]:
         "python": platform.python_version(),
         **{package: _version(package) for package in PACKAGES},
     }
+
+
+def write_report(path: str | Path, report: Mapping[str, Any]) -> None:
+    """Write a result as indented JSON. The file appears under its name once it is whole; its folder is made.
+
+    Example:
+      >>> import tempfile
+      >>> path = Path(tempfile.mkdtemp()) / "results" / "speed.json"
+      >>> write_report(path, {**provenance(), "seconds": 1.2})
+      >>> '"seconds": 1.2' in path.read_text()
+      True
+    """
+    write_json(path, report)
 
 
 def _version(package: str) -> str:

@@ -1,17 +1,17 @@
 """Runs of more samples than one batch: written as they are made, resumed after any interruption.
 
     manifest.json            what defines the run: settings, hashes of parameters, references and conditions, versions
-    batch-00000.safetensors  "x" [b, *shape]; the batch's trace, "mmd2" and "shift_norm" [num_steps]; and, where the
-                             guidance remembers something else than x (`MMDGuidance.paper`), "remembered"
+    batch-00000.safetensors  "x" [b, *shape]; the batch's trace, "mmd2" and "shift_norm" [num_steps]; and "remembered",
+                             if the guidance remembers something other than x (`MMDGuidance.paper`)
 
 Batch i is made from `fold_in(key, i)` and the memory of batches 0 to i − 1, which is read back from their files. So
 every batch follows from the manifest and the batches before it. One that is missing or damaged is made again, the same
 bit for bit on the same devices. A batch's metadata hold the hash of the manifest's definition, its rows, and the hash
 of its whole content, so that each file can be checked by itself. A file appears under its name only once it is whole.
 
-The manifest describes values as JAX uses them (`mmdjax._files.fingerprint`): float64 references are described as the
-float32 that they become. Manifests of the first format describe them as they were given, and tell less of functions;
-such a run is resumed where all that its manifest tells is the same.
+The manifest describes values as JAX uses them (`mmdjax._files.fingerprint`): float64 references as the float32 that
+they become. Manifests of the first format describe them as they were given, and functions in less detail; such a run is
+resumed if all that its manifest describes is the same.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ from mmdjax.guidance import MMDGuidance
 from mmdjax.memory import Memory
 from mmdjax.provenance import provenance
 from mmdjax.samplers import DDIM, Sampler
-from mmdjax.sampling import as_memory, check_call, guided_sample
+from mmdjax.sampling import as_memory, check_call, check_count, check_rows, guided_sample
 from mmdjax.schedules import uniform_times
 from mmdjax.tree import as_arrays, replace
 
@@ -94,29 +94,30 @@ def sample_many(
     only with XLA_FLAGS=--xla_gpu_deterministic_ops=true.
 
     A call with other settings than the folder's fails and lists the differences. Settings are compared by value, as JAX
-    uses them: references in float64 are those in float32, equal weights are no weights, and `times` that are
-    `num_steps`' grid are `num_steps`. Functions are compared by their code and what they close over. Changes that are
-    not seen: what a function reads from its module's globals, the code of installed packages other than mmdjax and JAX,
-    and what Python cannot look into, such as a generator or an open file.
+    uses them: float64 references equal the same in float32, equal weights equal no weights, and `times` equal to the
+    grid of `num_steps` equal `num_steps`. Functions are compared by their code and the values that they close over. Not
+    compared: globals that a function reads, the code of installed packages other than mmdjax and JAX, and objects
+    without readable contents, such as a generator or an open file.
 
-    The last batch is made in full and cut to what is left, so that nothing compiles twice. The conditions of its
-    surplus samples are those of the first ones.
+    The last batch is made in full and cut, so that nothing compiles twice. Its surplus samples take the conditions of
+    the first samples.
 
     Args:
-      params, key, refs, model, guidance, sampler, num_steps, times, sharding, checks: as in `guided_sample`; the usual
-        sampler is `DDPM()`, as DDIM(eta=1.0).
-      num_samples: N, of the whole run.
+      params, key, refs, model, guidance, sampler, num_steps, times, sharding, checks: as in `guided_sample`. References
+        are an array [m, *model.shape] or `Particles`.
+      num_samples: N, the number of samples of the whole run.
       out: a folder for this run alone. It is made if it does not exist.
-      batch_size: samples made at once.
+      batch_size: n, samples made at once. They are guided together.
       cond: conditions of all N samples, a pytree of [N, ...], or None. If that is too large: a function that takes an
         array of b row numbers below N and returns the conditions of these rows, [b, ...].
-      memory: None, the capacity of a memory of earlier batches, or the memory to begin with. With it many small batches
-        align as one large batch does.
-      each: a function, called for every batch in order, also for those made by an earlier call, once it is on disk:
-        each(first_row, x).
+      memory: the number of samples of earlier batches that are remembered: they count as particles in the guidance but
+        do not move, so that many small batches align as one large batch does. Or a `Memory` to begin with. None: each
+        batch is guided by itself.
+      each: a function each(first_row, x), called for every batch in order once it is on disk, also for those made by an
+        earlier call.
       progress: show bars, with the time left.
     Returns:
-      The samples, read from disk as they are used.
+      SavedSamples: like an array of N samples (`len`, indices, slices, `np.asarray`), read from disk when used.
     Raises:
       FileExistsError: `out` holds other files, or a run with other settings; the message lists the differences.
       BlockingIOError: another process is using `out`.
@@ -136,13 +137,11 @@ def sample_many(
       (SavedSamples(10 of float32[2]), (2, 2))
     """
     refs = None if refs is None else as_particles(refs)
-    for name, number in (("num_samples", num_samples), ("batch_size", batch_size)):
-        if not isinstance(number, (int, np.integer)) or number < 1:
-            raise ValueError(f"{name} is {number}; give an integer of at least 1")
-    cond = cond if callable(cond) else as_arrays("cond", cond)
-    for leaf in () if callable(cond) else jax.tree.leaves(cond):
-        if np.shape(leaf)[:1] != (num_samples,):
-            raise ValueError(f"cond has shape {np.shape(leaf)}; it needs one row for each of the {num_samples} samples")
+    check_count("num_samples", num_samples)
+    check_count("batch_size", batch_size)
+    if not callable(cond):
+        cond = as_arrays("cond", cond)
+        check_rows(cond, num_samples)
     num_samples, batch_size = int(num_samples), min(int(batch_size), int(num_samples))
     cond = cond if callable(cond) else jax.tree.map(on_host, cond)  # rows are taken there, however it lies on a mesh
     first = _rows(cond, 0, batch_size, num_samples)
@@ -166,7 +165,7 @@ def sample_many(
         "times": times, "progress": progress, "sharding": sharding, "checks": checks,
     }  # fmt: skip
     if not isinstance(out, str | os.PathLike) or (Path(out).exists() and not Path(out).is_dir()):
-        raise NotADirectoryError(f"out is {out!r}, which is no folder; give one, or a path that does not exist")
+        raise NotADirectoryError(f"out is {out!r}, which is not a folder; give one, or a path that does not exist")
     memory = as_memory(memory, model, first)
     mesh = layout_of(sharding, batch_size, refs, (params, first, memory)).mesh
     process = jax.process_index()
@@ -204,11 +203,13 @@ def sample_many(
 
 
 def load_samples(out: str | Path, *, partial: bool = False) -> "SavedSamples":
-    """The samples of a finished run of `sample_many`, read from disk as they are used, each file checked by its hash.
+    """The samples of a finished run of `sample_many`, read from disk when used; each file is checked by its hash.
 
     Args:
       out: the run's folder.
       partial: load an unfinished run too, up to its first missing batch.
+    Returns:
+      SavedSamples, as from `sample_many`.
     Raises:
       FileNotFoundError: there is no run in the folder.
       CheckpointError: the manifest is damaged.
@@ -226,22 +227,22 @@ def load_samples(out: str | Path, *, partial: bool = False) -> "SavedSamples":
         return run
     if not partial:
         raise ValueError(
-            f"{out} lacks {len(missing)} of {len(run.rows)} batches, the first being {missing[0]}; repeat the call of "
-            "sample_many, which makes them, or load what is there with load_samples(out, partial=True)"
+            f"{out} lacks {len(missing)} of {len(run.rows)} batches, the first is {missing[0]}; repeat the call of "
+            "sample_many to make them, or load those before it with load_samples(out, partial=True)"
         )
     return SavedSamples(out, run.definition, run.rows[: missing[0]])
 
 
 class SavedSamples:
-    """Samples on disk, N of one shape, read when they are used.
+    """N samples of one shape on disk, read when they are used; made by `sample_many` and `load_samples`.
 
-    They are indexed by an integer, a slice, a list or array of integers, or a boolean array [N], and iterated as an
-    array of N samples is. `np.asarray` reads them all.
+    Index them by an integer, a slice, a list or array of integers, or a boolean array [N]; iterate over them; or read
+    all by `np.asarray`. `batch(i)` gives a batch with its trace.
 
     Args:
       folder: the run's folder.
       definition: what defines the run: settings, hashes and versions.
-      rows: (first, last + 1) of each batch; None: those of the whole run.
+      rows: (first, last + 1) of each batch; None: of all batches.
     Raises:
       CheckpointError: a file that is read is missing or damaged.
     """
@@ -264,11 +265,11 @@ class SavedSamples:
         return f"SavedSamples({len(self)} of {x.dtype.name}{list(x.shape[1:])})"
 
     def __getitem__(self, rows: Any) -> np.ndarray:
-        """One sample, or those of a slice, of integers or of a boolean array; of a slice within one file a view of it.
+        """One sample, or an array of several. A slice within one file is a view of it.
 
         Raises:
           IndexError: there is no such sample.
-          TypeError: rows that are none of these.
+          TypeError: an index of another kind.
         """
         size = self.definition["batch_size"]
         if not isinstance(rows, slice):
@@ -296,7 +297,7 @@ class SavedSamples:
         if isinstance(rows, tuple) or numbers.dtype.kind not in "iub" or (numbers.dtype == bool and not numbers.ndim):
             raise TypeError(
                 f"samples are indexed by {rows!r}; give an integer, a slice, an array of integers, or a boolean array "
-                f"[{n}], and index what it returns further: samples[:10][..., 0]"
+                f"[{n}]. For other axes index the result: samples[:10][..., 0]"
             )
         if numbers.dtype == bool:
             if numbers.shape != (n,):
@@ -323,19 +324,19 @@ class SavedSamples:
         return np.array(self[:], dtype, copy=copy)
 
     def batch(self, index: int) -> Mapping[str, np.ndarray]:
-        """The arrays of one batch: "x" and the trace, "mmd2" and "shift_norm"; its hash is checked at the first use."""
+        """The arrays of one batch: "x" and the trace, "mmd2" and "shift_norm". Its hash is checked once."""
         found = self.find(index)
         if found is None:
             raise CheckpointError(
-                f"{self.path(index)} is missing or damaged; repeat the call of sample_many, which makes it again"
+                f"{self.path(index)} is missing or damaged; repeat the call of sample_many to make it again"
             )
         return found
 
     def find(self, index: int) -> Mapping[str, np.ndarray] | None:
-        """The arrays of one batch; None where its file is missing or damaged.
+        """The arrays of one batch; None if its file is missing or damaged.
 
         Raises:
-          FileExistsError: the file is another run's.
+          FileExistsError: the file belongs to another run.
         """
         if self._open is not None and self._open[0] == index:
             return self._open[1]
@@ -372,7 +373,7 @@ class SavedSamples:
 
 
 def _define(given: Mapping[str, Any], made_with: Mapping[str, Any], form: str) -> dict[str, Any]:
-    """A manifest's definition of a run, from the arguments that it was called with."""
+    """The definition of a run for its manifest, from the arguments of the call."""
     used, values = form == FORMAT, dict(given)
     params = f"sha256 {tree_hash(values.pop('params'), used=used)}"
     if used:
@@ -393,7 +394,7 @@ def _define(given: Mapping[str, Any], made_with: Mapping[str, Any], form: str) -
 
 
 def _steps(times: Any) -> Any:
-    """The number of steps of `guided_sample`'s own grid, a text for any other grid."""
+    """The number of steps of `guided_sample`'s default grid, or a text for any other grid."""
     times = as_used(times)
     if np.ndim(times) != 1 or len(times) < 2:
         return times
@@ -413,7 +414,7 @@ def _without_equal_weights(refs: Any) -> Any:
 
 
 def _open_run(out: Path, given: Mapping[str, Any], made_with: dict[str, Any]) -> SavedSamples:
-    """The run in a folder, begun where it has none, or none with a batch.
+    """The run in a folder; a new one if there is none, or none with a batch.
 
     Raises:
       FileExistsError: the folder holds other files, or a run of another definition.
@@ -456,7 +457,7 @@ def _open_run(out: Path, given: Mapping[str, Any], made_with: dict[str, Any]) ->
 
 
 def _read_manifest(out: Path) -> dict[str, Any] | None:
-    """The manifest; None where there is none, or it is damaged: the batches know whose they are."""
+    """The manifest; None if there is none or it is damaged, as the batches tell to which run they belong."""
     try:
         manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
         definition = manifest["definition"]
@@ -476,7 +477,7 @@ def _rows(cond: Any, start: int, count: int, num_samples: int) -> Any:
 
 
 def _arrays(samples: Any, guidance: MMDGuidance, refs: Any, start: int, stop: int) -> dict[str, np.ndarray]:
-    """What a batch's file holds."""
+    """The arrays for a batch's file."""
     count = stop - start
     arrays = {"x": samples.x, "mmd2": samples.trace.mmd2, "shift_norm": samples.trace.shift_norm}
     if samples.memory is not None and refs is not None and guidance.placement.keeps_unshifted:
@@ -498,10 +499,10 @@ def _arrays(samples: Any, guidance: MMDGuidance, refs: Any, start: int, stop: in
 def _remember(
     memory: Memory, arrays: Mapping[str, np.ndarray], cond: Any, size: int, guidance: MMDGuidance, refs: Any
 ) -> Memory:
-    """The memory after a batch that was read, as `guided_sample` would have left it.
+    """The memory after a batch that was read from its file, the same as `guided_sample` left it.
 
     Args:
-      cond: the conditions of the whole batch, of which a run's last file holds only the first samples.
+      cond: the conditions of the whole batch; a run's last file holds only its first samples.
       size: how many samples were made.
     """
     memory, cond = _here(memory), _here(cond)
@@ -528,7 +529,7 @@ def _bar(num_samples: int, shown: bool) -> Any:
 
 @contextlib.contextmanager
 def _resumable(run: SavedSamples) -> Iterator[None]:
-    """Add to the error that stops a run how to resume it."""
+    """Add to an error that stops a run how to resume it."""
     try:
         yield
     except KeyboardInterrupt as error:

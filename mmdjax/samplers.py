@@ -1,13 +1,14 @@
 """Samplers: one step from a level t to a less noisy level s.
 
-A sampler is stateless; what it remembers travels in its carry. The contract:
+A sampler is stateless; what it remembers is in its carry. The contract:
 
     init(x) -> carry
     step(key, x, carry, state, denoise, t, s) -> (x, carry, state)
 
 with x [n, ...] at level t, `denoise(x, level, state) -> (x0_hat, state)` (params and condition bound, `state` passed
 through every call), t and s `Level`s, and the x returned at level s. A step to the clean level (σ_s = 0) returns x̂0
-without noise. A sampler that is no pytree compiles by its equality: give it `mmdjax.tree.pytree`, or make it once.
+without noise. Decorate your own sampler with `mmdjax.tree.pytree`, or make the object once: a sampler that is not a
+pytree is compared by `==`, and another one compiles anew.
 
 Notation: ε̂ = (x − α x̂0)/σ, and x_t given x_s is N(α_t/α_s x_s, σ_{t|s}²) with σ_{t|s}² = σ_t² − (α_t/α_s)² σ_s².
 """
@@ -41,7 +42,7 @@ class Sampler(Protocol):
 
 @pytree
 class Opaque:
-    """A sampler that is no pytree, as a choice: compiled for by its identity or equality."""
+    """A sampler that is not a pytree, as a static field: another one, by `==`, compiles anew."""
 
     sampler: Any = static()
 
@@ -55,7 +56,7 @@ class Opaque:
 
 
 def as_sampler(sampler: Sampler) -> Sampler:
-    """A sampler that is a pytree unchanged; any other object with `init` and `step` made into one.
+    """A sampler that is a pytree, unchanged; any other object with `init` and `step`, wrapped in one.
 
     Raises:
       TypeError: a class, or something else without `init` and `step`.
@@ -67,7 +68,7 @@ def as_sampler(sampler: Sampler) -> Sampler:
 
 
 def take_step(sampler: Sampler, key, x, carry, state, denoise, t, s):
-    """`sampler.step`, what it returns checked.
+    """`sampler.step`, with checks of what it returns.
 
     Raises:
       TypeError: it does not return (x, carry, state).
@@ -94,7 +95,7 @@ def noise_of(x, x0, level):
 
 
 def noise_like(key, x, s):
-    """Standard normal noise, none at the clean level."""
+    """Standard normal noise; 0 at the clean level."""
     return jnp.where(s.sigma > 0, 1.0, 0.0) * jax.random.normal(key, x.shape, x.dtype)
 
 
@@ -102,7 +103,7 @@ def noise_like(key, x, s):
 class DDIM:
     """x_s = α_s x̂0 + √(σ_s² − v) ε̂ + √v z,  v = η² σ_s² σ_{t|s}² / σ_t².  Song et al. 2021a, eq. 12 and 16.
 
-    η = 0, what `DDIM()` is, is deterministic and of order 1. η = 1 is `DDPM()`, the default of `guided_sample`.
+    `DDIM()` has η = 0: it is deterministic and of order 1. η = 1 is `DDPM()`, the default of `guided_sample`.
 
     Example:
       >>> DDIM(eta=0.0)
@@ -157,8 +158,8 @@ class DDPM:
 class EulerMaruyama:
     """Euler–Maruyama on the reverse SDE of x̄ = x/α with time σ̄² = σ²/α²:  dx̄ = (x̂0 − x̄)/σ̄² |dσ̄²| + √|dσ̄²| dw.
 
-    Song et al. 2021b, eq. 6, in the variable in which the forward process is σ̄ dw, so that the linear part is exact.
-    Weak order 1. It starts where α > 0: rectified flow needs times[0] < 1.
+    Song et al. 2021b, eq. 6, in the variable in which the forward process only adds noise, so that the linear part is
+    exact. Weak order 1. It needs α > 0 at the start: times[0] < 1 for rectified flow.
     """
 
     def init(self, x):
@@ -178,9 +179,9 @@ class EulerMaruyama:
 class Heun:
     """The trapezoidal rule on dx = x̂0 dα + ε̂ dσ, the probability flow along a schedule.  Karras et al. 2022, alg. 1.
 
-    x_s = x_t + (α_s − α_t)(x̂0_t + x̂0_s)/2 + (σ_s − σ_t)(ε̂_t + ε̂_s)/2, predicted by DDIM: for α = 1 the paper's
-    step, for rectified flow Heun's in t, and nothing singular where α_t = 0. Order 2, two network calls a step; one for
-    the step to σ = 0.
+    x_s = x_t + (α_s − α_t)(x̂0_t + x̂0_s)/2 + (σ_s − σ_t)(ε̂_t + ε̂_s)/2, with x̂0_s and ε̂_s at a step of DDIM. For
+    α = 1 it is the paper's step, for rectified flow Heun's step in t; α_t may be 0. Order 2, with two network calls a
+    step, and one for the step to σ = 0.
     """
 
     def init(self, x):
@@ -208,7 +209,7 @@ def no_history(x):
 
 
 def extrapolated(x0, carry, t, s):
-    """D = x̂0_t + h/2h₋ (x̂0_t − x̂0₋), x̂0_t without history and where h is infinite; e^{−h}; the history with x̂0_t."""
+    """D = x̂0_t + h/2h₋ (x̂0_t − x̂0₋), or x̂0_t without history or if h is infinite; e^{−h}; the new history."""
     last_x0, last_h, has_last = carry
     ratio = t.alpha * s.sigma / (s.alpha * t.sigma)  # e^{−h}; 0 where h is infinite: from α_t = 0 or to σ_s = 0
     finite = ratio > 0
@@ -222,8 +223,8 @@ def extrapolated(x0, carry, t, s):
 class DPMSolverPP2M:
     """x_s = σ_s/σ_t x_t + α_s (1 − e^{−h}) D,  D = x̂0_t + h/2h₋ (x̂0_t − x̂0₋),  h = λ_s − λ_t,  λ = log(α/σ).
 
-    Lu et al. 2022b, alg. 2; h₋ and x̂0₋ are the last step's. Order 2 with one network call a step; the first step and
-    the one to σ = 0 are of order 1 (D = x̂0_t).
+    Lu et al. 2022b, alg. 2; h₋ and x̂0₋ are those of the step before. Order 2 with one network call a step. The first
+    step and the one to σ = 0 are of order 1 (D = x̂0_t).
     """
 
     def init(self, x):

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from mmdjax._core.modes import in_own_modes
 from mmdjax._core.numerics import all_finite
 from mmdjax._core.progress import Bar
-from mmdjax._points.mesh import layout_of
+from mmdjax._points.mesh import HERE, layout_of
 from mmdjax._points.particles import Particles, as_particles, widen
 from mmdjax.denoisers import DiffusionModel
 from mmdjax.guidance import MMDGuidance, check_guidance, check_kind
@@ -28,14 +28,17 @@ from mmdjax.samplers import DDIM, Sampler, as_sampler, take_step
 from mmdjax.schedules import uniform_times
 from mmdjax.tree import as_arrays, is_concrete, is_traced, pytree, shown, strong
 
+UNIT = 1.5  # pictures in [−1, 1] do not reach further, nor does x̂0 of an imperfect model
+LOOKED_AT = 256  # references, for their range
+
 
 @pytree
 class Trace:
-    """One number a step.
+    """What happened at each step.
 
     Args:
-      mmd2: [num_steps] MMD² to the references after the step's shift: of x̂0 ("denoised") or x_s ("clean"); for
-        "sample" and "diffused", whose references are noisy, without the references' own term. NaN without references.
+      mmd2: [num_steps] MMD² to the references after the step's shift, of x̂0 ("denoised") or x_s ("clean"). For
+        "sample" and "diffused", whose references are noisy, it lacks the references' own term. NaN without references.
       shift_norm: [num_steps] mean L2 norm of the samples' shifts, in the data's units. 0 without references.
       path: [num_steps, num_samples, *shape] the batch after each step, with `keep_path`; else None.
     """
@@ -50,9 +53,9 @@ class Samples:
     """What `guided_sample` returns.
 
     Args:
-      x: [num_samples, *shape].
-      memory: with these samples added, for the next call; None without memory.
-      trace: one number a step.
+      x: [num_samples, *shape], in the model's units, often [−1, 1].
+      memory: the memory with these samples added, for the next call; None without memory.
+      trace: MMD² and the size of the shifts at each step.
     """
 
     x: Array
@@ -83,52 +86,55 @@ def guided_sample(
 ) -> Samples:
     """Sample a diffusion model, guided towards references by the gradient of MMD².
 
-    Jitted inside. What compiles nothing: other values of params, key, refs, cond, times, x_init and memory of the same
-    shapes and types, and of the numbers in model, guidance and sampler. What compiles anew: another shape or type,
-    another num_samples or num_steps, another choice (kind of kernel, `at`, kind of sampler, …), and another function or
-    optax transformation. Functions compare by identity, as what they read may have changed: a lambda that a notebook
-    cell makes anew compiles anew, so make functions, and classes of one's own, in a cell that runs once.
+    The batch starts as noise at t = 1, and the sampler takes it to the clean end, t = 0. At each step the guidance
+    moves all samples together, so that they take on the distribution of the references.
 
-    It may be called inside `jit`, `vmap` (over keys, scale, …) and `grad` (to scale, bandwidth, refs, params, …); a
-    bandwidth taken from the references is detached.
+    The call is jitted. It compiles anew for another shape or type, another num_samples or num_steps, another choice
+    (kind of kernel, `at`, kind of sampler, …), and another function or optax transformation. It compiles nothing for
+    other values: of params, key, refs, cond, times, x_init, memory, and the numbers in model, guidance and sampler.
+    Functions are compared by identity. So make functions, and your own classes, in a notebook cell that runs once.
 
-    Values are checked where they are concrete. Inside `jit` they cannot be seen: NaN in the references, or references
-    that are all equal with a bandwidth taken from them, give NaN samples.
+    It may be called inside `jit`, `vmap` (over keys, scale, …) and `grad` (with respect to scale, bandwidth, refs,
+    params, …). A bandwidth taken from the references counts as a constant there. Inside `jit` values cannot be checked:
+    NaN in the references, or equal references and a bandwidth taken from them, give NaN samples.
 
     Args:
       params: the model's parameters.
       key: a typed PRNG key, `jax.random.key(seed)`.
-      refs: references, an array [m, *model.shape], or Particles (`cond` for prompt-aware guidance, `weight` to
-        reweight), or None: plain sampling.
-      model: the diffusion model.
-      num_samples: n, the size of the batch; the guidance sees all of it at once.
-      cond: the samples' conditions, a pytree of [n, ...], or None. Lists of numbers are arrays.
-      guidance: what the guidance does.
-      sampler: the reverse process; the default, DDIM(eta=1.0), is `DDPM()`. `DDIM()` is another one, without noise.
+      refs: references, an array [m, *model.shape] of floats, scaled as the model's training data was. Or Particles:
+        with `cond` for guidance by labels or prompts, with `weight` for unequal weights. None: no guidance.
+      model: a `DiffusionModel(denoiser, schedule, shape)`; `load_digits()` gives a small one with its parameters.
+      num_samples: n, the size of the batch, all guided together.
+      cond: the samples' conditions (labels, embeddings), a pytree of [n, ...], or None.
+      guidance: an `MMDGuidance`. The default needs no tuning.
+      sampler: the reverse process, of `mmdjax.samplers` or your own. The default, DDIM(eta=1.0), is the same as
+        `DDPM()`. `DDIM()` is deterministic.
       num_steps: steps, uniform in t from 1 to 0.
-      times: decreasing t [num_steps + 1] in [0, 1] in place of num_steps (`mmdjax.schedules` has grids).
-      x_init: x at times[0], [n, *model.shape]; default prior noise. `schedules.diffuse` makes it from pictures.
-      memory: None, the capacity of a new memory, or the memory of an earlier call.
-      progress: show a bar, also inside `jit`. It calls back from the compiled program, and JAX's persistent compilation
-        cache (`jax_compilation_cache_dir`) keeps no such program: leave it out where the cache matters.
-      sharding: `NamedSharding(mesh, PartitionSpec(axis))`, on Auto or Explicit axes: splits the batch over that axis of
-        the mesh (`mmdjax.distributed` makes both). The guidance stays that of the whole batch, and samples do not
-        depend on the number of devices. Parameters and references may lie on the mesh as they like; references split by
-        rows are used where they are, except inside a `jit` of one's own on Auto axes, which hides how they are split.
-      checks: raise where a NaN or infinity arises: in params, cond or the memory, or at the first step whose x̂0, x,
-        shift of the guidance or mmd2 is not finite.
-      keep_path: keep x after each step as `trace.path`, for pictures; memory for num_steps batches.
-      remat: recompute each step in the backward pass: memory for `grad` then grows with one step's network call only.
+      times: in place of num_steps: decreasing t [num_steps + 1] in [0, 1]; `mmdjax.schedules` has grids.
+      x_init: x at times[0], [n, *model.shape]; None: noise. `schedules.diffuse` makes it from pictures.
+      memory: for small batches: finished samples, which count as particles but do not move. A number N: a new memory of
+        the last N samples. Then `samples.memory` of that call, for the next one. None: the batch alone.
+      progress: show a bar, also inside `jit`. JAX's persistent compilation cache (`jax_compilation_cache_dir`) does not
+        keep programs with a bar.
+      sharding: `NamedSharding(mesh, PartitionSpec(axis))`: splits the batch over that axis of the mesh
+        (`mmdjax.distributed` makes both). All samples are still guided together, and do not depend on the number of
+        devices. Parameters and references may be split or not. References split by rows stay where they are, except
+        inside your own `jit` on Auto axes, which hides how they are split.
+      checks: raise if params, cond or the memory hold NaN or infinity, or at the first step whose x̂0, x, shift or mmd2
+        is not finite.
+      keep_path: keep x after each step as `trace.path`, for pictures; it takes the memory of num_steps batches.
+      remat: recompute each step in the backward pass, so that `grad` holds the intermediates of only one step.
     Returns:
-      Samples.
+      Samples: `x` [n, *model.shape], `memory`, and the `trace` of each step.
     Raises:
       TypeError: a key that is not typed, references that are not floats, components of the wrong type.
-      ValueError: shapes that do not fit the model, references that are empty, not finite or (for a bandwidth taken from
-        them) all equal or one only, conditions missing on one side of a Product kernel, times that do not decrease in
-        [0, 1], a num_samples that the mesh axis does not divide.
-      FloatingPointError: with `checks`, naming the quantity, and the step.
+      ValueError: shapes that do not fit the model; references that are empty or not finite, or with a bandwidth taken
+        from them all equal or only one; conditions missing on one side of a Product kernel; times that do not decrease
+        in [0, 1]; a num_samples that the mesh axis does not divide.
+      FloatingPointError: with `checks`; the message names the quantity and the step.
     Warns:
-      UserWarning: a guidance, but no references.
+      UserWarning: guidance is given, but no references; references that look like pictures in [0, 1] or [0, 255], while
+        the model makes pictures in [−1, 1].
 
     Example:
       >>> from mmdjax.denoisers import from_model
@@ -151,7 +157,7 @@ def guided_sample(
     memory = as_memory(memory, model, cond)
     if checks and is_traced((params, key, refs, model, cond, guidance, sampler, times, x_init, memory)):
         raise ValueError(
-            "checks=True reads values, which a call inside jit, vmap or grad has none of; call it outside of them"
+            "checks=True reads values, and there are none inside jit, vmap or grad; call it outside of them"
         )
 
     placed = layout_of(sharding, num_samples, refs, (params, cond, x_init, memory))
@@ -160,7 +166,7 @@ def guided_sample(
     if checks:
         held = None if memory is None else widen(memory.particles)  # empty slots may hold anything
         _raise_at_leaf({"params": params, "cond": cond, "model": model, "sampler": sampler, "memory": held})
-    samples, finite = _sample(
+    samples, notes = _sample(
         params,
         key,
         refs,
@@ -180,7 +186,9 @@ def guided_sample(
         keep_path=keep_path,
     )
     if checks:
-        _raise_at_first(finite, samples.trace, times)
+        _raise_at_first(notes, samples.trace, times)
+    if refs is not None and "low" in notes and is_concrete((notes, refs.x)):
+        _warn_of_unscaled(refs.x, np.asarray(notes["low"]), np.asarray(notes["high"]))
     return samples
 
 
@@ -193,12 +201,12 @@ def _is_default(guidance: MMDGuidance) -> bool:
 @functools.partial(jax.jit, static_argnames=("num_samples", "progress", "placed", "checks", "remat", "keep_path"))
 def _sample(*operands, placed, **choices):
     batch = P(placed.shards.batch)
-    x, memory, mmd2, shift_norm, path, finite = placed.run(
+    x, memory, mmd2, shift_norm, path, notes = placed.run(
         functools.partial(_run, placed, **choices),
         *operands,
         out=(batch, P(), P(), P(), P(None, *batch), P()),
     )
-    return Samples(x, memory, Trace(mmd2, shift_norm, path)), finite
+    return Samples(x, memory, Trace(mmd2, shift_norm, path)), notes
 
 
 def _run(
@@ -225,18 +233,30 @@ def _run(
         bound = bind(guidance, kernel, refs, cond, memory, placed)
         sampler = GuidedSampler(sampler, bound, num_steps)
 
-    def denoise(x, level, state):
+    # what is noted of each step: whether all is finite, and, on one device, between what x̂0 lies before it is guided
+    first_notes = dict.fromkeys(("x0_hat", "x"), jnp.ones((), bool)) if checks else {}
+    if refs is not None and placed == HERE and len(model.shape) == 3:
+        first_notes |= {"low": jnp.full((), jnp.inf, x.dtype), "high": jnp.full((), -jnp.inf, x.dtype)}
+
+    def denoise(x, level, notes):
         x0 = placed.batch(model.denoise(params, placed.batch(x), level, cond))
-        return x0, state | {"x0_hat": state["x0_hat"] & jnp.isfinite(x0).all()} if checks else state
+        if checks:
+            notes = notes | {"x0_hat": notes["x0_hat"] & jnp.isfinite(x0).all()}
+        if "low" in notes:
+            here = jax.lax.stop_gradient(x0).astype(notes["low"].dtype)
+            notes = notes | {
+                "low": jnp.minimum(notes["low"], here.min()),
+                "high": jnp.maximum(notes["high"], here.max()),
+            }
+        return x0, notes
 
     bar = Bar(num_steps, "sampling")
 
     def one_step(carry, inputs):
         x, sampler_carry = carry
         index, t, s = inputs
-        finite = dict.fromkeys(("x0_hat", "x"), jnp.ones((), bool)) if checks else ()
-        x, sampler_carry, finite = take_step(
-            sampler, jax.random.fold_in(key_steps, index), x, sampler_carry, finite, denoise, t, s
+        x, sampler_carry, notes = take_step(
+            sampler, jax.random.fold_in(key_steps, index), x, sampler_carry, first_notes, denoise, t, s
         )
         x, sampler_carry = placed.rows((x, sampler_carry), num_samples)
         if progress:
@@ -246,7 +266,7 @@ def _run(
             trace = jnp.full((), jnp.nan), jnp.zeros(()), path
         else:
             trace = sampler_carry.guidance.mmd2, sampler_carry.guidance.shift_norm, path
-        return (x, sampler_carry), (trace, finite | {"moved": jnp.isfinite(x).all()} if checks else None)
+        return (x, sampler_carry), (trace, notes | {"moved": jnp.isfinite(x).all()} if checks else notes)
 
     steps = (
         jnp.arange(num_steps),
@@ -255,7 +275,7 @@ def _run(
     )
     body = jax.checkpoint(one_step) if remat else one_step
     start = x, placed.rows(sampler.init(x), num_samples)
-    (x, sampler_carry), (trace, finite) = jax.lax.scan(body, start, steps)
+    (x, sampler_carry), (trace, notes) = jax.lax.scan(body, start, steps)
 
     if memory is not None:
         made = x
@@ -264,14 +284,37 @@ def _run(
             made = sampler_carry.guidance.unshifted if guidance.placement.keeps_unshifted else x
         made = placed.whole(made)
         memory = memory.push(Particles(made, placed.whole(cond)))
-    return x, memory, *trace, finite
+    return x, memory, *trace, notes
+
+
+def _warn_of_unscaled(refs: Any, low: np.ndarray, high: np.ndarray) -> None:
+    """Warn of pictures in [0, 1] or [0, 255] as references of a model of pictures in [−1, 1].
+
+    Args:
+      refs: [m, h, w, c].
+      low, high: [num_steps] least and largest number of x̂0 before it is guided. The first steps tell the model's range:
+        later ones follow the guidance.
+    """
+    first = max(1, len(low) // 2)
+    made_from, made_to = float(low[:first].min()), float(high[0])
+    some = np.asarray(refs[:LOOKED_AT], np.float32)
+    least, most = float(some.min()), float(some.max())
+    if least < 0 or made_from > -0.5 or made_to > UNIT:
+        return
+    for top, remedy in ((1, "2 * refs - 1"), (255, "refs / 127.5 - 1")):
+        if 0.6 * top < most <= top:
+            warnings.warn(
+                f"refs lie between {least:.3g} and {most:.3g}, but the model makes samples down to {made_from:.2g}. "
+                f"Are they pictures in [0, {top}], and the model's in [-1, 1]? Then give {remedy}",
+                stacklevel=4,
+            )
 
 
 def check_key(key: Any) -> None:
     """Raise TypeError unless this is a typed PRNG key."""
     if not (hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
         seed = key if isinstance(key, int) else "seed"
-        raise TypeError(f"key is {shown(key)}, no typed key; make one with jax.random.key({seed})")
+        raise TypeError(f"key is {shown(key)}, which is not a typed key; make one with jax.random.key({seed})")
 
 
 def check_call(
@@ -295,16 +338,14 @@ def check_call(
     check_count("num_samples", num_samples)
     if isinstance(cond, list | tuple | dict) and cond and not jax.tree.leaves(cond):
         raise TypeError(f"cond is {shown(cond)}, which holds no arrays; give None for no conditions")
-    for leaf in jax.tree.leaves(cond):
-        if np.shape(leaf)[:1] != (num_samples,):
-            raise ValueError(f"cond has shape {np.shape(leaf)}; it needs one row for each of the {num_samples} samples")
+    check_rows(cond, num_samples)
     expected = (num_samples, *model.shape)
     if x_init is not None and np.shape(x_init) != expected:
         raise ValueError(f"x_init has shape {np.shape(x_init)}; num_samples and model.shape ask for {expected}")
     if x_init is not None and not jnp.issubdtype(jnp.result_type(x_init), jnp.floating):
         raise TypeError(
-            f"x_init has dtype {jnp.result_type(x_init)}; the model works on floats, scaled as its training data was "
-            "and noisy: mmdjax.schedules.diffuse makes it from pictures"
+            f"x_init has dtype {jnp.result_type(x_init)}; give noisy floats, scaled as the model's training data was: "
+            "mmdjax.schedules.diffuse makes them from pictures"
         )
     check_kind(guidance)
     if refs is None:
@@ -321,10 +362,17 @@ def check_call(
         )
 
 
+def check_rows(cond: Any, num_samples: int) -> None:
+    """Raise ValueError unless the conditions have one row for each sample."""
+    for leaf in jax.tree.leaves(cond):
+        if np.shape(leaf)[:1] != (num_samples,):
+            raise ValueError(f"cond has shape {np.shape(leaf)}; it needs one row for each of the {num_samples} samples")
+
+
 def check_count(name: str, number: Any) -> None:
-    """Raise ValueError unless this is an integer of at least 1, known now."""
+    """Raise ValueError unless this is a concrete integer of at least 1."""
     if is_traced(number):
-        raise ValueError(f"{name} is traced; it decides shapes, so give an integer, to jax.jit by static_argnames")
+        raise ValueError(f"{name} is traced but decides shapes; give an integer, and name it in jit's static_argnames")
     try:
         whole = not isinstance(number, bool) and operator.index(number) >= 1
     except TypeError:
@@ -347,7 +395,7 @@ def _check_times(times: Any, num_steps: Any) -> Any:
 
 
 def as_memory(memory: Any, model: DiffusionModel, cond: Any) -> Memory | None:
-    """The memory of an earlier call, checked against the model; a new one from its capacity; None from None."""
+    """A new memory from a capacity; the memory of an earlier call, checked against the model; None from None."""
     if memory is None:
         return None
     if isinstance(memory, (int, np.integer)) and not isinstance(memory, bool):
@@ -374,8 +422,8 @@ class _Watched:
         return self.sampler.init(x)
 
     def step(self, key, x, carry, state, denoise, t, s):
-        x, carry, finite = take_step(self.sampler, key, x, carry, state, denoise, t, s)
-        return x, carry, finite | {"x": jnp.isfinite(x).all()}
+        x, carry, notes = take_step(self.sampler, key, x, carry, state, denoise, t, s)
+        return x, carry, notes | {"x": jnp.isfinite(x).all()}
 
 
 def _raise_at_leaf(parts: dict[str, Any]) -> None:

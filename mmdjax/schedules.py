@@ -1,7 +1,7 @@
 """Noise schedules t → Level and time grids.
 
-A schedule says how noisy x_t is: p(x_t | x_0) = N(α_t x_0, σ_t² I), with t in [0, 1], 0 clean (α 1, σ 0) and 1
-noisiest. It is any callable `(t) -> Level`; those here are frozen pytrees whose numbers are leaves.
+A schedule says how noisy x_t is: p(x_t | x_0) = N(α_t x_0, σ_t² I) for t from 0, clean (α 1, σ 0), to 1, noisiest. It
+is any callable `(t) -> Level`; those here are frozen pytrees whose numbers are leaves.
 
 References:
   Ho et al. 2020 (linear β), Nichol & Dhariwal 2021 (cosine), Song et al. 2021 (VP and VE SDEs, eq. 29–33),
@@ -68,8 +68,8 @@ class VPLinear:
 class Cosine:
     """α_t = cos φ_t / cos φ_0 with φ linear in t, φ_0 = πs/2(1 + s), up to α_1 = `alpha_min`.
 
-    Nichol & Dhariwal 2021, eq. 17. The paper clips β at 0.999 near t = 1; here φ ends where α is `alpha_min`, so that
-    log-SNR is strictly decreasing.
+    Nichol & Dhariwal 2021, eq. 17. The paper clips β at 0.999 near t = 1; here φ ends at α = `alpha_min`, so that
+    log-SNR decreases strictly.
     """
 
     offset: Any = 0.008
@@ -143,12 +143,12 @@ class RectifiedFlow:
 class Discrete:
     """A trained table ᾱ_0 > … > ᾱ_{T−1}: index i sits at t = (i + 1)/T with α² = ᾱ_i, σ² = 1 − ᾱ_i.
 
-    Between two indices log-SNR is linear in t. It has no value at the clean end and, with zero terminal SNR (ᾱ_{T−1} =
-    0), at the noisy one: in the first interval σ²/α² is linear instead, in such a last one α²/σ².
+    Between two indices log-SNR is linear in t. It is infinite at the clean end, so σ²/α² is linear in the first
+    interval. With zero terminal SNR (ᾱ_{T−1} = 0) α²/σ² is linear in the last one.
 
     Args:
       alphas_cumprod: [T], decreasing, in (0, 1); the last may be 0.
-      rounding: made from it: the table less itself in float32, without which 1 − ᾱ near 1 would keep three digits.
+      rounding: computed: the table minus its float32 values. Without it 1 − ᾱ near 1 would have three digits.
     Raises:
       ValueError: the table is not decreasing in [0, 1).
 
@@ -201,7 +201,7 @@ class Discrete:
 def ScaledLinear(beta_start: float = 0.00085, beta_end: float = 0.012, num_train_steps: int = 1000) -> Discrete:
     """The table of latent diffusion: √β linear.  β = linspace(√beta_start, √beta_end, T)², ᾱ = Π(1 − β), in float64.
 
-    The defaults are Stable Diffusion's; the unconditional latent models use .0015 and .0195.
+    The defaults are those of Stable Diffusion; the unconditional latent models use .0015 and .0195.
 
     Example:
       >>> schedule = ScaledLinear()
@@ -236,7 +236,7 @@ def _position(t, num_train_steps):
 
 
 def diffuse(key: Array, x0: Array, level: Level) -> Array:
-    """x_t = α x_0 + σ ε, [n, ...]: clean samples brought to a level, as for `guided_sample(x_init=...)` from pictures.
+    """x_t = α x_0 + σ ε, [n, ...]: clean samples with the noise of a level, such as `guided_sample(x_init=...)`.
 
     Example:
       >>> diffuse(jax.random.key(0), jnp.ones((2, 3)), Level(0.0, 1.0, 0.0)).tolist()
@@ -259,8 +259,7 @@ def log_snr_times(
 ) -> Float[Array, " times"]:
     """Uniform in log-SNR between t_max and t_min, then, with `final`, one last step to t = 0.
 
-    Where α(t_max) is 0 and log-SNR infinite (rectified flow), the grid starts at t_max and is uniform from .999 t_max
-    on.
+    If α(t_max) = 0, where log-SNR is infinite (rectified flow), the grid is uniform only from .999 t_max on.
     """
 
     def spacing(fraction, first, last):
@@ -274,7 +273,7 @@ def karras_times(
 ) -> Float[Array, " times"]:
     """(σ/α)^{1/ρ} uniform between t_max and t_min, then, with `final`, one last step to t = 0.
 
-    Karras et al. 2022, eq. 5; their grid ends at σ_min, which is t_min=time_of_log_snr(schedule, −2 log σ_min).
+    Karras et al. 2022, eq. 5. Their grid ends at σ_min: t_min=time_of_log_snr(schedule, −2 log σ_min).
     """
 
     def spacing(fraction, first, last):
@@ -287,7 +286,7 @@ def karras_times(
 def discrete_times(
     num_train_steps: int, num_steps: int, *, spacing: str = "leading", offset: int = 0
 ) -> Float[np.ndarray, " times"]:
-    """The grids of discrete models: the indices that diffusers' DDIM and DDPM visit, as t = (i + 1)/T, then 0.
+    """The grids of models of T levels: the indices i that diffusers' DDIM and DDPM visit, as t = (i + 1)/T, then 0.
 
     Args:
       num_train_steps: T.
@@ -296,7 +295,7 @@ def discrete_times(
         Lin et al. 2024, table 2.
       offset: `steps_offset` of the scheduler's config, added to "leading" indices (1 for Stable Diffusion).
     Raises:
-      ValueError: another spacing, more steps than the table has, or an offset that leaves it.
+      ValueError: another spacing, more steps than levels, or an index outside of the table.
 
     Example:
       >>> (discrete_times(1000, 4, offset=1) * 1000 - 1).round().astype(int).tolist()

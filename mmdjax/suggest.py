@@ -1,19 +1,19 @@
-"""`suggest_guidance`: what is left to choose in the guidance, chosen by references held out.
+"""`suggest_guidance`: bandwidth, placement and scale of the guidance, chosen by held-out references.
 
-The references y_j are split into folds. Each candidate guides by all folds but one, with the same noise as every other
-candidate, and its samples x are compared with the fold held out, by MMD² of one fixed kernel k:
+The references y_j are split into folds. Each candidate guides with all folds but one, from the same noise as every
+other candidate. Its samples x are compared with the held-out fold, by MMD² of one fixed kernel k:
 
     score = Σ_j p_j h_j + E k(y, y'),    h_j = E k(x, x') − 2 E k(x, y_j),    x guided without the fold of y_j
 
-without self-pairs, so unbiased for samples guided by that many references. Two candidates are compared by the paired
-differences of their h_j, with the standard error of that mean over the references.
+without self-pairs, so that it is unbiased for samples guided by that many references. Two candidates are compared by
+the mean of the paired differences of their h_j, and its standard error over the references.
 
-The split is the one of a few hundred random ones whose folds differ from the rest as much as two samples of one
-distribution do on average: MMD²_u nearest to 0. With 20 references the scores of plain random folds vary 1.7 times as
-much as their standard error says; folds as alike as possible favour guidance where none is needed.
+Of some hundred random splits the one is taken whose folds differ from the rest as two samples of one distribution do on
+average: with MMD²_u nearest to 0. With 20 references the scores of plain random folds vary 1.7 times as much as their
+standard error says, and folds as alike as possible favour guidance where none is needed.
 
-MMD² does not see copies: a batch that sits on its references in the right proportions scores well. So distances to the
-nearest reference are compared too, those of samples with those of references held out.
+MMD² does not see copies: a batch that lies on its references in the right proportions scores well. So the samples'
+distances to the nearest reference are compared with those of held-out references, too.
 
 References:
   Breiman et al. 1984, section 3.4.3 (the one-standard-error rule). Gretton et al. 2012, eq. 3.
@@ -51,16 +51,16 @@ UNGUIDED = "unguided"
 
 @pytree
 class Score:
-    """A candidate's figures.
+    """The scores of a candidate.
 
     Args:
       guidance: the candidate.
       mmd2: held-out MMD², unbiased; it may be negative.
-      excess: mmd2 less the best one's among those that the choice was from; 0 for the best.
+      excess: mmd2 minus that of the best eligible candidate; 0 for the best.
       error: standard error of `excess` over the references.
-      ratio: mean distance of the samples to the nearest reference that guided them, over that of the references held
-        out: `mmdjax.metrics.nearest_ratio`.
-      typical_ratio: the same of the medians, which a few samples far off do not move.
+      ratio: mean distance of the samples to the nearest reference that guided them, divided by that of the held-out
+        references: `mmdjax.metrics.nearest_ratio`.
+      typical_ratio: the same with medians, which a few outliers do not change.
       label: the candidate in words.
     """
 
@@ -75,11 +75,11 @@ class Score:
 
 @pytree
 class Suggestion:
-    """What `suggest_guidance` returns; shown, a table and the reason.
+    """What `suggest_guidance` returns; it prints as a table and the reason.
 
     Args:
-      guidance: the chosen one. With scale 0 where guidance is not needed.
-      scores: one a candidate, unguided first, in the order in which they were tried; none where nothing was.
+      guidance: the chosen candidate; with scale 0 if guidance is not needed.
+      scores: of each candidate in the order tried, unguided first; empty if nothing was tried.
       reason: why, in a sentence.
     """
 
@@ -115,32 +115,33 @@ def suggest_guidance(
     num_steps: int = 20,
     folds: int = 3,
 ) -> Suggestion:
-    """Choose the smoothness, placement and strength of the guidance from the references alone.
+    """Choose the bandwidth, placement and scale of the guidance by held-out references.
 
     A candidate's samples are compared with references that did not guide them; see the top of this module. Candidates
-    come in an order of preference: no guidance, then the default, then the others. Those are out whose samples copy the
-    references (a ratio of nearest distances below .8, or of their medians below .6) or stray from them (above 1.5); of
-    the others the first is chosen whose score is within a standard error of the best. So the default stays unless the
-    references speak against it. Where all guided ones are out, the one that is least so stands for them.
+    have an order of preference: no guidance, the default, the others. A candidate is excluded if its samples copy the
+    references (a ratio of nearest distances below .8, or of their medians below .6) or stray from them (above 1.5). Of
+    the rest the first is chosen whose score is within a standard error of the best, so that the default stays unless
+    the references speak against it. If all guided candidates are excluded, the least bad one remains.
 
-    Without `candidates` three things are varied in turn, each from the best so far: the bandwidth (× 1.5, 2.25, .75),
-    the placement ("denoised", "sample") and the scale (× .5). That is 7 candidates, a run of `num_steps` a fold each,
-    and two compilations. Fewer than 10 references cannot decide: the default is returned, and nothing is run.
+    Without `candidates` three things are varied one after the other, each from the best so far: the bandwidth (× 1.5,
+    2.25, .75), the placement ("denoised", "sample") and the scale (× .5). That is 7 candidates, each with a run of
+    `num_steps` for each fold, and two compilations. With fewer than 10 references nothing is run, and the default is
+    returned.
 
     Args:
       params, key, refs, model, cond, sampler: as in `guided_sample`; the default sampler is `DDPM()`, as DDIM(eta=1.0).
-      num_samples: n, best that of the runs to come: how much a batch copies depends on it.
-      guidance: the default, to vary.
+      num_samples: n. Give that of your later runs, as it affects how much a batch copies.
+      guidance: the default, which is varied.
       candidates: the guidances to choose from instead, in order of preference.
-      criterion: the kernel of the score; None: `IMQ()`, or where a candidate has a `Product` kernel that times its
-        factor of the conditions. A bandwidth of None is taken from the references.
-      num_steps: of each run. Few will do: the guidance means the same for any number.
-      folds: the references are split into.
+      criterion: the kernel of the score. None: `IMQ()`, or if a candidate has a `Product` kernel, `IMQ()` times its
+        kernel on conditions. A bandwidth of None is taken from the references.
+      num_steps: steps of each run. Few suffice: a guidance means the same for any number.
+      folds: how many parts the references are split into.
     Returns:
-      Suggestion.
+      Suggestion: its `guidance` is the choice, printing it shows why.
     Raises:
-      TypeError, ValueError: as `guided_sample`; an empty list of candidates; folds out of 2 to half of the references;
-        a call inside `jit`, `vmap` or `grad`, where there are no values to choose by.
+      TypeError, ValueError: as `guided_sample`; an empty list of candidates; folds not in 2 … half of the references;
+        a call inside `jit`, `vmap` or `grad`.
       FloatingPointError: the model's unguided samples are not finite.
 
     Example:
@@ -164,7 +165,7 @@ def suggest_guidance(
     for candidate in listed:
         check_call(key, refs, model, num_samples, cond, candidate, sampler, None)
     if not is_concrete((params, key, refs, model, cond, listed)):
-        raise ValueError("suggest_guidance chooses by values, which a call inside jit, vmap or grad has none of")
+        raise ValueError("suggest_guidance compares values; call it outside of jit, vmap and grad")
     fit_kernel(listed[0], refs)
 
     p = np.asarray(refs.probabilities())

@@ -282,7 +282,7 @@ def fit(
 
 
 class _Saved:
-    """A training in a safetensors file: the leaves of the carry by number, the losses, and what defines the training."""
+    """A training in a safetensors file: the leaves of the carry by number, the losses, the settings in the metadata."""
 
     def __init__(self, path: Path, told: dict[str, Any]):
         self.path, self.written = path, time.monotonic()
@@ -304,7 +304,7 @@ class _Saved:
             raise FileExistsError(f"{self.path} holds no training of mmdjax; remove it, or give another checkpoint")
         if changed := differences(told, self.told):
             raise FileExistsError(
-                f"{self.path} is of another training: {'; '.join(changed)}; repeat that call, or give another checkpoint"
+                f"{self.path} is of another training: {'; '.join(changed)}; repeat its call or give another file"
             )
         leaves, structure = jax.tree.flatten(carry)
         return structure.unflatten([jnp.asarray(arrays[str(i)]) for i in range(len(leaves))]), [arrays["losses"]]

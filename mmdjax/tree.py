@@ -1,7 +1,7 @@
 """Components as frozen pytrees: numbers are leaves, choices are static fields.
 
-A component that is a pytree can be closed over, passed through `jit`, mapped over with `vmap` (a leaf may be an array
-of candidates) and differentiated. Static fields take part in equality and hashing, so they decide what is compiled.
+`jit` can close over a component or take it as an argument, `vmap` can map over its leaves (such as an array of scales),
+and `grad` can differentiate them. Static fields are compared and hashed: another value compiles anew.
 """
 
 import dataclasses
@@ -19,12 +19,12 @@ T = TypeVar("T")
 
 
 def static(**kwargs: Any) -> Any:
-    """A dataclass field that is a choice, not a number: it is compared, hashed and compiled for."""
+    """A dataclass field that is a choice, not a number: it is compared and hashed, and another value compiles anew."""
     return dataclasses.field(metadata={"static": True}, **kwargs)
 
 
 def choice(**kwargs: Any) -> Any:
-    """A dataclass field that is a choice where it is a string or None, and a child where it is a component."""
+    """A dataclass field that is a choice if it is a string or None, and a child if it is a component."""
     return dataclasses.field(metadata={"choice": True}, **kwargs)
 
 
@@ -42,14 +42,14 @@ def pytree(cls: type[T]) -> type[T]:
     """Make `cls` a frozen dataclass and a pytree.
 
     Fields made with `static` are part of the tree's structure; all others are children. Python ints in children become
-    floats. Flattening and unflattening run no `__init__`: checks there see only what a person wrote, never tracers.
-    Printed, arrays are their type and shape.
+    floats. Flattening and unflattening do not run `__init__`, so checks there never see what JAX puts into leaves.
+    Printing shows arrays by type and shape.
     """
     return _component(cls, _as_numbers)
 
 
 class Component:
-    """A base whose subclasses are frozen dataclasses and pytrees without being told, as by `complete`."""
+    """A base whose subclasses become frozen dataclasses and pytrees by themselves; see `complete`."""
 
     def __new__(cls, *args: Any, **kwargs: Any):
         self = super().__new__(cls)
@@ -62,11 +62,11 @@ CHOICES = (int, bool, str, "int", "bool", "str")
 
 
 def complete(cls: type) -> None:
-    """`pytree` for a class that its author left undecorated.
+    """`pytree` for a class without a decorator.
 
-    Fields are what the class and its undecorated bases annotate, or assign in an `__init__` written by hand; it runs
-    `__post_init__` too. Those annotated `int`, `bool` or `str`, there or in its signature, are choices. A dataclass
-    stays the one that it is.
+    Its fields are what the class and its undecorated bases annotate, or assign in their own `__init__`, after which
+    `__post_init__` runs too. Fields annotated `int`, `bool` or `str`, there or in the signature, are choices. A class
+    that is a dataclass already keeps its fields.
     """
     _component(cls, _as_found, undecorated=True)
 
@@ -92,7 +92,7 @@ def _component(cls: type[T], convert: Callable[[Any, str], Any], undecorated: bo
 
 
 def _assigned(cls: type) -> dict[str, Any]:
-    """What a class's own `__init__` assigns, with the kind of the argument of that name."""
+    """The fields that a class's own `__init__` assigns, with the annotations of arguments of the same name."""
     if not _writes_init(cls):
         return {}
     init = inspect.unwrap(vars(cls)["__init__"])
@@ -120,7 +120,7 @@ def _as_found(value: Any, name: str) -> Any:
     for leaf in jax.tree.leaves(value):
         if isinstance(leaf, bool) or not are_numbers(leaf):
             raise TypeError(
-                f"{name} is {shown(leaf)}, a choice and no number; declare it in the class's body, as "
+                f"{name} is {shown(leaf)}, a choice, not a number; declare it in the class's body, as "
                 f"`{name}: {type(leaf).__name__}` or `{name}: Any = mmdjax.tree.static()`"
             )
     return _as_numbers(value, name)
@@ -180,13 +180,13 @@ def _registered(cls: type[T], by_hand: bool, convert: Callable[[Any, str], Any])
 
 
 def _write(self: Any, init: Callable, *args: Any, **kwargs: Any) -> None:
-    """Run an `__init__` written by hand, which may assign, and the checks."""
+    """Run a class's own `__init__`, which may assign fields, and then the checks."""
     vars(self)["_open"] = True
     try:
         init(self, *args, **kwargs)
         missing = [f.name for f in dataclasses.fields(self) if not hasattr(self, f.name)]
         if missing:
-            raise TypeError(f"{type(self).__name__}.__init__ left {missing[0]} without a value; assign it in any case")
+            raise TypeError(f"{type(self).__name__}.__init__ did not assign {missing[0]}; assign it in every case")
         if hasattr(self, "__post_init__"):
             self.__post_init__()
     finally:
@@ -197,12 +197,12 @@ def _set(self: Any, name: str, value: Any) -> None:
     if "_open" not in vars(self):
         raise dataclasses.FrozenInstanceError(f"cannot assign to field {name!r}")
     if name not in {f.name for f in dataclasses.fields(self)}:
-        raise AttributeError(f"{type(self).__name__}.{name} is no field; declare it in the class's body, `{name}: Any`")
+        raise AttributeError(f"{type(self).__name__} has no field {name}; declare it in the class, `{name}: Any`")
     object.__setattr__(self, name, value)
 
 
 def short_repr(self: Any) -> str:
-    """A dataclass in a line; fields that are None by default and still None are left out, the first one excepted."""
+    """A dataclass in one line; fields whose default is None and that are None are left out, except the first."""
     fields = [
         f"{f.name}={shown(getattr(self, f.name))}"
         for i, f in enumerate(dataclasses.fields(self))
@@ -215,7 +215,7 @@ MOST_SHOWN, LONGEST_SHOWN = 6, 80  # items of a container, characters of an obje
 
 
 def shown(value: Any) -> str:
-    """A value in a line: arrays by type and shape, functions by name.
+    """A value in one line: arrays by type and shape, functions by name.
 
     Example:
       >>> shown({"x": jnp.zeros((2, 3)), "scale": jnp.float32(0.5), "apply": shown})
@@ -266,7 +266,7 @@ def replace(component: T, **changes: Any) -> T:
 
 @pytree
 class Method:
-    """A bound method that compares by value: two equal modules' `apply` are one function to `jit`."""
+    """A bound method that is compared by value: the `apply` of two equal modules is one function to `jit`."""
 
     function: Callable = static()
     owner: Any = static()
@@ -280,7 +280,7 @@ class Method:
 
 @pytree
 class Function:
-    """A plain function as a pytree without leaves, so that a component may hold it where it could hold a pytree."""
+    """A plain function as a pytree without leaves, for fields of a component that may hold a pytree."""
 
     function: Callable = static()
 
@@ -303,19 +303,19 @@ def by_value(function: Callable) -> Callable:
 
 
 def check_instance(name: str, value: Any) -> None:
-    """Raise TypeError for a class where an instance of it is meant."""
+    """Raise TypeError for a class that is given in place of an instance."""
     if isinstance(value, type):
         raise TypeError(f"{name} is the class {value.__name__}; give an instance of it, {value.__name__}(…)")
 
 
 def check_number(name: str, value: Any) -> None:
-    """Raise TypeError for what is no number, nor an array of them."""
+    """Raise TypeError unless the value is a number or an array of numbers."""
     if not (jax.tree_util.all_leaves([value]) and are_numbers(value)):
         raise TypeError(f"{name} is {value!r}; give a number")
 
 
 def check_function(name: str, value: Any, form: str) -> None:
-    """Raise TypeError for what cannot be called with the arguments of `form`, such as "(params, x, level, cond)"."""
+    """Raise TypeError unless the value can be called with the arguments of `form`, like "(params, x, level, cond)"."""
     check_instance(name, value)
     if not callable(value):
         raise TypeError(f"{name} must be callable, not {type(value).__name__}: it is called as {name}{form}")
@@ -330,12 +330,12 @@ def check_function(name: str, value: Any, form: str) -> None:
 
 
 def as_component(function: Any) -> Any:
-    """`function` itself where it is a pytree already, else wrapped in `Function`."""
+    """`function` itself if it is a pytree, else wrapped in `Function`."""
     return function if not jax.tree_util.all_leaves([function]) else Function(by_value(function))
 
 
 def strong(tree: T) -> T:
-    """Python and weakly typed numbers in a pytree as arrays of the default type of their kind.
+    """A pytree with Python numbers and weakly typed arrays cast to the default type of their kind.
 
     So 1.0, np.float32(1) and jnp.array(1.0) are the same to `jit`.
     """
@@ -352,7 +352,7 @@ def strong(tree: T) -> T:
 
 
 def are_numbers(tree: Any) -> bool:
-    """Whether every leaf is a number or an array of them, as `jit` takes it."""
+    """Whether every leaf is a number or an array of numbers that `jit` takes."""
     return all(
         isinstance(x, bool | int | float | complex)
         or (isinstance(x, jax.Array | np.ndarray | np.generic) and getattr(x.dtype, "kind", "") not in tuple("OSUMm"))
@@ -361,10 +361,10 @@ def are_numbers(tree: Any) -> bool:
 
 
 def as_arrays(name: str, tree: Any) -> Any:
-    """A pytree with lists of numbers, and what numpy reads without loss, as arrays.
+    """A pytree with lists of numbers, and other objects that numpy reads, as arrays.
 
     Raises:
-      TypeError: a leaf that is no array of numbers, such as text, a path or a picture.
+      TypeError: a leaf that does not hold numbers, such as text, a path or a picture.
     """
 
     def listed(node):
@@ -396,12 +396,12 @@ def _kind(value: Any) -> str:
 
 
 def is_traced(tree: Any) -> bool:
-    """Whether a leaf has no value, being inside `jit`, `vmap` or `grad`."""
+    """Whether a leaf has no value, as inside `jit`, `vmap` or `grad`."""
     return any(isinstance(x, Tracer) for x in jax.tree.leaves(tree))
 
 
 def is_concrete(tree: Any) -> bool:
-    """Whether every leaf has a value now: nothing is traced, and this process's devices hold all of it."""
+    """Whether every leaf has a value: it is not traced, and this process's devices hold all of it."""
     return not is_traced(tree) and all(
         not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated for x in jax.tree.leaves(tree)
     )

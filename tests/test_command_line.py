@@ -310,8 +310,8 @@ WRONG = {
     "sample model --out o --refs half --unreadable refuse": "or use no captions (--captions ignore)",
     "sample model --out o --refs refs/0.png": "--refs refs/0.png is neither a folder nor a pack; give a folder of",
     "sample model --out o --refs no.safetensors": "--refs no.safetensors: no.safetensors is not a sound safetensors",
-    "sample model --out o --prompts empty.txt": "empty.txt holds no prompts; give one a line",
-    "sample model --out o --prompts empty": "--prompts empty is no file; give a text file, one prompt a line",
+    "sample model --out o --prompts empty.txt": "empty.txt holds no prompts; write one in each line",
+    "sample model --out o --prompts empty": "--prompts empty is not a file; give a text file",
     "sample model --out o --prompts latin.txt": "--prompts latin.txt is not UTF-8 text",
     "sample model --out o -n 0": "--num-samples/-n is 0; give at least 1",
     "sample model --out o --batch-size 0": "--batch-size is 0; give at least 1",
@@ -359,7 +359,7 @@ def test_wrong_calls_are_refused_before_anything_is_loaded(odd, nothing_is_loade
 def test_help_says_what_is_there(capsys):
     assert run("sample", "--help") == 0
     text = " ".join(capsys.readouterr().out.split())
-    for part in ("--memory N", "each batch on its own (default 1000)", "--captions {use,ignore}", "--quiet"):
+    for part in ("--memory N", "0: none (default 1000)", "--captions {use,ignore}", "--quiet"):
         assert part in text
     assert run("--version") == 0
 
@@ -393,7 +393,7 @@ def test_convert_that_is_interrupted_leaves_nothing(model, tmp_path, monkeypatch
 def test_references_of_another_size(model, refs, tmp_path, capsys):
     pack = tmp_path / "refs.safetensors"
     assert run("encode", model, refs, "--height", 16, "--width", 12, "--out", pack) == 0
-    text = "the references are of 16 × 12 pixels but the samples of 8 × 8"
+    text = "the references have 16 × 12 pixels but the samples 8 × 8"
     refused(capsys, "sample", model, "--refs", pack, "--out", tmp_path / "out", text=text)
     refused(capsys, "encode", model, refs, "--out", pack, text="exists; nothing was overwritten")
 

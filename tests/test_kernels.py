@@ -873,12 +873,10 @@ def test_own_class_says_what_it_lacks():
         Bare()(x, x)
     with pytest.raises(AttributeError) as raised:
         as_kernel(lambda a, b: a @ b.T)(x, x)
-    assert raised.value.__notes__ == [
-        "A kernel function (a, b) -> Gram is given Particles: the points are a.x and b.x."
-    ]
-    with pytest.raises(TypeError, match=r"flag is False, a choice and no number; .* `flag: bool`"):
+    assert raised.value.__notes__ == ["A kernel function (a, b) -> Gram gets Particles: the points are a.x and b.x."]
+    with pytest.raises(TypeError, match=r"flag is False, a choice, not a number; .* `flag: bool`"):
         Flagged(1.0)
-    with pytest.raises(AttributeError, match=r"Undeclared.width is no field; declare it .* `width: Any`"):
+    with pytest.raises(AttributeError, match=r"Undeclared has no field width; declare it .* `width: Any`"):
         Undeclared()
-    with pytest.raises(TypeError, match=r"Forgetful.__init__ left width without a value"):
+    with pytest.raises(TypeError, match=r"Forgetful.__init__ did not assign width"):
         Forgetful(False)

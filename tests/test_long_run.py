@@ -142,7 +142,7 @@ def test_resumed_is_uninterrupted(whole, tmp_path, batches):
         run(tmp_path, each=stop_after(batches))
     (note,) = caught.value.__notes__
     assert f"{4 * batches} of 14 samples are in {tmp_path}; repeat the call to resume the run" in note
-    with pytest.raises(ValueError, match=f"lacks {BATCHES - batches} of 4 batches, the first being {batches}"):
+    with pytest.raises(ValueError, match=f"lacks {BATCHES - batches} of 4 batches, the first is {batches}"):
         load_samples(tmp_path)
     assert len(load_samples(tmp_path, partial=True)) == 4 * batches
     seen = []
@@ -445,7 +445,7 @@ def test_mistakes_leave_no_folder(tmp_path):
     assert not out.exists()
     out.write_text("notes")
     for wrong in (out, None):
-        with pytest.raises(NotADirectoryError, match="which is no folder; give one, or a path that does not exist"):
+        with pytest.raises(NotADirectoryError, match="which is not a folder; give one, or a path that does not exist"):
             run(wrong)
     assert out.read_text() == "notes"
 

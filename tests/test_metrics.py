@@ -684,7 +684,11 @@ MISTAKES = {
     "a seed": (TypeError, "jax.random.key", lambda: permutation_test(RBF(1.0), X, Y, 0)),
     "k": (ValueError, "k is 5 but y has 5 samples; k goes from 1 to 4", lambda: precision_recall(X, Y, k=5)),
     "k of zero": (ValueError, "k is 0", lambda: density_coverage(X, Y, k=0)),
-    "weights in precision": (ValueError, "x has weights, which mean nothing", lambda: precision_recall(WEIGHTS, Y)),
+    "weights in precision": (
+        ValueError,
+        "x has weights, which this metric does not take",
+        lambda: precision_recall(WEIGHTS, Y),
+    ),
     "weights in density": (ValueError, "x has weights", lambda: density_coverage(WEIGHTS, Y)),
     "weights in 1-NN": (ValueError, "x has weights", lambda: nearest_neighbour_accuracy(WEIGHTS, Y)),
     "weights in the test": (ValueError, "x has weights", lambda: permutation_test(RBF(1.0), WEIGHTS, Y, KEY())),

@@ -62,7 +62,7 @@ def test_without_prompts_and_one_for_all(loaded, images, tmp_path):
     assert again.particles().cond is None
     one = encode_references(*loaded, images, "a cat")
     assert one.captions() == ["a cat"] * 3
-    with pytest.raises(ValueError, match="there are 2 prompts for 3 pictures; give one each, one for all, or None"):
+    with pytest.raises(ValueError, match="there are 2 prompts for 3 pictures; give one for each, one for all, or None"):
         encode_references(*loaded, images, ["a", "b"])
 
 
@@ -89,7 +89,7 @@ def test_damage_is_found(pack, tmp_path):
     data = bytearray(path.read_bytes())
     data[-1000] ^= 1
     path.write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"refs.safetensors is damaged: its content has not the hash"):
+    with pytest.raises(CheckpointError, match=r"refs.safetensors is damaged: its content does not match its hash"):
         load_references(path)
     path.write_bytes(data[:-1000])
     with pytest.raises(CheckpointError, match="the file is cut off"):

@@ -65,7 +65,7 @@ BAD = [
     (Particles(X, cond=np.ones((4, 2))), ValueError, r"\(3, 2\).*\(4, 2\)"),
     (Particles(X, weight=np.ones(2)), ValueError, r"\(3, 2\).*\(2,\)"),
     (Particles({"a": X, "b": X[:2]}), ValueError, r"\(3, 2\).*\(2, 2\)"),
-    (Particles(np.float32(1)), ValueError, "one row a sample"),
+    (Particles(np.float32(1)), ValueError, "one row for each sample"),
     (Particles(np.array([[0.0], [np.nan], [np.inf]])), ValueError, r"rows \[1, 2\]"),
     (Particles(np.array([[0.0], [np.nan]], ml_dtypes.bfloat16)), ValueError, r"rows \[1\]"),
     (Particles(np.full((30, 1), np.nan)), ValueError, r"rows \[0, 1, .*30 in all"),
@@ -89,7 +89,7 @@ def test_good_points_pass():
     )
     check_points("labels", Particles(np.arange(3)))
     jax.jit(lambda x: check_points("refs", Particles(x)))(np.full((2, 2), np.nan))  # traced values are not looked at
-    with pytest.raises(ValueError, match="one row a sample"):
+    with pytest.raises(ValueError, match="one row for each sample"):
         jax.jit(lambda x, w: check_points("refs", Particles(x, weight=w)))(X, np.ones(2))  # shapes are
 
 
@@ -136,11 +136,11 @@ PICTURE = Image.new("RGB", (2, 2))
     ("points", "message"),
     [
         (Foreign(None), "refs is a test_particles.Foreign that numpy cannot read .can't convert cuda"),
-        (Foreign(np.array(["a", 1], object)), "becomes an array of object"),
+        (Foreign(np.array(["a", 1], object)), "which numpy reads as object"),
         ([PICTURE, PICTURE], r"refs holds a PIL.Image.*mmdjax\.sd\.pictures"),
         ("refs/a.png", r"refs holds a str.*mmdjax\.sd\.pictures"),
         ([Path("a.png")], r"refs holds a pathlib\..*mmdjax\.sd\.pictures"),
-        ([3] * 32, r"refs holds the number 3 where an array is wanted; give np\.asarray\(refs\)"),
+        ([3] * 32, r"refs holds the number 3 where an array is needed; give np\.asarray\(refs\)"),
         (Particles(X, cond=[3] * 3), r"refs.cond holds the number 3"),
         (np.array(["a", "b"]), "refs has dtype <U1"),
         (Particles(X, cond=np.array([None, 1, 2])), "refs.cond has dtype object"),

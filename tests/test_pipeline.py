@@ -113,7 +113,7 @@ def test_prompts(loaded):
     assert one["pooled"].shape == (32,)
     with pytest.raises(ValueError, match="prompts is empty"):
         pipeline.encode_prompts(params, [])
-    with pytest.raises(ValueError, match=r"time_ids has shape \(6,\); six numbers are for SDXL"):
+    with pytest.raises(ValueError, match=r"time_ids has shape \(6,\); give six numbers for SDXL"):
         pipeline.encode_prompts(params, ["a"], time_ids=np.zeros(6))
 
 
@@ -233,6 +233,12 @@ def test_guided_by_decoded_pictures(loaded):
     assert float(after) < 0.2 * float(before)
 
 
+def test_shown_in_a_line(loaded):
+    pipeline, _ = loaded
+    parts = "unet=UNet2DCondition, vae=AutoencoderKL, text_encoder=CLIPText"
+    assert repr(pipeline) == f"Pipeline({parts}, prediction='eps')"
+
+
 def test_saved_and_loaded(loaded, tmp_path):
     pipeline, params = loaded
     pipeline.save(tmp_path / "saved", params)
@@ -268,7 +274,7 @@ def test_schedulers_that_are_refused():
     for raw, text in [
         ({"_class_name": "TCDScheduler"}, "the scheduler's class is 'TCDScheduler'; implemented: DDIMScheduler"),
         ({"prediction_type": "flow"}, "prediction_type is 'flow'; implemented: epsilon, v_prediction, sample"),
-        ({"thresholding": True}, "thresholding is for models of pixels"),
+        ({"thresholding": True}, "thresholding is for pixel models"),
         ({"beta_schedule": "sigmoid"}, "beta_schedule is 'sigmoid'; implemented: linear"),
     ]:
         with pytest.raises(ValueError, match=text):

@@ -49,6 +49,16 @@ def test_titles_do_not_overlap(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["a.png"]
 
 
+def test_rows_of_labelled_grids(tmp_path):
+    black, white = -np.ones((4, 2, 2, 1)), np.ones((3, 2, 2, 1))
+    path = save_labelled_grids(tmp_path / "a.png", [{"a": black}, {"b": white}], columns=[2, 3], scale=4)
+    with Image.open(path) as picture:
+        pixels = np.asarray(picture)
+    above, below = image_grid(black, columns=2, scale=4, margin=4), image_grid(white, columns=3, scale=4, margin=4)
+    for top, grid in ((34, above), (34 + above.height + 16 + 34, below)):
+        np.testing.assert_array_equal(pixels[top : top + grid.height, 16 : 16 + grid.width], np.asarray(grid))
+
+
 def test_before_after_draws_points_paths_and_densities(tmp_path):
     path = np.stack([POINTS * step for step in (3.0, 2.0, 1.0)])
     normal = lambda points: -0.5 * jnp.sum(jnp.asarray(points) ** 2, axis=1)

@@ -239,7 +239,7 @@ def test_damaged_archives(tmp_path):
 
 def test_legacy_pickle(tmp_path):
     (tmp_path / "x.ckpt").write_bytes(pickle.dumps([Harmful(harm)], protocol=2))
-    refused(tmp_path / "x.ckpt", "PyTorch's format of before 1.6", "convert it to safetensors")
+    refused(tmp_path / "x.ckpt", "the format of PyTorch before 1.6", "convert it to safetensors")
 
 
 # --- folders ---

@@ -65,5 +65,5 @@ def test_tiles_take_less_memory():
 
 @pytest.mark.parametrize("overlap", [-1, 8, 9])
 def test_overlap_must_leave_a_step(overlap):
-    with pytest.raises(ValueError, match=f"overlap is {overlap} of tiles of 8"):
+    with pytest.raises(ValueError, match=f"overlap is {overlap} for tiles of 8"):
         decode_tiled(pointwise, normal(1, 16, 16, 4), tile=8, overlap=overlap)

@@ -78,5 +78,5 @@ def test_errors(tmp_path):
         load_tokenizer(folder)
     folder.joinpath("vocab.json").unlink()
     folder.joinpath("tokenizer.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"tokenizer.json is no tokenizer"):
+    with pytest.raises(CheckpointError, match=r"tokenizer.json is not a tokenizer"):
         load_tokenizer(folder)

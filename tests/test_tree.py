@@ -16,6 +16,7 @@ from mmdjax import (
     IMQ,
     RBF,
     DiffusionModel,
+    HostReferences,
     Mapped,
     Memory,
     MMDGuidance,
@@ -138,13 +139,17 @@ def test_components_are_shown_in_a_line():
         "Samples(x=float32[3, 2], memory=None, trace=Trace(mmd2=float32[4], shift_norm=float32[4]))": Samples(
             jnp.zeros((3, 2)), None, Trace(jnp.zeros(4), jnp.zeros(4))
         ),
+        "HostReferences(float32[3, 2])": HostReferences(refs),
+        "MMDGuidance(kernel=None, scale=1.0, at='denoised', estimator='u', window=(0.0, 1.0), published=False)": (
+            MMDGuidance()
+        ),
     }
     for text, component in large.items():
         assert repr(component) == text
     guided = guide_sampler(DDIM(), MMDGuidance(kernel=IMQ(1.0)), refs)
     denoiser = guide_denoiser(lambda params, x, level, cond: x, MMDGuidance(kernel=IMQ(1.0)), refs)
     for component in (guided, denoiser, MMDGuidance.paper()):
-        assert len(repr(component)) < 500
+        assert len(repr(component)) < 320
         assert "\n" not in repr(component)
     seen = []
     jax.jit(lambda x: seen.append(repr(RBF(x))))(1.0)

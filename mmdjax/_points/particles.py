@@ -1,4 +1,4 @@
-"""What is compared: weighted point sets, and the numbers read from them.
+"""Weighted point sets, and the numbers read from them.
 
 A point set stands for the measure Σ_i u_i δ(x_i), weights summing to one. References, the generated batch and the
 memory are all `Particles`.
@@ -24,15 +24,19 @@ T = TypeVar("T")
 
 @pytree
 class Particles:
-    """A weighted point set.
+    """A weighted point set: samples with, where they have them, conditions and weights.
+
+    Needed where a plain array does not say enough: references with labels or prompts for a `Product` kernel, or with
+    unequal weights. `guided_sample`, `mmd2` and the metrics take an array [n, ...] as n points of equal weight.
 
     Args:
-      x: the points: an array [n, ...], or for kernels and `mmd2` any pytree of such arrays.
-      cond: what each point is conditioned on (labels, prompt embeddings): a pytree of arrays [n, ...], or None.
-      weight: [n], non-negative, normalised where it is used; weight 0 marks an empty slot. None: equal weights.
+      x: the points, an array [n, *shape] in the units of the model's data; kernels and `mmd2` take any pytree of arrays
+        [n, ...].
+      cond: the condition of each point (labels, prompt embeddings), a pytree of arrays [n, ...]; None: no conditions.
+      weight: [n], not negative. Only ratios matter. A point of weight 0 has no effect. None: equal weights.
 
     Example:
-      >>> refs = Particles(jnp.zeros((4, 2)), weight=jnp.array([1.0, 1.0, 1.0, 0.0]))
+      >>> refs = Particles(jnp.zeros((4, 2)), cond=jnp.array([0, 0, 1, 1]), weight=jnp.array([1.0, 1.0, 1.0, 0.0]))
       >>> refs.n, refs.probabilities().tolist()
       (4, [0.333..., 0.333..., 0.333..., 0.0])
     """
@@ -43,11 +47,11 @@ class Particles:
 
     @property
     def n(self) -> int:
-        """Number of rows, empty slots included."""
+        """Number of points, those of weight 0 included."""
         return jax.tree.leaves(self.x)[0].shape[0]
 
     def probabilities(self) -> Float[Array, " n"]:
-        """The weights, normalised to sum to one; all zero if every slot is empty."""
+        """The weights [n], normalised to sum to 1; all 0 if every weight is 0."""
         if self.weight is None:
             return jnp.full((self.n,), 1.0 / self.n, wide_dtype(self.x))
         weight = _summable(jnp.asarray(self.weight, wide_dtype(self.x)))
@@ -58,10 +62,10 @@ class Particles:
 def as_particles(points: Any, name: str = "refs") -> Particles:
     """Particles unchanged; an array or pytree [n, ...] as particles of equal weight.
 
-    What is no array but read by numpy (a torch tensor, a pandas frame) becomes one.
+    Anything that numpy reads (a torch tensor, a pandas frame) becomes an array.
 
     Raises:
-      TypeError: numpy cannot read it, or it holds something else than arrays of numbers; `name` is what it is called.
+      TypeError: numpy cannot read it, or it holds something other than numbers; `name` names it in the message.
     """
     points = points if isinstance(points, Particles) else Particles(points)
     weight = points.weight
@@ -93,7 +97,7 @@ def _as_array(name: str, leaf: Any) -> Any:
         )
     if isinstance(leaf, bool | int | float | complex):
         raise TypeError(
-            f"{name} holds the number {leaf!r} where an array is wanted; give np.asarray({name}), rows of one length"
+            f"{name} holds the number {leaf!r} where an array is needed; give np.asarray({name}), rows of one length"
         )
     if not hasattr(leaf, "__array__"):
         raise TypeError(f"{name} holds a {kind}; give an array of numbers, such as np.asarray({name})")
@@ -104,15 +108,15 @@ def _as_array(name: str, leaf: Any) -> Any:
             f"{name} is a {kind} that numpy cannot read ({error}); give a numpy array in its place"
         ) from error
     if not _is_array(array):
-        raise TypeError(f"{name} is a {kind}, which becomes an array of {array.dtype}; give an array of numbers")
+        raise TypeError(f"{name} is a {kind}, which numpy reads as {array.dtype}; give an array of numbers")
     return array
 
 
 def whole(points: T) -> T:
-    """A pytree of arrays, those that lie on a mesh of Explicit axes now whole on every device; others as they are.
+    """A pytree of arrays; those on a mesh of Explicit axes become whole on every device.
 
-    Operations on all pairs of rows cannot say how their results are to be split over such axes, so they raise. Outside
-    of `jax.set_mesh` even a derivative does, and what mixes them with new arrays: there the axes become Auto ones.
+    Operations on all pairs of rows raise on such axes, as they do not say how their results are to be split. Outside of
+    `jax.set_mesh` derivatives, and operations with new arrays, raise too; there the axes become Auto ones.
     """
 
     def gather(leaf):
@@ -144,7 +148,7 @@ def _summable(weight: Array) -> Array:
 
 
 def num_present(points: Particles) -> int:
-    """How many rows have a weight that counts beside the largest one; all of them where weights are not seen."""
+    """How many rows have a weight that is not negligible beside the largest; all of them inside `jit`."""
     if points.weight is None or not is_concrete(points.weight):
         return points.n
     weight = np.asarray(points.weight).astype(np.float64)
@@ -158,9 +162,9 @@ def wide_dtype(tree: PyTree) -> Any:
 
 
 def widen(points: Particles) -> Particles:
-    """The points with bfloat16 and float16 as float32, and what lies in empty slots replaced by a row that counts.
+    """The points with bfloat16 and float16 cast to float32, and rows of weight 0 replaced by another row.
 
-    Cast once, so that gradients add up before they are rounded. An empty slot may hold anything, NaN included.
+    They are cast once, so that gradients add up before they are rounded. A row of weight 0 may hold anything, NaN too.
     """
 
     def cast(x):
@@ -171,7 +175,7 @@ def widen(points: Particles) -> Particles:
 
 
 def fill_empty(points: Particles) -> Particles:
-    """The points with what lies in empty slots replaced by a row that counts."""
+    """The points with rows of weight 0 replaced by a row of positive weight."""
     if points.weight is None:
         return points
     weight = jnp.asarray(points.weight)
@@ -189,7 +193,7 @@ def fill_empty(points: Particles) -> Particles:
 
 
 def flat(x: PyTree) -> Float[Array, "n d"]:
-    """A pytree of samples as one matrix, a row a sample, in `wide_dtype`.
+    """A pytree of samples as one matrix, a row for each sample, in `wide_dtype`.
 
     Example:
       >>> flat({"a": jnp.ones((3, 2, 2)), "b": jnp.zeros(3)}).shape
@@ -208,12 +212,12 @@ def per_sample(value: Any, x: Array) -> Array:
 
 
 def check_points(name: str, points: Particles, *, floats: bool = False) -> None:
-    """Raise for particles that no kernel can use; values are looked at only when they are concrete.
+    """Raise for particles that no kernel can use; values are checked only if they are concrete.
 
     Raises:
-      TypeError: with `floats`, x is not made of floating-point arrays.
-      ValueError: no rows, rows of different number, values that are not finite or whose squares overflow, or weights
-        that are negative, all zero, or out of range.
+      TypeError: with `floats`, x does not hold floating-point numbers.
+      ValueError: no rows, or other numbers of rows in x, cond and weight; values that are not finite or whose squares
+        overflow; weights that are negative, all zero, or out of range.
     """
     leaves = [points.x] if isinstance(points.x, HostReferences) else jax.tree.leaves(points.x)
     if not leaves:
@@ -224,13 +228,13 @@ def check_points(name: str, points: Particles, *, floats: bool = False) -> None:
             if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):
                 raise TypeError(f"{name} has dtype {jnp.result_type(leaf)}; give real numbers")
             raise TypeError(
-                f"{name} has dtype {jnp.result_type(leaf)}; the model works on floats, so scale them as its training "
-                f"data was, for 8-bit images {name}.astype('float32') / 127.5 - 1"
+                f"{name} has dtype {jnp.result_type(leaf)}; give floats, scaled as the model's training data was: for "
+                f"8-bit images {name}.astype('float32') / 127.5 - 1"
             )
     rows = {np.shape(leaf)[:1] for leaf in jax.tree.leaves((points.x, points.cond, points.weight))}
     if len(rows) > 1 or rows == {()}:
         shapes = {k: jax.tree.map(np.shape, v) for k, v in vars(points).items() if v is not None}
-        raise ValueError(f"{name} must have one row a sample in x, cond and weight; the shapes are {shapes}")
+        raise ValueError(f"{name} must have one row for each sample in x, cond and weight; the shapes are {shapes}")
     if points.n == 0:
         raise ValueError(
             f"{name} is empty (shape {np.shape(leaves[0])}); give at least one sample, or None for no guidance"
@@ -245,7 +249,7 @@ def check_points(name: str, points: Particles, *, floats: bool = False) -> None:
 
 
 def _check_weight(name: str, weight: np.ndarray, limits: Any) -> np.ndarray:
-    """Which rows count."""
+    """Whether the weight of each row is positive."""
     if not np.isfinite(weight).all() or (weight < 0).any() or not (weight > 0).any():
         raise ValueError(
             f"{name}.weight must be finite, non-negative and not all zero; it is {_shorten(weight.tolist())}"

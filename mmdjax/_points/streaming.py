@@ -1,4 +1,4 @@
-"""References that stay in host memory or on disk: a block of rows at a time comes to the device when it is needed."""
+"""References that stay in host memory or on disk; the device gets a block of rows when it needs it."""
 
 import math
 from typing import Any
@@ -12,7 +12,7 @@ from mmdjax.tree import pytree, static
 
 
 class _Source:
-    """An array on the host; compared by identity, so that one object is compiled for once."""
+    """An array on the host, compared by identity: another object compiles anew."""
 
     def __init__(self, array: Any):
         self.array = array
@@ -20,21 +20,21 @@ class _Source:
 
 @pytree
 class HostReferences:
-    """References [m, ...] of which the device never holds more than a block, of some 16 MB.
+    """References [m, ...] of which the device never holds more than a block of about 16 MB.
 
-    Give it in place of an array of references to `guided_sample`, `MMDGuidance` at "denoised" or "clean", `mmd2`, or a
-    kernel's `gradient`, inside `jit` or outside. The default guidance reads all rows eleven times at each
-    network call (for distances, for weights, for each of eight inner steps, for its trace), so that a network call
-    should take longer than that, or a `mmdjax.compression.coreset` take their place. Rows come as float32.
+    Give it in place of an array of references to `guided_sample` (with "denoised" or "clean"), `mmd2`, or a kernel's
+    `gradient`, inside `jit` or outside. The default guidance reads all rows eleven times at each network call: for
+    distances, for weights, for each of eight inner steps, and for its trace. If that takes longer than the network,
+    use a `mmdjax.compression.coreset` instead. Rows are read as float32.
 
-    Limits: kernels of distances and inner products (not `Mapped`, nor functions of one's own, which ask for arrays); no
-    derivative with respect to the references; one process; nothing checks the values. Make one object and use it for
-    all calls: a second one compiles anew.
+    Limits: kernels of distances and inner products (not `Mapped` nor your own functions, which need arrays); no
+    derivative with respect to the references; one process; values are not checked. Make one object and use it for all
+    calls: another one compiles anew.
 
     Args:
-      array: anything of shape [m, ...] whose rows numpy can take by number: `np.load(path, mmap_mode="r")`, an array.
+      array: anything of shape [m, ...] whose rows numpy can index: `np.load(path, mmap_mode="r")`, an array.
     Raises:
-      ValueError: no rows, or no floating-point numbers.
+      ValueError: no rows, or the numbers are not floats.
 
     Example:
       >>> from mmdjax import RBF, mmd2
@@ -50,9 +50,12 @@ class HostReferences:
         if len(np.shape(array)) < 1 or array.shape[0] == 0:
             raise ValueError(f"references have shape {np.shape(array)}; give at least one row")
         if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise ValueError(f"references have dtype {array.dtype}; the model works on floats")
+            raise ValueError(f"references have dtype {array.dtype}; give floats, scaled as the training data was")
         object.__setattr__(self, "source", _Source(array))
         object.__setattr__(self, "index", np.arange(array.shape[0], dtype=np.int32))
+
+    def __repr__(self) -> str:
+        return f"HostReferences(float32{list(self.shape)})"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -61,11 +64,11 @@ class HostReferences:
 
     @property
     def dtype(self) -> Any:
-        """What rows come as."""
+        """The dtype of rows on the device."""
         return jnp.float32
 
     def flat(self) -> Float[Array, "n d"]:
-        """The rows, brought to the device."""
+        """Rows as a matrix on the device."""
         width = math.prod(self.shape[1:])
         array = self.source.array
 

@@ -1,4 +1,4 @@
-"""A small world with everything in the package: 1,797 handwritten digits and a class-conditional denoiser of them.
+"""1,797 handwritten digits and a trained class-conditional denoiser of them, all in the package.
 
 The images are scikit-learn's (8 × 8, 17 grey levels), pixel p in 0 … 16 scaled to p/8 − 1. The denoiser was trained by
 `examples/train_digits.py` on the 1,200 images of the training split only.
@@ -13,8 +13,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from mmdjax.checkpoint import load_weights, save_weights
 from mmdjax.denoisers import DiffusionModel, from_model
 from mmdjax.schedules import Cosine
+
+__all__ = [
+    "DEFAULT_WEIGHTS", "NULL_CLASS", "NUM_TRAIN", "digits_model", "load_digits", "load_weights", "save_weights",
+    "slant", "splits", "thicken",
+]  # fmt: skip
 
 DATA = Path(__file__).parent
 DEFAULT_WEIGHTS = DATA / "digits.safetensors"
@@ -37,8 +43,8 @@ def digits_model() -> DiffusionModel:
 def load_digits() -> tuple[DiffusionModel, Any]:
     """A trained class-conditional denoiser of 8 × 8 digits and its parameters, from the package's own files.
 
-    cond is an integer label [n], 0 to 9; None, or label 10, is the null class. Two calls give equal models: nothing
-    recompiles.
+    cond is an integer label [n], 0 to 9; None, or label 10, is the null class. The models of two calls are equal, so
+    that nothing compiles anew.
 
     Returns:
       (model, params): model.shape is (8, 8, 1), images in [−1, 1]; params are float32 NumPy arrays.
@@ -53,11 +59,11 @@ def load_digits() -> tuple[DiffusionModel, Any]:
       >>> threes.x.shape
       (2, 8, 8, 1)
     """
-    return digits_model(), load_weights()
+    return digits_model(), load_weights(DEFAULT_WEIGHTS)
 
 
 def splits() -> tuple[Split, Split]:
-    """(train_images, train_labels), (held_out_images, held_out_labels): what the denoiser saw, and what it never did.
+    """(train_images, train_labels), (held_out_images, held_out_labels): the denoiser was trained on the first only.
 
     Training: the first 1,200 of `numpy.random.RandomState(0).permutation(1797)`; held out: the other 597.
 
@@ -76,7 +82,7 @@ def splits() -> tuple[Split, Split]:
 
 
 def thicken(images: Float[Array | np.ndarray, "n 8 8 1"], amount: float = 0.4) -> Float[np.ndarray, "n 8 8 1"]:
-    """Digits of a broader pen: each image blended with its grey dilation by a cross.
+    """Digits with thicker strokes: each image blended with its grey dilation by a cross.
 
     x + amount (max_cross x − x), the maximum being over a pixel and its four neighbours.
 
@@ -97,7 +103,7 @@ def thicken(images: Float[Array | np.ndarray, "n 8 8 1"], amount: float = 0.4) -
 
 
 def slant(images: Float[Array | np.ndarray, "n 8 8 1"], amount: float = 0.4) -> Float[np.ndarray, "n 8 8 1"]:
-    """Digits leaning to the right: row i moves by amount (3.5 − i) pixels, linear between pixels, paper (−1) coming in.
+    """Digits leaning to the right: row i moves by amount (3.5 − i) pixels, with linear interpolation and −1 outside.
 
     Args:
       images: [n, 8, 8, 1] in [−1, 1].
@@ -131,20 +137,3 @@ def _dataset():
         images = data["images"].astype(np.float32)[..., None] / 8 - 1
         labels = data["labels"].astype(np.int32)
     return images, labels
-
-
-def load_weights(path: str | Path = DEFAULT_WEIGHTS) -> dict:
-    """A Linen parameter tree from a safetensors file whose names are paths joined by dots."""
-    from flax.traverse_util import unflatten_dict
-    from safetensors.numpy import load_file
-
-    return unflatten_dict(load_file(path), sep=".")
-
-
-def save_weights(path: str | Path, params: Any, metadata: dict[str, str]) -> None:
-    """The inverse of `load_weights`, with where the weights came from."""
-    from flax.traverse_util import flatten_dict
-    from safetensors.numpy import save_file
-
-    flat = flatten_dict(params, sep=".")
-    save_file({name: np.ascontiguousarray(value) for name, value in flat.items()}, path, metadata=metadata)

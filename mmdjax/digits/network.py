@@ -1,4 +1,4 @@
-"""The digits' denoising network, apart from `mmdjax.digits` so that importing that one does not import Flax."""
+"""The digits' denoising network, in its own file so that importing `mmdjax.digits` does not import Flax."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -14,8 +14,8 @@ class DigitsNetwork(nn.Module):
     h ← h + W₂ silu(W₁ (LN(h) (1 + s(c)) + b(c))).  The modulation is Perez et al. 2018 (FiLM), W₂, s and b starting at
     zero as in Peebles & Xie 2023 (adaLN-Zero). Dense, to be quick on a CPU.
 
-    Labels 0 to 9 are the classes, 10 is the null class. `AUGMENTED` added to them marks augmented pictures in training:
-    these teach the network without being drawn.  Karras et al. 2022, appendix F.2 (non-leaking augmentation).
+    Labels 0 to 9 are the classes, 10 is the null class. In training, `AUGMENTED` is added to the labels of augmented
+    pictures, so that samples do not look like these.  Karras et al. 2022, appendix F.2 (non-leaking augmentation).
     """
 
     width: int = 192

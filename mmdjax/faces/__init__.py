@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from mmdjax._files.weights import load_weights
+from mmdjax.checkpoint import load_weights
 from mmdjax.denoisers import DiffusionModel, from_model
 from mmdjax.schedules import Cosine
 
 DATA = Path(__file__).parent
-WEIGHTS = DATA / "faces.safetensors"
+WEIGHTS, CLASSIFIER = DATA / "faces.safetensors", DATA / "attributes.safetensors"
 SIZE, COLUMNS = 16, 40  # pixels of a face; faces in a row of a sheet
 
 
@@ -60,6 +60,7 @@ SKINS = {"pale": "ffdbac", "light": "eac393", "tan": "cb9e6e", "brown": "a26d3d"
 CONDITIONS = ("hair", "hair_colour", "skin")  # what the denoiser can be told, in this order
 CLASSES = {"hair": len(HAIR), "hair_colour": len(HAIR_COLOURS), "skin": len(SKINS)}
 ACCESSORIES = ("glasses", "hat", "beard")  # what it has never seen
+VALUES = CLASSES | dict.fromkeys(ACCESSORIES, 2)  # how many each attribute has
 POOLS = ("source", "glasses", "hats", "beards")
 ATTRIBUTES = {  # what references may have in common: the pool, and the attribute's name and value there
     "glasses": ("glasses", "glasses", 1),
@@ -75,8 +76,8 @@ class Faces(NamedTuple):
 
     Args:
       images: [n, 16, 16, 3] float32 in [−1, 1].
-      attributes: by name, [n] integers. "hair", "hair_colour" and "skin" count along `HAIR`, `HAIR_COLOURS` and `SKINS`;
-        "glasses", "hat" and "beard" are 0 or 1.
+      attributes: by name, [n] integers. "hair", "hair_colour" and "skin" count along `HAIR`, `HAIR_COLOURS` and
+        `SKINS`; "glasses", "hat" and "beard" are 0 or 1.
     """
 
     images: Float[np.ndarray, "n 16 16 3"]
@@ -136,7 +137,10 @@ def pool(name: str) -> Faces:
     """
     if name not in POOLS:
         raise ValueError(f"the pool is {name!r}; choose of {POOLS}")
-    return read_sheet(DATA / name)
+    faces = read_sheet(DATA / name)
+    for array in (faces.images, *faces.attributes.values()):
+        array.flags.writeable = False  # all callers share them
+    return faces
 
 
 def faces_with(attribute: str) -> Faces:
@@ -154,6 +158,42 @@ def faces_with(attribute: str) -> Faces:
     sheet, name, value = ATTRIBUTES[attribute]
     faces = pool(sheet)
     return faces[faces.attributes[name] == value]
+
+
+def read_attributes(images: Float[Array | np.ndarray, "n 16 16 3"]) -> dict[str, Int[np.ndarray, " n"]]:
+    """What a small network sees in faces: the attributes of `Faces`, by name.
+
+    It was trained on 12,000 faces of which 40% each wear glasses, hats and beards. How often it is right on fresh
+    faces: see `examples/faces/train_faces.py --evaluate`.
+
+    Example:
+      >>> glasses = pool("glasses").images[:100]
+      >>> float(read_attributes(glasses)["glasses"].mean()) > 0.95
+      True
+    """
+    logits, _ = _attributes(images)
+    return {name: np.asarray(values).argmax(-1) for name, values in logits.items()}
+
+
+def attribute_features(images: Float[Array | np.ndarray, "n 16 16 3"]) -> Float[np.ndarray, "n 128"]:
+    """What the network of `read_attributes` makes of faces before it names anything: features to compare sets in.
+
+    Example:
+      >>> attribute_features(pool("source").images[:2]).shape
+      (2, 128)
+    """
+    return np.asarray(_attributes(images)[1])
+
+
+def _attributes(images):
+    from mmdjax.faces.network import AttributesNetwork
+
+    return AttributesNetwork().apply(_classifier(), np.asarray(images, np.float32))
+
+
+@functools.cache
+def _classifier():
+    return load_weights(CLASSIFIER)
 
 
 def read_sheet(path: str | Path) -> Faces:
@@ -176,4 +216,5 @@ def write_sheet(path: str | Path, pixels: np.ndarray, attributes: dict[str, np.n
     padded = np.concatenate([pixels, np.full((rows * COLUMNS - len(pixels), SIZE, SIZE, 3), 255, np.uint8)])
     sheet = padded.reshape(rows, COLUMNS, SIZE, SIZE, 3).swapaxes(1, 2).reshape(rows * SIZE, COLUMNS * SIZE, 3)
     Image.fromarray(sheet).save(Path(path).with_suffix(".png"), optimize=True)
-    np.savez_compressed(Path(path).with_suffix(".npz"), **{k: v.astype(np.uint8) for k, v in attributes.items()})
+    small: dict[str, Any] = {name: values.astype(np.uint8) for name, values in attributes.items()}
+    np.savez_compressed(Path(path).with_suffix(".npz"), **small)

@@ -1,10 +1,10 @@
-"""The faces' denoising network, apart from `mmdjax.faces` so that importing that one does not import Flax."""
+"""The faces' networks, apart from `mmdjax.faces` so that importing that one does not import Flax."""
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mmdjax.faces import CLASSES, CONDITIONS
+from mmdjax.faces import CLASSES, CONDITIONS, VALUES
 from mmdjax.sd.layers import timestep_embedding
 from mmdjax.sd.transformer import AdaLNZeroBlock, PlainNorm, modulate, patchify, sincos_positions, unpatchify
 
@@ -44,3 +44,15 @@ class FacesNetwork(nn.Module):
         h = modulate(PlainNorm(name="out.norm")(h), shift, scale)
         out = nn.Dense(self.patch**2 * channels, kernel_init=nn.initializers.zeros, name="out.pixels")(h)
         return unpatchify(out, self.patch, height, width)
+
+
+class AttributesNetwork(nn.Module):
+    """Logits of each attribute, [n, values], and the features that they are linear in, [n, 128]."""
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "n 16 16 3"]
+    ) -> tuple[dict[str, Float[Array, "n values"]], Float[Array, "n 128"]]:
+        h = nn.gelu(nn.Dense(384, name="pixels")(x.reshape(x.shape[0], -1)))
+        features = nn.gelu(nn.Dense(128, name="features")(h))
+        return {name: nn.Dense(count, name=name)(features) for name, count in VALUES.items()}, features

@@ -2,14 +2,14 @@
 
     shift_i = −scale · T(P_i · ∂MMD²/∂z_i / u_i)
 
-`MMDGuidance` says how. Its parts, each in a file of its own:
+`MMDGuidance` holds the choices. Its parts, each in a file of its own:
 
     placements    where particles are moved: "denoised", "sample", "clean", "diffused"
     rules         P_i: "none", "raw", "length", "mass"
     field         P_i of the default, "field"
-    sides         who is compared with whom: what a rule sees
+    sides         the particles and what they are compared with: all that a rule sees
     coordinates   points as combinations of known ones: fast inner steps in many dimensions
-    bound         the guidance with its references, at work
+    bound         the guidance with its references, applied at each step
     wrappers      guide_denoiser, guide_sampler
     paper         the published rule
 
@@ -58,40 +58,62 @@ RULES = {"field": Field(), "mass": Mass(), "length": Length(), "none": Plain(), 
 
 @pytree
 class MMDGuidance:
-    """How to guide: the kernel, the placement and the size of the move. `MMDGuidance()` needs no tuning.
+    """How to guide: what is compared, where particles are moved, and how far. `MMDGuidance()` needs no tuning.
+
+    Each sample of a batch is a particle z_i of weight u_i: 1/n for n samples, a memory's included. Guidance moves it
+    towards the references and away from the other particles, by
+
+        shift_i = −scale · T(P_i · ∂MMD²/∂z_i / u_i),
+
+    in the data's units. x̂0 is the model's estimate of the clean sample; x_s is the noisy sample after the sampler's
+    step to level s. Give the object to `guided_sample`, `sample_many`, `guide_denoiser` or `guide_sampler`.
+    `suggest_guidance` tries other choices on your references; `MMDGuidance.paper()` is the published rule.
 
     Args:
-      kernel: compares samples, or, as a `Product`, samples and conditions. None: `IMQ`, its bandwidth `Neighbourhood()`
-        of the references ("denoised", "clean") or 2.5 times their median nearest-neighbour distance ("sample");
-        "diffused": `RBF` at their median distance.
-      scale: multiplies the shift. 0 is plain sampling.
-      at: where particles are moved, by name or a `Placement` of one's own.
-        "denoised": x̂0, against clean references. Serves every solver; the default.
-        "sample": x_s after the step, against references with fresh noise of level s. Keeps samples in their modes.
-        "clean": x_s after the step, against clean references: the published placement.
-        "diffused": as "sample" with the noise in closed form: no noise in the gradient, but RBF only.
-      estimator: "u" leaves the self-pair out, "v" keeps it. "v" also pushes a particle off itself: it is biased.
-      inner_steps: shifts a network call. None: 8 ("denoised"); 20 × the decrease in log σ²/α² over the step, that
-        capped at .575, in equal parts ("sample", "diffused"); 1 ("clean").
-      precondition: the rule, P_i, by name or a `Rule` of one's own. None: "field" ("denoised"), "mass" (elsewhere).
-        "mass": a mean-shift step, bounded, with no scale to tune. "field": that, averaged over neighbours, so that few
-        references are not copied. Both need a kernel of the distance.
-        "length": the kernel's length squared, by component in a sum. "none": 1. "raw": u_i, the gradient itself. Their
-        `scale` is for the user to choose.
-      transform: T, an `optax.GradientTransformation` vmapped over samples, the guided point being its `params`. Static:
-        make it once. Its numbers may follow the count of updates (a schedule). The shift is *minus* what it returns, so
-        give a `scale_by_…` transformation, such as `optax.scale_by_adam()`, not an optimizer, which turns the sign
-        itself.
-      window: (start, end), fractions of the steps done between which guidance acts; 0 is pure noise, 1 is clean.
-      published: keep the memory as the published code does; see `paper`.
+      kernel: what makes two samples alike: a kernel, or a function (a: Particles, b: Particles) -> Gram [n, m].
+        None: `IMQ` with its bandwidth from the references (`mmdjax.guidance.default_kernel`); `RBF` for "diffused".
+        `IMQ(h)`, `RBF(h)`, …: a bandwidth of your own, a distance in the data's units. The larger it is, the coarser
+        the differences that guidance corrects.
+        `Product(x=IMQ(), cond=Delta())`: references and samples have labels (prompts: `mmdjax.sd.prompt_kernel()`).
+        `Mapped(fn, kernel)`: features fn(x) tell better than x what is alike. Take precondition="length" with it.
+      scale: multiplies the shift. Leave it 1 for "field" and "mass", or take less for weaker guidance. 0 is plain
+        sampling. The other preconditions need a scale found by trial.
+      at: where particles are moved, by name or as a `Placement`.
+        "denoised": x̂0, compared with clean references, at each network call. The default, for every solver.
+        "clean": x_s after the step, compared with clean references, as published. Try it if the proportions of modes or
+        classes are not right.
+        "sample": x_s after the step, compared with references that got fresh noise of level s. It keeps samples in the
+        modes of the model, but copies more if references are few.
+        "diffused": as "sample", but averaged over that noise in closed form; for `RBF` only.
+      estimator: "u" leaves the pair of a particle with itself out of MMD². "v" keeps it, as the paper does: biased.
+      inner_steps: shifts for each network call, at least 1. None: 8 ("denoised"), 1 ("clean"); for "sample" and
+        "diffused" up to 12, in proportion to the decrease in log σ²/α² over the step.
+      precondition: P_i, the length of the shift, by name or as a `Rule`. None: "field" for "denoised", else "mass".
+        "field": "mass", with steps averaged over neighbours in the batch, so that few references are not copied, and
+        the push between particles weakened at low noise.
+        "mass": a mean-shift step, which is bounded. Like "field" it needs a kernel of the distance: `IMQ`, `RBF`,
+        `Laplacian`, `Matern32`, `Matern52`, `RationalQuadratic`, `Energy`, a `Sum` or `Product` of these on samples.
+        "length": the kernel's length squared, such as its bandwidth squared, so that the shift is a length. For kernels
+        with a length that are not of the distance: `Mapped`, `Linear`, `Polynomial`, `Cosine`.
+        "none": 1. For any kernel, such as a function.
+        "raw": u_i, so that T is given the gradient itself, as in the paper. It shrinks as n grows.
+      transform: T, an `optax.GradientTransformation` for one sample, such as `optax.scale_by_adam()`; None: no change.
+        The guided point is its `params`. The shift is *minus* what it returns, so give no optimizer, which turns the
+        sign itself. Make it once: another object compiles anew.
+      window: (start, end): guidance acts while start <= steps done / all steps < end. (0, 0.8) leaves the last fifth of
+        the steps to the model.
+      published: keep the memory as the published code does; set by `paper`.
     Raises:
       ValueError: a choice that does not exist, or that the kernel cannot serve ("mass" and "field" need a kernel of the
         distance, "diffused" an RBF); a window out of order or range; a scale that is not finite; inner_steps below 1.
+      TypeError: a scale that is not a number, a transform without `init` and `update`, a class in place of an object.
 
     Example:
       >>> from mmdjax import RBF
       >>> MMDGuidance(kernel=RBF(1.0), at="sample").at
       'sample'
+      >>> MMDGuidance(kernel=RBF(1.0), at="sample", window=(0.0, 0.8)).placement
+      AtSample()
 
     Source: arXiv 2601.08379.
     """
@@ -142,42 +164,43 @@ class MMDGuidance:
 
     @property
     def placement(self) -> Placement:
-        """Where particles are moved."""
+        """The `Placement` that `at` names."""
         if self.published:
             return paper.Published()
         return PLACEMENTS[self.at] if isinstance(self.at, str) else self.at
 
     @property
     def base_kernel(self) -> Kernel:
-        """The kernel, None filled in; bandwidths may still be left to the references."""
+        """The kernel; the placement's default where it is None. Bandwidths may still be None."""
         return self.placement.default_kernel() if self.kernel is None else self.kernel
 
     @property
     def rule(self) -> Rule:
-        """P_i, None filled in."""
+        """The `Rule` that `precondition` names; the placement's default where it is None."""
         rule = self.placement.rule if self.precondition is None else self.precondition
         return RULES[rule] if isinstance(rule, str) else rule
 
     @property
     def where(self) -> str:
-        """`at` as it is written, for messages."""
+        """`at` as the user wrote it, for error messages."""
         return f'at="{self.at}"' if isinstance(self.at, str) else f"at={shown(self.at)}"
 
     @property
     def steps(self) -> int:
-        """Inner steps a network call, at most."""
+        """The most inner steps for each network call."""
         return self.inner_steps or self.placement.steps
 
     @classmethod
     def paper(cls, alpha: Any = 0.002) -> "MMDGuidance":
         """The authors' rule: x_s − α ‖x_s‖ g/(‖g‖ + 1e-5), g the raw gradient of the biased MMD² with (xᵀy/D + 1)³.
 
-        Clean references against x_s. Without memory the joint batch is guided, each sample's norms its own. With a
-        memory and num_samples=1 it is the published loop: nothing moves until one sample is remembered, samples are
-        remembered as they were before the last shift, and a full memory keeps only its last sample.
+        x_s is compared with clean references. Without a memory the whole batch is guided together; norms are taken for
+        each sample. With a memory and num_samples=1 it is the published loop: nothing moves until one sample is
+        remembered, samples are remembered as they were before the last shift, and a full memory keeps only its last
+        sample.
 
         Args:
-          alpha: the relative size of a move, the `scale` leaf. The paper's images use .002.
+          alpha: the size of a move relative to ‖x_s‖; it becomes `scale`. The paper's images use .002.
 
         Example:
           >>> MMDGuidance.paper(alpha=0.01).scale
@@ -199,7 +222,11 @@ def _check_choice(name: str, value: Any, table: dict[str, Any], kind: type, also
 
 
 def default_kernel(at: str | Placement) -> Kernel:
-    """The kernel of `MMDGuidance()` at a placement."""
+    """The kernel of `MMDGuidance(at=at)`.
+
+    "denoised" and "clean": `IMQ(Neighbourhood())`. "sample": `IMQ` at 2.5 times the references' median distance to the
+    nearest neighbour. "diffused": `RBF` at their median distance.
+    """
     return (PLACEMENTS[at] if isinstance(at, str) else at).default_kernel()
 
 
@@ -222,14 +249,14 @@ def check_guidance(guidance: Any, refs: Particles, cond: Any) -> None:
     check_kind(guidance)
     check_points("refs", refs, floats=True)
     if isinstance(refs.x, HostReferences) and not guidance.placement.clean:
-        raise ValueError(f'{guidance.where} brings references to each noise level; HostReferences need at="denoised"')
+        raise ValueError(f'{guidance.where} adds noise to the references; HostReferences need at="denoised" or "clean"')
     if guidance.kernel is None or not guidance.kernel.uses_cond:
         return
     if refs.cond is None:
         raise ValueError("the kernel compares conditions but refs have none; give refs=Particles(x, cond=...)")
     if cond is None:
         raise ValueError(
-            "the kernel compares conditions but cond is None; give cond, one row a sample, or a kernel on x alone"
+            "the kernel compares conditions but cond is None; give cond, a row for each sample, or a kernel on x alone"
         )
     shapes = [jax.tree.map(lambda leaf: np.shape(leaf)[1:], tree) for tree in (refs.cond, cond)]
     if shapes[0] != shapes[1] or jax.tree.structure(refs.cond) != jax.tree.structure(cond):

@@ -1,5 +1,6 @@
-"""The guidance with its references, at work: everything but the moving particles is bound."""
+"""The guidance bound to its references: all that a step needs but the moving particles."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -28,7 +29,7 @@ class GuidanceState:
     """What the guidance carries from step to step.
 
     Args:
-      transform: the optax state, one a sample; () without a transform.
+      transform: the optax state of each sample; () without a transform.
       mmd2: MMD² after the last shift (the trace).
       shift_norm: mean L2 norm of the last shift, in the data's units (the trace).
       unshifted: x before the last shift where the placement's memory wants it, else ().
@@ -42,24 +43,24 @@ class GuidanceState:
 
 @pytree
 class BoundGuidance:
-    """An `MMDGuidance` with its references, kernel fitted: everything but the moving particles. Made by `bind`.
+    """An `MMDGuidance` with its references and its fitted kernel; made by `bind`.
 
     Args:
-      refs_term: E k(y, y') over the references, of MMD² in the trace; 0 where they are noisy.
-      seen: what the rule took from the references, by `see`.
-      cond: the samples', placed as the batch is.
-      distances: squared, among references and memory, where inner steps make use of them; else None.
+      refs_term: E k(y, y') over the references, for MMD² in the trace; 0 where they are noisy.
+      seen: what the rule computed from the references; see `see`.
+      cond: conditions of the samples, on the devices that hold these.
+      distances: squared distances among references and memory, if inner steps use them; else None.
     """
 
     guidance: MMDGuidance
     kernel: Kernel
     refs: Particles
-    refs_term: Any
-    seen: Any
+    refs_term: Any = dataclasses.field(repr=False)
+    seen: Any = dataclasses.field(repr=False)
     cond: Any
     memory: Particles | None
-    distances: Any = None
-    layout: Layout = static(default=HERE)
+    distances: Any = dataclasses.field(default=None, repr=False)
+    layout: Layout = static(default=HERE, repr=False)
 
     def init(self, x: Array) -> GuidanceState:
         """The state before the first step for a batch shaped like x."""
@@ -172,11 +173,10 @@ class BoundGuidance:
 
 
 def fit_kernel(guidance: MMDGuidance, refs: Particles, layout: Layout = HERE) -> Kernel:
-    """The guidance's kernel with all that it takes from the references filled in.
+    """The guidance's kernel, its bandwidths taken from the references where they are None.
 
     Raises:
-      ValueError: a bandwidth comes out as 0, the references being all equal. Inside `jit`, where that is not seen, it
-        is NaN.
+      ValueError: the references are all equal and would give a bandwidth of 0. Inside `jit` it is NaN instead.
     """
     kernel = _fit(guidance.base_kernel, refs, layout=layout)
     check_fitted(kernel)
@@ -204,8 +204,8 @@ def bind(
     """The guidance bound to its references (in at least float32), conditions and memory; `kernel` from `fit_kernel`.
 
     Args:
-      reused: for many network calls, so that distances among all references are worth their time.
-      seen: what `see` found in these references, where that is known.
+      reused: the result serves many network calls, which pays for distances among all references.
+      seen: the result of `see` for these references, if it is known.
     """
     placement = guidance.placement
     if not kernel.sees_cond:  # carried along they would have to match in structure for nothing
@@ -234,7 +234,7 @@ def bind(
 
 
 def see(guidance: MMDGuidance, refs: Particles, layout: Layout = HERE) -> Any:
-    """What the guidance's rule takes from clean references, or from some 16 MB of them; detached. None: nothing."""
+    """What the guidance's rule computes from clean references, from at most 16 MB of them; detached. None: nothing."""
     if not (guidance.placement.clean and guidance.rule.looks):
         return None
     most = max(64, min(SUBSET, PLAIN // row_size(refs.x)))

@@ -8,9 +8,9 @@ Guidance moves particles along differences of points. After any number of shifts
 So D is computed once, the shifts change C alone, and the points themselves are made once, at the end. Where z_i and z_j
 lie so close that this cancels, −½ (c_i − c_j) D (c_i − c_j)ᵀ takes its place.
 
-A batch far from the references, in their spreads, would cost digits with the square of that gap, as |p_k − p_l|²
-between the two holds all of it. There D is that of the batch moved by the gap, p'_k = p_k − e; with β_i = 1 − Σ_k c_ik
-over the points that were not moved, and L_i = e · Σ_k c_ik p'_k,
+If the gap e between the batch and the references is many times their spread, |p_k − p_l|² between the two would lose
+digits. D is then taken with the batch moved by the gap, p'_k = p_k − e. With β_i = 1 − Σ_k c_ik over the points that
+were not moved, and L_i = e · Σ_k c_ik p'_k,
 
     |z_i − z_j|² = |z'_i − z'_j|² + (β_i − β_j) (2 (L_i − L_j) + (β_i − β_j) |e|²).
 
@@ -48,11 +48,11 @@ APART = 4  # spreads of batch and references together, from which on the gap bet
 class Barycentric(Radial, autodiff=True):
     """A kernel of the distance between combinations of N known points.
 
-    A set's x is [n, N], a row a combination; or [m], the numbers of consecutive known points, in floating point so that
-    weights come out in the precision of the distances.
+    A set's x is [n, N], a combination in each row; or [m], the numbers of consecutive known points. These are floats,
+    so that weights have the precision of the distances.
 
     Args:
-      kernel: of the distance alone.
+      kernel: a kernel of the distance.
       distances: D, the squared distances between known points, the batch moved by the gap [N, N].
       aside: −1 for the points that were not moved and 0 for others, which sums to β − 1; and e · p'_k. [N, 2].
       gap2: |e|².

@@ -1,19 +1,20 @@
 """The default rule: mean shift, its push weakened at low noise, averaged over neighbours.
 
-Beside "mass", with p_i and q_i a particle's kernel masses from references and from particles, "field" changes four
-things.
+"field" differs from "mass" in four things. p_i and q_i are a particle's kernel masses of the references and of the
+other particles.
 
-1. With a product kernel the push is multiplied by the density of the particle's condition among the references over
-   that among the particles: samples are compared at each condition, whatever the conditions' shares on either side.
+1. With a product kernel the push is multiplied by the density of the particle's condition among the references, divided
+   by that among the particles. So samples are compared at each condition, even if conditions have other shares among
+   the references than among the samples.
 2. The push is weakened by min(1, (p_i/q_i)^b), b = (2h)²/((2h)² + (σ/α)²), h the kernel's reach. Where the noise can no
-   longer carry a particle from one mode to another, a mode with too many would push the surplus out to where there is
-   no data.
+   longer carry a particle from one mode to another, a mode with too many particles would push them to where there is no
+   data.
 3. Steps are averaged over neighbours in the batch, shift_i ← Σ_j w(z_i, z_j) shift_j / Σ_j w(z_i, z_j), so that the
-   batch moves as a smooth field. What sets single references apart is noise of a small sample, and it moves particles
-   apart from their neighbours; what the target is, moves them together. Details below h stay the model's.
-4. Two kinds of particle are excluded from the average, which would leave them with the neighbours that they came with:
-   one with a surplus around it, q_i above p_i by more than a fraction of the spread of the references' weights there;
-   and, where references are clean, a stray, farther from every one of them than these are from each other.
+   batch moves as a smooth field. What is peculiar to single references is noise of a small sample, and pulls particles
+   apart from their neighbours; what belongs to the target pulls neighbours together. Details below h stay the model's.
+4. Two kinds of particle are excluded from the average, because it would keep them with their neighbours: one with a
+   surplus around it, where q_i exceeds p_i by more than a fraction of the spread of the references' weights there; and,
+   where references are clean, a stray, which is farther from all of them than they are from each other.
 
 References:
   Cheng 1995 (mean shift as majorise-minimise). Liu & Wang 2016 (a velocity smoothed by a kernel).
@@ -41,8 +42,10 @@ class Field(Rule):
     """precondition="field": mean shift; the push weakened at low noise; averaged over neighbours.
 
     Args:
-      surplus: how soon a particle leaves the average where the batch outweighs the references.
-      far: how far from all references a stray is, squared, in their spread.
+      surplus: how soon a particle is excluded from the average where the batch outweighs the references; larger is
+        sooner.
+      far: the squared distance to the nearest reference beyond which a particle is a stray, as a multiple of the
+        references' squared spread.
     """
 
     needs: ClassVar[str] = "mass"
@@ -74,10 +77,10 @@ class Field(Rule):
         return over_larger_mass(pushed, mass_push, pulled, mass_pull)
 
     def average(self, sides: Sides, spread: Any) -> Float[Array, "n all"]:
-        """w(z_i, z_j)/Σ_j w(z_i, z_j), for a particle that is no surplus and no stray; row i of the identity for one
-        that is, with a smooth step between.
+        """Weights of the average [n, all]: w(z_i, z_j)/Σ_j w(z_i, z_j); row i of the identity for an excluded particle.
 
-        A weight that is infinite at distance 0 counts there as the row's largest other.
+        Between the two the step is smooth. A weight that is infinite at distance 0 is replaced by the row's largest
+        other weight.
 
         Args:
           spread: of the references, squared; None: no particle is a stray.
@@ -127,13 +130,13 @@ class Field(Rule):
         return 1 / (1 + jnp.minimum(t, 16.0) ** 4)
 
     def in_reach(self, sides: Sides, spread: Any) -> Float[Array, " n"]:
-        """1 near a reference, 0 far from all: 1/(1 + (d²/far s²)⁸), d to the nearest one, s² the spread; cut too."""
+        """1 near a reference, 0 far from all: 1/(1 + (d²/far s²)⁸), d the distance to the nearest, s² the spread."""
         far = jnp.where(jnp.isfinite(spread), sides.nearest2() / (self.far * spread), 0.0)
         return 1 / (1 + jnp.minimum(far, 16.0) ** 8)
 
 
 def balance_at(reach: Any, level: Level | None, dtype: Any = float) -> Any:
-    """b: how far the push is weakened at a noise level; 0 without one, or for a kernel without a reach."""
+    """b, which says how much the push is weakened at a noise level; 0 if the level is None or the reach is 0."""
     if level is None:
         return 0.0
     reach2, noise2 = (2 * level.alpha * reach) ** 2, jnp.asarray(level.sigma) ** 2
@@ -142,7 +145,7 @@ def balance_at(reach: Any, level: Level | None, dtype: Any = float) -> Any:
 
 
 def surplus_share(mass_pull: Float[Array, " n"], mass_push: Float[Array, " n"]) -> Float[Array, " n"]:
-    """min(1, mass_pull/mass_push), a mass_pull that vanishes counting as the least one, so that powers have a slope."""
+    """min(1, mass_pull/mass_push), with mass_pull at least `least_mass`, so that powers of it have a derivative."""
     mass_pull = jnp.maximum(mass_pull, least_mass(mass_pull.dtype))
     surplus = mass_push > mass_pull
     units = unit_of(mass_pull), unit_of(jnp.where(surplus, mass_push, 1.0))

@@ -1,10 +1,10 @@
 """Rules: which way a particle moves, and how far, given the push of the others and the pull of the references.
 
 A rule returns P_i ∂MMD²/∂z_i / u_i; the shift is −scale times it. `precondition="mass"` names one of these, and
-`precondition=Mass()` is the same; the default, "field", is in `mmdjax.guidance.field`.
+`precondition=Mass()` is the same. The default, "field", is in `mmdjax.guidance.field`.
 
-A rule of one's own is a subclass of `Rule` with a `direction(sides, plan)`; numbers among its fields may be swept and
-differentiated. What it may ask is in `mmdjax.guidance.sides.Sides`.
+Your own rule is a subclass of `Rule` with a `direction(sides, plan)`; the numbers in its fields may be swept and
+differentiated. `mmdjax.guidance.sides.Sides` lists what it can use.
 
 References:
   Gretton et al. 2012, eq. 3 and 5. Cheng 1995 (mean shift as majorise-minimise).
@@ -26,43 +26,61 @@ from mmdjax.tree import Component, pytree, static
 
 @dataclass_transform(frozen_default=True, field_specifiers=(static,))
 class Rule(Component):
-    """What the guidance asks of a rule; a subclass writes `direction`.
+    """Which way a particle moves, and how far: base class for `MMDGuidance(precondition=...)`.
 
-    `needs` says what the kernel must have: "mass" (it is one of the distance), "length", or "" for nothing.
+    A subclass writes `direction`. For what need not be computed at each inner step it overrides `prepare` (once for
+    each network call) or `from_refs` (once for all calls).
+
+    Class attributes:
+      needs: what the kernel must have: "mass" (it is a kernel of the distance), "length" (it has a `length2`), or "".
+
+    Example:
+      >>> class Half(Rule):  # P = 1/2
+      ...     def direction(self, sides, plan):
+      ...         return sides.push()[0] - sides.pull()[0]
+      >>> from mmdjax import MMDGuidance
+      >>> MMDGuidance(precondition=Half(), scale=2.0).rule
+      Half()
     """
 
     needs: ClassVar[str] = ""
 
     @property
     def looks(self) -> bool:
-        """Whether the rule takes anything from the references once a run."""
+        """Whether the subclass overrides `from_refs`."""
         return type(self).from_refs is not Rule.from_refs
 
     def check(self, kernel: Kernel, name: str) -> None:
-        """Raise ValueError where the kernel lacks what the rule needs; `name` is what the user called the rule."""
+        """Raise ValueError if the kernel lacks what the rule needs; `name` is the rule's name in the message."""
         if self.needs and not (kernel.has_length if self.needs == "length" else kernel.has_mass):
             raise ValueError(kernel.without(name))
 
     def from_refs(self, refs: Particles, distances: Callable) -> Any:
-        """What the rule takes from clean references, once a run.
+        """Computed once from clean references, and given to `prepare` as `seen`.
 
         Args:
-          refs: some of them, at most 2,000; detached.
-          distances: (function, y) -> function(y, y), [m, m], shared out over the devices of a mesh.
+          refs: at most 2,000 of the references; detached.
+          distances: (function, y) -> function(y, y), [m, m], computed on all devices of a mesh together.
         """
         return None
 
     def prepare(self, sides: Sides, level: Level | None, seen: Any) -> Any:
-        """The plan: what is worked out once a network call, of the particles as they come.
+        """Computed once for each network call, from the particles before they move, and given to `direction` as `plan`.
 
         Args:
-          level: of the points that the network saw ("denoised") or that are moved; None if it is not known.
-          seen: what `from_refs` returned; None among noisy references.
+          sides: as in `direction`.
+          level: the noise level of the network's input (where x̂0 is moved) or of x_s; None if it is not known.
+          seen: the result of `from_refs`; None if the references are noisy.
         """
         return None
 
     def direction(self, sides: Sides, plan: Any) -> Float[Array, "n ..."]:
-        """P_i ∂MMD²/∂z_i / u_i for the particles of this device, at each inner step."""
+        """P_i ∂MMD²/∂z_i / u_i at each inner step, shaped like `sides.rows.x` [n, ...]; the shift is −scale times it.
+
+        Args:
+          sides: the particles of this device, and what they are compared with.
+          plan: the result of `prepare`.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no direction(sides, plan); write it")
 
 
@@ -85,7 +103,7 @@ class Raw(Rule):
 
 @pytree
 class Length(Rule):
-    """precondition="length": P = ℓ², the kernel's length squared, by component in a sum."""
+    """precondition="length": P = ℓ², the kernel's length squared; in a sum, that of each term."""
 
     needs: ClassVar[str] = "length"
 
@@ -95,10 +113,10 @@ class Length(Rule):
 
 @pytree
 class Mass(Rule):
-    """precondition="mass": P is one over twice the larger of the kernel masses, from references and from particles.
+    """precondition="mass": P is one over twice the larger of two kernel masses: of the references, of the particles.
 
-    For a kernel of the distance the mean-shift step to the references less the one to the other particles: a
-    majorise-minimise step, bounded, with no scale to tune.
+    This is the mean-shift step to the references minus the one to the other particles. It is a majorise-minimise step,
+    bounded, with no scale to tune.
     """
 
     needs: ClassVar[str] = "mass"

@@ -1,11 +1,11 @@
-"""Who is compared with whom: a device's particles, and the particles, references and memory that they are compared to.
+"""The particles of a device, and the particles, references and memory that they are compared with.
 
 For particles z_i of weight u_i (batch and memory together) and references y_j of weight v_j,
 
     ∂MMD²/∂z_i / u_i = 2 [Σ_{j≠i} u_j ∂k(z_i, z_j)/∂z_i / (1 − Σu²) − Σ_j v_j ∂k(z_i, y_j)/∂z_i]        ("u")
 
-is twice `push` less `pull`. How the batch and the references lie on a mesh is known to `Sides.shards` alone: rules ask
-`Sides` and never see a mesh axis.
+is 2 (push − pull). Only `Sides.shards` knows how the batch and the references are split over devices: rules call
+methods of `Sides` and never see a mesh axis.
 
 References:
   Gretton et al. 2012, eq. 3 and 5.
@@ -30,18 +30,18 @@ from mmdjax.mmd import embedding, pair_norm, pair_sum
 
 @dataclasses.dataclass(frozen=True)
 class Sides:
-    """The particles of one device, and what they are compared with.
+    """The particles of one device, and what they are compared with: what a `Rule` is given.
 
     Args:
-      kernel: for all pairs, or (among the batch, between batch and fixed points).
+      kernel: for all pairs; or two, among the batch and between the batch and fixed points (references, memory).
       rows: z, the n particles of this device. In many dimensions their `x` may be coefficients [n, N] of N known
         points: take distances from the methods here, not from `x`.
       refs: m references.
       memory: past samples of weight 0 or 1, which count on the particles' side but do not move; or None.
       estimator: "u" leaves the self-pair out, "v" keeps it.
-      reach: of the kernel between clean points; see `Kernel.reach`.
-      everyone: the batch on all devices, this one's rows first; None: `rows` is all of it.
-      shards: over which devices batch and references are split.
+      reach: `Kernel.reach` of the kernel between clean points.
+      everyone: the batch of all devices, this one's rows first; None: `rows` is the whole batch.
+      shards: how batch and references are split over devices.
     """
 
     kernel: Kernel | tuple[Kernel, Kernel]
@@ -64,12 +64,12 @@ class Sides:
 
     @property
     def fixed(self) -> Kernel:
-        """The kernel between them and references or memory."""
+        """The kernel between the batch and references or memory."""
         return self.kernel[1] if isinstance(self.kernel, tuple) else self.kernel
 
     @functools.cached_property
     def weights(self) -> Float[Array, " all"]:
-        """u_i of everyone, then of the memory; sums to 1."""
+        """u_i of `everyone`, then of the memory; they sum to 1."""
         weights = jnp.ones(self.everyone.n, wide_dtype(self.rows.x))
         if self.memory is not None:
             weights = jnp.concatenate([weights, self.memory.weight.astype(weights.dtype)])
@@ -77,7 +77,10 @@ class Sides:
 
     @functools.cached_property
     def shares(self) -> tuple[Float[Array, "n all"], Float[Array, " k"]]:
-        """u_j/(1 − Σu²) of everyone for each row, 0 for itself, and of the memory; u_j with estimator "v"."""
+        """Coefficients of the push for each row: of `everyone`, 0 for the particle itself, and of the memory.
+
+        u_j/(1 − Σu²), or with estimator "v" u_j, the particle itself included.
+        """
         coef = self.weights / pair_norm(self.weights, self.estimator)
         own = jnp.broadcast_to(coef[: self.everyone.n], (self.rows.n, self.everyone.n))
         if self.estimator == "u":
@@ -85,10 +88,10 @@ class Sides:
         return own, coef[self.everyone.n :]
 
     def push(self, precondition: str = "none") -> tuple[Float[Array, "n ..."], Float[Array, " n"]]:
-        """Σ_j u_j ∂k(z_i, z_j)/∂z_i/(1 − Σu²) over the other particles and the memory, and the kernel mass of them.
+        """Σ_j u_j ∂k(z_i, z_j)/∂z_i/(1 − Σu²) over the other particles and the memory, and their kernel mass.
 
         Args:
-          precondition: as `Kernel.gradient` has it; the mass is 1 unless it is "mass".
+          precondition: as in `Kernel.gradient`; the mass is 1 unless it is "mass".
         """
         own, of_memory = self.shares
         pushed, mass = self.among.gradient(self.rows, self.everyone, own, same=True, precondition=precondition)
@@ -100,7 +103,7 @@ class Sides:
         return pushed, mass
 
     def pull(self, precondition: str = "none") -> tuple[Float[Array, "n ..."], Float[Array, " n"]]:
-        """Σ_j v_j ∂k(z_i, y_j)/∂z_i over the references, and the kernel mass of them."""
+        """Σ_j v_j ∂k(z_i, y_j)/∂z_i over the references, and their kernel mass; see `push`."""
         v = self.shards.probabilities(self.refs).astype(self.weights.dtype)
 
         def by_refs(rows):
@@ -146,12 +149,12 @@ class Sides:
     def condition_ratio(self, own: Float[Array, "n all"], of_memory: Float[Array, " k"]) -> Array | None:
         """Density of each particle's condition among the references, over that among the other particles; detached.
 
-        At most twice the ratio with the particle itself among the particles, which is what it is where two share a
-        condition: a particle alone with its condition would be pushed by those of others as if they had its own. None
-        where the kernel compares no conditions.
+        None if the kernel compares no conditions. The ratio is at most twice the one with the particle itself counted,
+        which is reached where two particles share a condition. Otherwise a particle that is alone with its condition
+        would be pushed by those with other conditions as if they had its own.
 
         Args:
-          own, of_memory: how much each particle of the batch, and of the memory, counts; rows sum to 1.
+          own, of_memory: the weights of the batch's and the memory's particles in the second density; rows sum to 1.
         """
         alike = self.fixed.cond_gram(self.rows, self.everyone)
         if alike is None:
@@ -174,7 +177,7 @@ class Sides:
         return jax.lax.stop_gradient(ratio)
 
     def averaged(self, average: Float[Array, "n all"], direction: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
-        """Σ_j average_ij direction_j over everyone."""
+        """Σ_j average_ij direction_j over `everyone`."""
         return product(average, flat(self.shards.everyone(direction))).reshape(self.rows.x.shape)
 
     def total(self, x: Any) -> Any:
@@ -182,7 +185,7 @@ class Sides:
         return self.shards.total(x)
 
     def mmd2(self) -> Float[Array, ""]:
-        """MMD² without the references' own term; NaN with a memory where the kernel is a pair: there is no one Gram."""
+        """MMD² without the references' own term. NaN if there is a memory and the kernel is a pair."""
         z, everyone, refs, memory, shards = self.rows, self.everyone, self.refs, self.memory, self.shards
         if memory is not None and self.among is not self.fixed:
             return jnp.full((), jnp.nan, wide_dtype(z.x))

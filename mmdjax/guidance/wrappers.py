@@ -1,9 +1,10 @@
-"""Guidance for pipelines of one's own: around a denoiser, or around a sampler's step.
+"""Guidance for your own pipeline: around a denoiser, or around a sampler's step.
 
-`guide_denoiser` moves x̂0 at every network call and serves any solver; `guide_sampler` serves every placement, in a loop
-that calls `init` and `step`. `guided_sample` is made of the second.
+`guide_denoiser` moves x̂0 at every network call, for any solver. `guide_sampler` takes every placement, in a loop that
+calls `init` and `step`. `guided_sample` uses the second.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -24,9 +25,9 @@ ROUNDING = 1e-5  # added to a fraction of steps: k/N may fall short of a window'
 
 
 def steps_done(fraction: Any) -> Any:
-    """A fraction of the steps as a window reads it: at an edge that it meets but for rounding, and always below 1.
+    """A fraction of the steps, corrected so that rounding does not decide on which side of a window's edge it lies.
 
-    So a window that starts where another ends takes over from it, and one that ends at 1 has the clean end in it.
+    It is below 1: a window that ends at 1 includes the clean end.
     """
     fraction = jnp.asarray(fraction, float)
     return jnp.minimum(fraction + ROUNDING, np.nextafter(fraction.dtype.type(1), fraction.dtype.type(0)))
@@ -40,7 +41,7 @@ class GuidedDenoiser:
     guidance: MMDGuidance
     kernel: Any
     refs: Particles
-    seen: Any
+    seen: Any = dataclasses.field(repr=False)
 
     @in_own_modes
     def __call__(self, params, x, level, cond):
@@ -55,18 +56,18 @@ class GuidedDenoiser:
 
 @in_own_modes
 def guide_denoiser(denoiser: Denoiser, guidance: MMDGuidance, refs: Any) -> GuidedDenoiser:
-    """A denoiser whose x̂0 is moved towards the references: "denoised" guidance for a pipeline that owns the loop.
+    """A denoiser whose x̂0 is moved towards the references: "denoised" guidance for your own loop or solver.
 
-    Stateless: the transform's state starts anew at each call, and the window is read on 1 − t.
+    It keeps no state: the transform's state starts anew at each call. The window is compared with 1 − t.
 
     Args:
       denoiser: (params, x, level, cond) -> x0_hat; level's fields are scalars.
       guidance: with at="denoised".
-      refs: array [m, ...] or Particles, shaped like the denoiser's samples.
+      refs: an array [m, ...] or Particles, scaled and shaped like the denoiser's samples.
     Returns:
-      A Denoiser, a pytree.
+      A denoiser of the same form, a pytree.
     Raises:
-      ValueError: another placement (it moves x after a step: use `guide_sampler`); references that cannot be used.
+      ValueError: another placement, as it moves x after a step (use `guide_sampler`); references that cannot be used.
 
     Example:
       >>> from mmdjax import RBF
@@ -93,7 +94,7 @@ def _check_shapes(x, refs):
 
 
 class GuidedCarry(NamedTuple):
-    """What a `GuidedSampler` carries: the inner sampler's carry, the guidance's state, the number of steps done."""
+    """The carry of a `GuidedSampler`: the inner sampler's carry, the guidance's state, the number of steps done."""
 
     sampler: Any
     guidance: GuidanceState
@@ -154,17 +155,17 @@ def guide_sampler(
     memory: Memory | None = None,
     num_steps: int | None = None,
 ) -> GuidedSampler:
-    """A sampler that guides each step, for a loop of one's own; every placement.
+    """A sampler that guides each step, for your own loop; for every placement.
 
     Args:
       sampler: anything with `init` and `step` (see `mmdjax.samplers`).
-      guidance: what to do.
-      refs: array [m, ...] or Particles.
-      cond: the batch's conditions, where the kernel compares them.
-      memory: finished samples to be guided around.
-      num_steps: of the loop, on which the window is read; None: the window is read on 1 − t.
+      guidance: an `MMDGuidance`.
+      refs: an array [m, ...] or Particles, scaled and shaped like the samples.
+      cond: conditions of the batch, a pytree of [n, ...], if the kernel compares them.
+      memory: finished samples, which count as particles but do not move.
+      num_steps: steps of the loop; the window is compared with the fraction of them that is done. None: with 1 − t.
     Returns:
-      A Sampler, a pytree.
+      A sampler, a pytree.
     Raises:
       ValueError, TypeError: references, conditions or a guidance that cannot be used.
 

@@ -1,14 +1,15 @@
 """Kernels between samples, and how to write one.
 
-    contract      Kernel: what the guidance asks; any function (a, b) -> Gram as a kernel
+    contract      Kernel, the base class; any function (a, b) -> Gram as a kernel
     radial        kernels of the distance: RBF, Laplacian, Matern32, Matern52, IMQ, RationalQuadratic, Energy
     inner         kernels of the inner product: Polynomial, Linear, Cosine
     composed      kernels made of kernels: Sum, Product, Mapped; Delta for labels
-    bandwidths    where a bandwidth comes from when it is left to the references
+    bandwidths    bandwidths taken from the references
 
-A kernel of one's own is a subclass: of `Scaled` where it has a bandwidth, of `Radial` where it is of the distance, of
-`Kernel` else. Nothing is to be registered or decorated, and no square root needs care at distance 0. Any callable
-(a, b) -> Gram serves too, its gradient then being automatic, in MMD² and with precondition="none".
+Your own kernel is a subclass: of `Scaled` if it is a function of the distance with a bandwidth, of `Radial` if it is
+another function of the distance, else of `Kernel`. It needs no registration or decorator, and square roots need no care
+at distance 0. Any callable (a, b) -> Gram is a kernel too, differentiated automatically: for MMD² and the guidance with
+precondition="none".
 """
 
 from mmdjax.kernels.bandwidths import Median, NearestNeighbour, Neighbourhood, median_bandwidth

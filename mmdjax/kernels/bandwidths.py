@@ -1,6 +1,6 @@
-"""Where a kernel's bandwidth comes from when it is left to the references: rules (refs: Particles) -> length.
+"""Bandwidths taken from the references: rules (refs: Particles) -> length.
 
-Any callable of that form serves as a bandwidth. These are detached, and read at most 2,000 references.
+Any callable of that form may be given as a bandwidth. Those here are detached and read at most 2,000 references.
 
 References:
   Gretton et al. 2012, section 8 (the median heuristic).
@@ -32,7 +32,7 @@ class Median:
 
 @pytree
 class NearestNeighbour:
-    """factor × the median distance of a reference to its nearest other one, duplicates ignored."""
+    """factor × the median distance of a reference to its nearest neighbour, duplicates ignored."""
 
     factor: Any = 2.0
 
@@ -42,11 +42,12 @@ class NearestNeighbour:
 
 @pytree
 class Neighbourhood:
-    """factor × .8 × the median distance of a reference to its √m-th nearest other one of m, duplicates ignored.
+    """factor × .8 × the median distance of a reference to its √m-th nearest neighbour among m, duplicates ignored.
 
-    In few dimensions that is a multiple of the nearest one's distance, so that a neighbourhood holds enough references
-    to be no copy of one; in many, where all distances are alike, hardly more than it. It shrinks as m grows. At most
-    factor × 3.5 × the median distance to the nearest one: modes of fewer than √m references would be blurred together.
+    In few dimensions that is several times the distance to the nearest neighbour: within it there are enough references
+    that none is copied. In many dimensions, where all distances are alike, it is hardly more. It shrinks as m grows. It
+    is at most factor × 3.5 × the median distance to the nearest neighbour, or modes of fewer than √m references would
+    be blurred together.
     """
 
     factor: Any = 1.0
@@ -67,13 +68,13 @@ def _some(refs: Particles) -> tuple[Array, Array, Callable]:
 def median_bandwidth(refs: Any) -> Float[Array, ""]:
     """The median distance between two references: the usual width of an RBF.  Gretton et al. 2012, section 8.
 
-    Detached; on at most 2,000 references spread evenly over the rows. Zero-weight rows are left out.
+    Detached. At most 2,000 references are read, spread evenly over the rows. Rows of weight 0 are left out.
 
     Args:
       refs: Particles, or an array [m, ...] of at least two samples.
     Raises:
-      ValueError: fewer than two references, or they cannot be used; their median distance is 0, or overflows. Inside
-        `jit`, where that is not seen, it is NaN.
+      ValueError: fewer than two references; references that are not finite; a median distance that is 0 or overflows
+        (NaN inside `jit`).
 
     Example:
       >>> float(median_bandwidth(jnp.array([[0.0], [1.0], [3.0]])))

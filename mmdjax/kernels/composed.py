@@ -34,7 +34,7 @@ class Sum(Kernel):
         if not kernels:
             raise ValueError("Sum needs at least one kernel")
         if weights is not None and len(weights) != len(kernels):
-            raise ValueError(f"Sum has {len(kernels)} kernels and {len(weights)} weights; give one weight each")
+            raise ValueError(f"Sum has {len(kernels)} kernels and {len(weights)} weights; give one weight for each")
         object.__setattr__(self, "kernels", tuple(map(as_kernel, kernels)))
         object.__setattr__(self, "weights", (1.0,) * len(kernels) if weights is None else tuple(weights))
 
@@ -106,12 +106,14 @@ class Sum(Kernel):
         return replace(self, kernels=tuple(k.at_level(level) for k in self.kernels))
 
     def length2(self, a):
-        raise ValueError("a Sum has a length by component; use its components, or precondition='none'")
+        raise ValueError("each component of a Sum has its own length; use a component, or precondition='none'")
 
 
 @pytree
 class Product(Kernel):
-    """k((x, c), (x', c')) = k_x(x, x') k_c(c, c'): only references whose condition is like a sample's own pull it.
+    """k((x, c), (x', c')) = k_x(x, x') k_c(c, c'): a sample is pulled only by references with a similar condition.
+
+    Needs references with conditions, `Particles(x, cond=...)`, and `guided_sample(cond=...)`.
 
     Args:
       x: kernel on the samples.
@@ -209,11 +211,11 @@ class Product(Kernel):
 
 @pytree
 class Mapped(Kernel):
-    """k(fn(x), fn(x')): compares features.
+    """k(fn(x), fn(x')): compares features. Guidance needs precondition="length" or "none" with it.
 
     Args:
-      fn: a batch of samples [n, ...] -> features [n, ...] (any pytree), differentiable. Static: make it once. At
-        a noise level it sees noisy samples, and the kernel keeps its bandwidth.
+      fn: a batch of samples [n, ...] -> features [n, ...] (any pytree), differentiable. Make it once: another function
+        compiles anew. At a noise level it gets noisy samples, and the kernel keeps its bandwidth.
       kernel: on the features.
 
     Example:

@@ -1,9 +1,9 @@
-"""The kernel's contract: what the guidance asks of a kernel, and any function (a, b) -> Gram as one.
+"""`Kernel`, the base class of kernels, and any function (a, b) -> Gram as a kernel.
 
 A kernel is a callable (a: Particles, b: Particles) -> Gram [n, m]. `Kernel` adds
 
-    fit(refs)                      what was left to the references (bandwidth None, an origin) filled in, detached
-    at_level(level)                the kernel for points at a noise level, where this one compares clean ones
+    fit(refs)                      the kernel with bandwidths of None, and the like, taken from the references; detached
+    at_level(level)                the kernel for points at a noise level; this one is for clean points
     gradient(a, b, coef, ...)      Σ_j coef_ij ∂k(a_i, b_j)/∂a_i and the kernel mass Σ_j |coef_ij| w(a_i, b_j)
 
 with w = −2 ∂k/∂(d²), the weight of mean shift, for a kernel of the distance.
@@ -32,12 +32,27 @@ if TYPE_CHECKING:
 
 @dataclass_transform(frozen_default=True, field_specifiers=(static,))
 class Kernel(Component):
-    """What the guidance asks of a kernel; a subclass writes `gram`.
+    """What makes two samples alike: base class of kernels k(x, y). A kernel is called as kernel(a, b) -> Gram [n, m].
 
-    One with mass also has a `gradient` that gives it, `pair_weights`, `distance2` and `reach`.
+    A kernel of the distance is a subclass of `mmdjax.kernels.Scaled` (with a bandwidth) or `Radial` and writes only its
+    value; all that the guidance asks follows from it. For any other kernel write `gram`; the rest has defaults, and
+    MMD² and the guidance with precondition="none" work. With `length2`, precondition="length" works too. With
+    `has_mass`, a `gradient` that returns the mass, `pair_weights`, `distance2` and `reach`, "mass" and "field" do.
 
-    A subclass is a frozen dataclass and a pytree without being told (see `mmdjax.tree.complete`): annotate its fields,
-    numbers as `Any`, choices as `int`, `bool` or `str`; or assign them in an `__init__`.
+    A subclass becomes a frozen dataclass and a pytree by itself (see `mmdjax.tree.complete`). Annotate its fields:
+    numbers as `Any`, choices as `int`, `bool` or `str`. Or assign them in an `__init__`.
+
+    In the methods a is n points and b is m points, `Particles` whose `x` is [n, ...] and [m, ...].
+
+    Example:
+      >>> class MeanValue(Kernel):  # compares images by their mean brightness
+      ...     power: int = 1
+      ...     def gram(self, a, b, *, same=False):
+      ...         u, v = (jnp.mean(p.x, axis=range(1, p.x.ndim)) for p in (a, b))
+      ...         return (u[:, None] * v) ** self.power
+      >>> dark, bright = jnp.zeros((1, 8, 8, 1)), jnp.ones((2, 8, 8, 1))
+      >>> MeanValue()(bright, dark).tolist()
+      [[0.0], [0.0]]
     """
 
     @in_own_modes
@@ -49,7 +64,7 @@ class Kernel(Component):
 
     @property
     def has_mass(self) -> bool:
-        """Whether precondition="mass" works: the kernel is one of the distance between the samples."""
+        """Whether precondition="mass" and "field" work: the kernel is a function of the samples' distance."""
         return False
 
     @property
@@ -59,65 +74,67 @@ class Kernel(Component):
 
     @property
     def uses_cond(self) -> bool:
-        """Whether the kernel compares conditions and cannot do without."""
+        """Whether the kernel needs conditions."""
         return False
 
     @property
     def sees_cond(self) -> bool:
-        """Whether the kernel is given conditions where there are some."""
+        """Whether the kernel is given conditions if there are any."""
         return self.uses_cond
 
     @property
     def is_radial(self) -> bool:
-        """Whether samples are seen by their distances alone, so that `map_radial` reaches all of the kernel."""
+        """Whether the kernel reads only the samples' distances, so that `map_radial` changes all of it."""
         return False
 
     def gram(self, a: Particles, b: Particles, *, same: bool = False) -> Array:
-        """The Gram matrix; `same` says that row i of a and row i of b are one point, at distance exactly 0."""
+        """The Gram matrix k(a_i, b_j), [n, m]; with `same`, row i of a and row i of b are one point."""
         raise NotImplementedError
 
     def fit(self, refs: Particles) -> "Kernel":
-        """The kernel with everything that it takes from references filled in."""
+        """The kernel with all that is taken from references, such as a bandwidth of None, filled in."""
         return self
 
     def fit_factor(self, refs: Particles) -> "Kernel":
-        """`fit` for a factor of a product, which must be positive definite on its own."""
+        """`fit` for a factor of a `Product`, which must be positive definite by itself."""
         return self.fit(refs)
 
     def at_level(self, level: Level) -> "Kernel":
-        """The kernel to compare points at a noise level with, where this one compares clean ones."""
+        """The kernel for points at a noise level, as at="sample" compares them; this one is for clean points."""
         return self
 
     def map_radial(self, change: "Callable[[Radial], Kernel]") -> "Kernel":
-        """The kernel with `change(part)` for each part that is of the distance between samples."""
+        """The kernel with `change(part)` in place of each part that is a `Radial` kernel of the samples."""
         return self
 
     def widened(self, factor: Any) -> "Kernel":
-        """The kernel with its bandwidths on samples multiplied, those between conditions left."""
+        """The kernel with its bandwidths multiplied by a factor, except those of a kernel on conditions."""
         return self
 
     def diffused(self, level: Level, size: int) -> "tuple[Kernel, Kernel]":
-        """The kernel among points at a level, and that between them and α · clean points, the noise integrated out.
+        """For at="diffused": the kernel among points at a level, and its average over the noise of the second point.
+
+        The second kernel is between points at the level and α · clean points.
 
         Args:
-          size: numbers in a sample.
+          size: how many numbers a sample has.
         """
         self.check_diffused()
         raise NotImplementedError
 
     def check_diffused(self) -> None:
-        """Raise ValueError if `diffused` has no closed form."""
+        """Raise ValueError if there is no closed form for `diffused`."""
         raise ValueError(
             f'at="diffused" integrates the noise in closed form, which exists for RBF only, not {self.called()}; '
             'use RBF, or at="sample"'
         )
 
     def cond_gram(self, a: Particles, b: Particles) -> Any:
-        """k_c(c_i, c_j) [n, m] of a product with a kernel on conditions; None for any other kernel."""
+        """k_c(c_i, c_j) [n, m], the factor of a `Product` on conditions; None for any other kernel."""
         return None
 
     def log_gram(self, a: Particles, b: Particles) -> Array:
-        """log k(a_i, b_j), −∞ where k is 0; right also where k underflows, if the kernel knows how."""
+        """log k(a_i, b_j), −∞ where k is 0. Override it if k underflows and log k does not."""
         gram = self.gram(a, b)
         return jnp.where(gram > 0, jnp.log(jnp.where(gram > 0, gram, 1.0)), -jnp.inf)
 
@@ -133,27 +150,27 @@ class Kernel(Component):
         )
 
     def reach(self) -> Any:
-        """The distance at which the kernel fades, a scalar; 0 where it has none."""
+        """The distance at which the kernel fades, such as its bandwidth; 0 if there is none. Read by "field"."""
         return 0.0
 
     def pair_weights(self, a: Particles, b: Particles, *, same: bool = False) -> Float[Array, "n m"]:
-        """w(a_i, b_j), for a kernel with mass."""
+        """w(a_i, b_j) = −2 ∂k/∂d², [n, m], for a kernel with mass."""
         raise ValueError(self.without("mass"))
 
     def distance2(self, a: Particles, b: Particles, *, same: bool = False) -> Float[Array, "n m"]:
-        """|a_i − b_j|², for a kernel with mass."""
+        """|a_i − b_j|², [n, m], for a kernel with mass."""
         raise ValueError(self.without("mass"))
 
     def length2(self, a: Particles) -> Any:
-        """ℓ², scalar or [n]: what makes ℓ² ∂MMD²/∂x a length."""
+        """ℓ², a scalar or [n], such that ℓ² ∂MMD²/∂x is a length. For precondition="length"."""
         raise ValueError(self.without("length"))
 
     def called(self) -> str:
-        """What messages call it."""
+        """The kernel's name in error messages."""
         return type(self).__name__
 
     def without(self, precondition: str) -> str:
-        """What to say where the kernel cannot serve a precondition."""
+        """The error message if the kernel cannot be used with a precondition."""
         name = self.called()
         if precondition == "length":
             return f'{name} has no length; use precondition="none"'
@@ -163,14 +180,14 @@ class Kernel(Component):
     def gradient(
         self, a: Particles, b: Particles, coef: Array, *, same: bool = False, precondition: str = "none"
     ) -> tuple[Any, Array]:
-        """Σ_j coef_ij ∂k(a_i, b_j)/∂a_i, shaped like a.x, and the mass [n] that "mass" divides it by (else 1).
+        """Σ_j coef_ij ∂k(a_i, b_j)/∂a_i, shaped like a.x; and [n], with "mass" Σ_j |coef_ij| w(a_i, b_j), else 1.
 
         Args:
           a: n points, differentiated.
-          b: m points, held fixed (also where they are the same points).
+          b: m points, held fixed, even if they are the same points.
           coef: [m] or [n, m].
           same: a and b are the same points in the same order.
-          precondition: with "length" the gradient comes multiplied by `length2`, by component in a sum.
+          precondition: "none"; "mass"; or "length", which multiplies the gradient by `length2` (of each term of a sum).
         """
         if precondition == "mass":
             raise ValueError(self.without("mass"))
@@ -212,7 +229,7 @@ class Custom(Kernel):
         try:
             gram = self.function(a, b)
         except (AttributeError, TypeError) as error:
-            error.add_note("A kernel function (a, b) -> Gram is given Particles: the points are a.x and b.x.")
+            error.add_note("A kernel function (a, b) -> Gram gets Particles: the points are a.x and b.x.")
             raise
         if jnp.shape(gram) != (a.n, b.n):
             raise ValueError(f"the kernel returned shape {jnp.shape(gram)} for {a.n} and {b.n} samples, not [n, m]")
@@ -220,7 +237,7 @@ class Custom(Kernel):
 
 
 def check_fitted(kernel: Kernel) -> None:
-    """Raise ValueError if a bandwidth came out as 0 (NaN), the references being all equal; unseen inside `jit`."""
+    """Raise ValueError if a bandwidth came out as 0 (NaN), as all references are equal; never inside `jit`."""
     for leaf in jax.tree.leaves(kernel):
         if is_concrete(leaf) and not all_finite(leaf):
             raise ValueError(
@@ -231,7 +248,7 @@ def check_fitted(kernel: Kernel) -> None:
 
 
 def as_kernel(kernel: Any) -> Kernel:
-    """A kernel unchanged; any other callable (a, b) -> Gram as one.
+    """A kernel unchanged; any other callable (a, b) -> Gram as a kernel.
 
     Raises:
       TypeError: not callable, or a class.

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 
 def finite_at_zero(function: Callable) -> Callable:
-    """f(d², …), elementwise in d², with 0 for values and derivatives that would not be finite at d² = 0."""
+    """f(d², …), elementwise in d², with 0 in place of values and derivatives that are not finite at d² = 0."""
 
     def value(d2, *rest):
         zero = jnp.zeros((), d2.dtype)
@@ -30,7 +30,7 @@ def _slope(function, d2, *rest):
 
 
 def with_slope(function: Callable, slope: Callable) -> Callable:
-    """f(d², …), elementwise in d², its derivative in d² being `slope(d², …)`; in the rest it is automatic."""
+    """f(d², …), elementwise in d², with the derivative `slope(d², …)` in d², automatic ones in other arguments."""
 
     def call(d2, *rest):
         leaves, structure = jax.tree.flatten(rest)
@@ -78,7 +78,7 @@ def _is_zero(tangent: Any) -> bool:
 
 
 def by_weight(cls: type) -> None:
-    """Let the derivatives in d² of what a class of `Radial` writes be those that its weights give."""
+    """Make the weights of a class of `Radial` the derivatives in d² of its values."""
     for name, of_weight in (("profile", "weight"), ("value", "value_weight")):
         value, weight = vars(cls).get(name), vars(cls).get(of_weight)
         written = weight
@@ -95,7 +95,7 @@ def _of_d2(method):
 
 
 def _method(like, f, written):
-    """f as a method, what the class has written being looked at first."""
+    """f as a method, after a check of the method that the class has written."""
 
     @functools.wraps(like)
     def method(self, d2, *h):

@@ -14,7 +14,7 @@ from mmdjax.tree import pytree, static
 
 @pytree
 class Polynomial(Kernel):
-    """(xᵀy/D + offset)^degree on flattened samples, D their size. Degree 3 and offset 1 are KID's and the authors'.
+    """(xᵀy/D + offset)^degree on flattened samples, D their size. Degree 3 and offset 1 are those of KID and the paper.
 
     Example:
       >>> import jax.numpy as jnp
@@ -40,7 +40,7 @@ class Polynomial(Kernel):
 
 @pytree
 class Linear(Kernel):
-    """xᵀy/D on flattened samples, D their size: MMD² is the squared distance of means over D."""
+    """xᵀy/D on flattened samples, D their size: MMD² compares only means; it is their squared distance over D."""
 
     def gram(self, a, b, *, same=False):
         x, y = flat(a.x), flat(b.x)
@@ -52,7 +52,7 @@ class Linear(Kernel):
 
 @pytree
 class Cosine(Kernel):
-    """xᵀy / (|x||y|) on flattened samples; 0 with a zero vector.
+    """xᵀy / (|x||y|) on flattened samples; 0 if x or y is zero.
 
     Example:
       >>> import jax.numpy as jnp

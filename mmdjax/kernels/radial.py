@@ -1,6 +1,6 @@
 """Kernels of the distance d alone: RBF, Laplacian, Matérn, IMQ, RationalQuadratic, Energy.
 
-`Radial` and `Scaled` are there to write more.
+`Radial` and `Scaled` are the base classes to write more.
 
 References:
   Gretton et al. 2012 (RBF, the median heuristic), Rasmussen & Williams 2006, section 4.2 (Matérn), Gorham & Mackey 2017
@@ -28,11 +28,11 @@ from mmdjax.tree import are_numbers, as_component, check_instance, is_concrete, 
 class Radial(Kernel):
     """A kernel of the distance alone: `profile(d²)` and `weight(d²)` = −2 ∂profile/∂d², elementwise.
 
-    A subclass may leave the weight out: it is then the derivative, exact for a smooth function of d². A function of
-    d = √d² should give it, as near 0 the derivative of the root loses digits, and at 0 it is taken as 0. All
-    derivatives of MMD² come from the weight, so that they are finite at d = 0; a weight that is infinite there counts
-    as 0: a coincident pair neither pulls nor weighs. A class that JAX differentiates to the last digit, at d = 0 too,
-    may say so: `class RBF(Scaled, autodiff=True)`; it writes both.
+    A subclass may leave out the weight; it is then the derivative, which is exact for a smooth function of d². Write it
+    for a function of d = √d²: near 0 the derivative of the root loses digits, and at 0 it counts as 0. All derivatives
+    of MMD² use the weight, so that they are finite at d = 0. A weight that is infinite there counts as 0: points that
+    coincide do not move each other. A class with both methods, whose value JAX differentiates well at d = 0 too, may
+    say so: `class RBF(Scaled, autodiff=True)`.
     """
 
     def __init_subclass__(cls, autodiff: bool = False, **kwargs: Any):
@@ -60,7 +60,7 @@ class Radial(Kernel):
         return Radial.profile(self, d2)  # there is none, or this would be its derivative
 
     def components(self) -> "tuple[tuple[Any, Radial], ...]":
-        """(weight, kernel) of each part with a length of its own."""
+        """(weight, kernel) of each part that has a length."""
         return ((1.0, self),)
 
     def gram(self, a, b, *, same=False):
@@ -73,7 +73,7 @@ class Radial(Kernel):
         return squared_distance(flat(a.x), b.x, same=same, accurate=True)
 
     def preconditioned_weight(self, a: Particles, d2: Float[Array, "n m"], precondition: str) -> Any:
-        """w(d²) [n, m]; with "length" each component's times its ℓ²."""
+        """w(d²) [n, m]; with "length" each component is multiplied by its ℓ²."""
         if precondition != "length":
             return self.weight(d2)
         return sum(jnp.reshape(s * k.length2(a), (-1, 1)) * k.weight(d2) for s, k in self.components())
@@ -102,9 +102,12 @@ class Radial(Kernel):
 
 
 class Scaled(Radial, autodiff=True):
-    """A radial kernel with a bandwidth: a number, a tuple (the mean of its kernels), a rule like `Median`, or None.
+    """A kernel of the distance d with a bandwidth h. A subclass writes `value(d2, h)`, of the squared distance and h.
 
-    A subclass writes `value(d2, h)` and, unless it is smooth in d² (see `Radial`), `value_weight(d2, h)`.
+    The bandwidth is a length in the data's units; a tuple of lengths, for the mean of their kernels; a rule
+    (refs: Particles) -> length, such as `mmdjax.kernels.Median()`; or None, for the class's `default_rule()`. Rules are
+    applied when the kernel is fitted to references. If the value is not smooth in d² (see `Radial`), write
+    `value_weight(d2, h)` = −2 ∂value/∂d² too. At a noise level the bandwidth is α h; override `at_level` if not.
 
     Example:
       >>> class Cauchy(Scaled):
@@ -137,12 +140,12 @@ class Scaled(Radial, autodiff=True):
                 float(limits.tiny) <= v * v <= float(limits.max) for v in np.ravel(h).astype(float).tolist()
             ):
                 raise ValueError(
-                    f"bandwidth is {h}, whose square is no {limits.dtype} number; scale the data, so that their "
-                    "distances are nearer 1, and the bandwidth with them"
+                    f"bandwidth is {h}, whose square overflows or underflows in {limits.dtype}; scale the data so that "
+                    "their distances are nearer 1, and the bandwidth with them"
                 )
 
     def default_rule(self) -> "Callable[[Particles], Array]":
-        """Where bandwidth None comes from."""
+        """The rule for a bandwidth of None."""
         return Median()
 
     def value(self, d2, h):
@@ -155,7 +158,7 @@ class Scaled(Radial, autodiff=True):
         return Scaled.value(self, d2, h)  # there is none, or this would be its derivative
 
     def log_value(self, d2, h):
-        """log k for one bandwidth; write it where k underflows, so that `attribution` is right far away."""
+        """log k for one bandwidth; write it if k underflows far away, for `mmdjax.mmd.attribution`."""
         k = self.value(d2, h)
         return jnp.where(k > 0, jnp.log(jnp.where(k > 0, k, 1.0)), -jnp.inf)
 
@@ -224,9 +227,10 @@ class Scaled(Radial, autodiff=True):
 
 @pytree
 class RBF(Scaled, autodiff=True):
-    """exp(−d²/2h²). A tuple of bandwidths is the mean of their kernels; None is the median distance of the references.
+    """exp(−d²/2h²): alike within the bandwidth h, with little pull beyond 3 h.
 
-    At a noise level the width is √(α²h² + σ²): a fixed one would see nothing at high noise.
+    A tuple of bandwidths is the mean of their kernels; None is the median distance of the references. At a noise level
+    the bandwidth is √(α²h² + σ²), so that noisy points are not all too far from each other.
 
     Example:
       >>> p = Particles(jnp.array([[0.0], [1.0]]))
@@ -368,9 +372,9 @@ class Matern52(Scaled):
 
 @pytree
 class IMQ(Scaled, autodiff=True):
-    """The inverse multiquadric (1 + d²/h²)^(−1/2) = h (d² + h²)^(−1/2).
+    """The inverse multiquadric (1 + d²/h²)^(−1/2) = h (d² + h²)^(−1/2): references far away still pull.
 
-    None is `Neighbourhood()`: the distance at which a reference has some √m of the m as neighbours.
+    A bandwidth of None is `Neighbourhood()`: about the distance within which a reference has √m of the m as neighbours.
 
     Example:
       >>> IMQ(3.0)(Particles(jnp.zeros((1, 1))), Particles(jnp.array([[4.0]]))).tolist()
@@ -398,7 +402,7 @@ class IMQ(Scaled, autodiff=True):
 
 @pytree
 class RationalQuadratic(Scaled, autodiff=True):
-    """(1 + d²/(2 shape h²))^(−shape): a scale mixture of RBFs; the tail thins as `shape` grows."""
+    """(1 + d²/(2 shape h²))^(−shape), a mean of RBFs of many bandwidths; the larger `shape`, the nearer to one RBF."""
 
     bandwidth: Any = None
     shape: Any = 1.0
@@ -419,10 +423,10 @@ class RationalQuadratic(Scaled, autodiff=True):
 
 @pytree
 class Energy(Radial, autodiff=True):
-    """−d; MMD² with it is the energy distance 2E|x − y| − E|x − x'| − E|y − y'|.
+    """−d, which has no bandwidth; its MMD² is the energy distance 2E|x − y| − E|x − x'| − E|y − y'|.
 
-    Conditionally positive definite. As a factor of `Product` it becomes |x − o| + |y − o| − |x − y| with o the
-    reference mean, which is positive definite and gives the same MMD² on its own.
+    It is only conditionally positive definite. As a factor of `Product` it becomes |x − o| + |y − o| − |x − y| with o
+    the mean of the references, which is positive definite and gives the same MMD² by itself.
 
     Args:
       origin: o, one sample; None for −d.

@@ -1,8 +1,7 @@
 """How far samples are from a target, how much of it they cover, how varied they are, and whether they are copies.
 
-Every metric takes samples or their features of any origin: arrays [n, ...] or pytrees of them, where weights have a
-meaning also `Particles`. x is what was generated, y the target. All run under `jit` and `vmap`, and in blocks:
-memory grows with n, not with n².
+Every metric takes samples, or features of them: arrays [n, ...] or pytrees of arrays, and `Particles` if it takes
+weights. x is generated, y is the target. All run under `jit` and `vmap`, and in blocks: memory grows with n, not n².
 
     energy_distance, mmd2_with_error, kid, frechet_distance    distances between two sets
     permutation_test, nearest_neighbour_accuracy               are two sets one distribution?

@@ -30,7 +30,7 @@ class Estimate(NamedTuple):
 
 
 class TwoSampleTest(NamedTuple):
-    """A test's statistic, and the chance of one at least as large if both sets had one distribution."""
+    """A test's statistic, and the probability of one at least as large if both sets have the same distribution."""
 
     statistic: Float[Array, ""]
     p_value: Float[Array, ""]
@@ -45,10 +45,9 @@ def energy_distance(x: Any, y: Any, *, estimator: Estimator = "u") -> Float[Arra
     Args:
       x: n samples [n, ...].
       y: m samples [m, ...].
-      estimator: "u", unbiased (may be slightly negative), for two samples or more in each set, or "v".
+      estimator: "u": unbiased, may be slightly negative, needs two samples in each set. "v": biased, never negative.
     Raises:
-      ValueError: the samples' shapes differ, or "u" and one sample, or one that has all the weight (inside `jit`, where
-        weights are not seen, NaN).
+      ValueError: the samples' shapes differ; "u", and one sample has all the weight of a set (NaN inside `jit`).
 
     Example:
       >>> round(float(energy_distance(jnp.zeros((3, 2)), jnp.array([[3.0, 4.0]] * 3))), 4)
@@ -67,13 +66,13 @@ def mmd2_with_error(kernel: Any, x: Any, y: Any, *, num_blocks: int = 50) -> Est
 
         error² = Σ_b (1 − w_b)² (θ_{−b} − θ)² B/(B − 1), over the blocks of x and, added to it, over those of y,
 
-    θ_{−b} the estimate without block b and w_b its weight. The error is right where the sets differ; where they are one
-    distribution it is some √2 too large (Efron & Stein 1981). Its own relative error is about 1/√(2B).
+    with θ_{−b} the estimate without block b and w_b its weight. The error is right if the distributions differ, and
+    about √2 too large if they are the same (Efron & Stein 1981). Its own relative error is about 1/√(2B).
 
     Args:
-      kernel: a bandwidth of None is taken from y and counts as a constant.
-      x, y: [n, ...] and [m, ...]. Blocks are consecutive rows: shuffle rows that are sorted; samples that were made
-        together and depend on each other belong into one block.
+      kernel: a kernel; a bandwidth of None is taken from y and counts as a constant.
+      x, y: [n, ...] and [m, ...]. Blocks are consecutive rows: shuffle rows that are sorted, but keep samples that were
+        made together and depend on each other in one block.
       num_blocks: B; at most n and m.
     Raises:
       ValueError: the samples' shapes differ, fewer than 4 samples (of weight above 0) or 2 blocks.
@@ -93,7 +92,7 @@ def mmd2_with_error(kernel: Any, x: Any, y: Any, *, num_blocks: int = 50) -> Est
 def kid(x: Any, y: Any, *, num_blocks: int = 50) -> Estimate:
     """Kernel inception distance: the unbiased MMD² of features under (xᵀy/D + 1)³, with its standard error.
 
-    On all samples at once. The customary mean over random subsets of 1,000 estimates the same number, less precisely.
+    It uses all samples at once. The usual mean over random subsets of 1,000 estimates the same number, less precisely.
 
     Args:
       x, y: features [n, D] and [m, D]; see `mmd2_with_error` for their order.
@@ -115,10 +114,10 @@ def kid(x: Any, y: Any, *, num_blocks: int = 50) -> Estimate:
 def frechet_distance(x: Any, y: Any) -> Float[Array, ""]:
     """|μ_x − μ_y|² + tr(Σ_x + Σ_y − 2 (Σ_x Σ_y)^½): Fréchet's distance between the Gaussians of x and y, squared.
 
-    Means and unbiased covariances; on Inception features this is FID. It falls with the number of samples, so compare
-    only values at equal numbers. With Σ_x = AᵀA and Σ_y = BᵀB the last trace is the sum of ABᵀ's singular values:
-    nothing is squared, so float32 is good to about 1e-6 of the traces, also with fewer samples than dimensions.
-    Differentiable where n ≤ D or Σ has full rank.
+    With means and unbiased covariances; of Inception features it is FID. It decreases with the number of samples, so
+    compare only values at equal numbers. With Σ_x = AᵀA and Σ_y = BᵀB the last trace is the sum of ABᵀ's singular
+    values. Nothing is squared, so float32 has an error of about 1e-6 of the traces, also with fewer samples than
+    dimensions. Differentiable if n ≤ D or Σ has full rank.
 
     Args:
       x, y: features [n, D] and [m, D].
@@ -137,11 +136,11 @@ def frechet_distance(x: Any, y: Any) -> Float[Array, ""]:
 
 @in_own_modes
 def permutation_test(kernel: Any, x: Any, y: Any, key: Any, *, num_permutations: int = 999) -> TwoSampleTest:
-    """Are x and y from one distribution? The unbiased MMD² against its values on random splits of all samples in two.
+    """Test whether x and y have one distribution: the unbiased MMD² T, and T_b on B random splits of all samples.
 
         p = (1 + #{b: T_b ≥ T}) / (1 + B),
 
-    which is exact: under the hypothesis P(p ≤ α) ≤ α for every n and m. The Gram is computed once, blockwise.
+    which is exact: if they have, P(p ≤ α) ≤ α for every n and m. The Gram is computed once, in blocks.
 
     Args:
       kernel: `Energy()` tests the energy distance. A bandwidth of None is taken from x and y together.
@@ -150,7 +149,7 @@ def permutation_test(kernel: Any, x: Any, y: Any, key: Any, *, num_permutations:
       num_permutations: B; the smallest p is 1/(1 + B).
     Raises:
       ValueError: the samples' shapes differ, fewer than 2 samples, or weights.
-      TypeError: key is not one that `jax.random.key` made.
+      TypeError: key is not a typed key, as `jax.random.key` makes.
 
     Example:
       >>> from mmdjax import RBF

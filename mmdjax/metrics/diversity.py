@@ -4,7 +4,8 @@ With K_ij = √(u_i u_j) k(x_i, x_j) over its trace, λ its eigenvalues,
 
     Vendi_q = exp(H_q(λ)),  H_1 = −Σ λ log λ,  H_q = log Σ λ^q / (1 − q),
 
-from 1 for equal samples to n for n with k = 0 between them. RKE is Vendi_2 = 1/‖K‖_F², which needs no eigenvalues.
+from 1 for equal samples to n for n samples with k = 0 between them. RKE is Vendi_2 = 1/‖K‖_F², which needs no
+eigenvalues.
 
 References:
   Friedman & Dieng 2023 (Vendi score), Pasarkar & Dieng 2024 (of order q), Jalali et al. 2023 (RKE).
@@ -34,19 +35,19 @@ LARGEST = 8 * BLOCK  # samples whose Gram is made whole: 1 GB in float32
 def vendi(kernel: Any, x: Any, *, order: Any = 1.0) -> Float[Array, ""]:
     """Vendi score: the effective number of distinct samples, exp of the entropy of the kernel matrix's eigenvalues.
 
-    Differentiable; for `Cosine` and `Linear` where n ≤ D or the features have full rank.
+    Differentiable; with `Cosine` and `Linear` if n ≤ D or the features have full rank.
 
     Args:
-      kernel: a similarity, positive definite, k(x, x) = 1 (others are divided by their trace). Give the bandwidth as a
-        number to compare sets: None is taken from x itself. `Cosine()` and `Linear()` take any n, by the features'
-        singular values.
+      kernel: positive definite, with k(x, x) = 1 (other kernels are divided by their trace). To compare sets, give the
+        bandwidth as a number: None is taken from x. `Cosine()` and `Linear()` take any n, by the features' singular
+        values.
       x: [n, ...].
-      order: q, a Python number above 0: small weighs rare samples, large common ones; math.inf is 1/λ_max. Eigenvalues
-        that rounding hides count as 0, in float32 those below some 1e-6 of the largest (1e-5 of 10,000 samples): orders
-        below some .5 weigh them, so that a Gram with many such needs `jax_enable_x64`.
+      order: q, a Python number above 0. Small q weighs rare samples more, large q common ones; math.inf is 1/λ_max.
+        Eigenvalues below rounding count as 0: in float32 those below about 1e-6 of the largest (1e-5 for 10,000
+        samples). For orders below about .5, where they matter, use `jax_enable_x64`.
     Raises:
-      ValueError: order is not above 0, the kernel's diagonal is 0 (Energy), or another kernel than the two above meets
-        more than 16,384 samples: `rke` takes any number.
+      ValueError: order is not above 0; the kernel's diagonal is 0 (Energy); more than 16,384 samples, with another
+        kernel than `Cosine` and `Linear` (`rke` takes any number).
 
     Example:
       >>> round(float(vendi(Cosine(), jnp.eye(4))), 4), round(float(vendi(Cosine(), jnp.ones((4, 3)))), 4)
@@ -59,7 +60,7 @@ def vendi(kernel: Any, x: Any, *, order: Any = 1.0) -> Float[Array, ""]:
     kernel, points = with_kernel(kernel, x=x)
     if points.n > LARGEST and not isinstance(kernel, Cosine | Linear):
         raise ValueError(
-            f"x has {points.n} samples and the eigenvalues of a {type(kernel).__name__} Gram are taken of at most "
+            f"x has {points.n} samples; the eigenvalues of a {type(kernel).__name__} Gram are computed for at most "
             f"{LARGEST}; use rke, Cosine() or a subset"
         )
     return _checked(kernel, _vendi(kernel, points, float(order)))
@@ -69,16 +70,15 @@ def vendi(kernel: Any, x: Any, *, order: Any = 1.0) -> Float[Array, ""]:
 def rke(kernel: Any, x: Any, *, estimator: Estimator = "v") -> Float[Array, ""]:
     """Rényi kernel entropy of order 2, as a number of modes: 1 / Σ_ij u_i u_j k(x_i, x_j)², k(x, x) = 1.
 
-    Differentiable, any n.
+    Differentiable, for any n.
 
     Args:
       kernel: see `vendi`; usually `RBF(bandwidth)`.
       x: [n, ...].
-      estimator: "v" as published, at most n; "u" leaves the self-pairs out, so that 1/RKE is unbiased (∞ where no two
-        samples are alike), for two samples or more.
+      estimator: "v": as published, at most n. "u": without self-pairs, so that 1/RKE is unbiased (∞ if no two samples
+        are alike); needs two samples.
     Raises:
-      ValueError: the kernel's diagonal is 0 (Energy), or "u" and one sample, or one that has all the weight (inside
-        `jit`, where weights are not seen, NaN).
+      ValueError: the kernel's diagonal is 0 (Energy); "u", and one sample has all the weight (NaN inside `jit`).
 
     Example:
       >>> from mmdjax import RBF

@@ -1,7 +1,7 @@
 """Metrics of nearest neighbours: fidelity, coverage, a classifier test, memorisation.
 
-Of features on a grid, such as integers, equal distances are equal here, unless their squares outgrow a float's digits;
-of other features, distances that differ by no more than rounding count as equal.
+Distances that differ by no more than rounding count as equal. Features on a grid, such as integers, have no rounding,
+unless their squared distances exceed the digits of a float.
 
 References:
   Kynkäänniemi et al. 2019 (improved precision and recall), Naeem et al. 2020 (density and coverage), Lopez-Paz & Oquab
@@ -26,14 +26,14 @@ from mmdjax.fit import as_sets
 
 
 class PrecisionRecall(NamedTuple):
-    """The share of generated samples that are like the target's, and of the target's that are like generated ones."""
+    """The share of generated samples that are like the target, and of target samples that are like generated ones."""
 
     precision: Float[Array, ""]
     recall: Float[Array, ""]
 
 
 class DensityCoverage(NamedTuple):
-    """How densely the target's samples surround the generated ones, and the share of them with a generated one near."""
+    """How densely target samples surround generated ones, and the share of target samples with a generated one near."""
 
     density: Float[Array, ""]
     coverage: Float[Array, ""]
@@ -43,8 +43,8 @@ class DensityCoverage(NamedTuple):
 def precision_recall(x: Any, y: Any, *, k: int = 3) -> PrecisionRecall:
     """Improved precision and recall.
 
-    A ball around each sample reaches to its k-th nearest other sample of the same set. Precision is the share of x in
-    some ball of y, recall that of y in some ball of x. Both depend on k, n and m: compare at equal ones.
+    A ball around each sample reaches to its k-th nearest neighbour in the same set. Precision is the share of x in some
+    ball of y, recall that of y in some ball of x. Both depend on k, n and m: compare only at equal ones.
 
     Args:
       x: generated samples [n, ...].
@@ -69,7 +69,7 @@ def precision_recall(x: Any, y: Any, *, k: int = 3) -> PrecisionRecall:
 def density_coverage(x: Any, y: Any, *, k: int = 5) -> DensityCoverage:
     """Density and coverage: precision and recall that outliers do not fool.
 
-    Density is the number of the target's balls that a generated sample is in, over k, in the mean: 1 for the target
+    Density is the mean number of the target's balls that a generated sample is in, divided by k: 1 for the target
     itself, and it may be above 1. Coverage is the share of the target's balls with a generated sample inside.
 
     Args:
@@ -93,10 +93,10 @@ def density_coverage(x: Any, y: Any, *, k: int = 5) -> DensityCoverage:
 
 @in_own_modes
 def nearest_neighbour_accuracy(x: Any, y: Any) -> Float[Array, ""]:
-    """How often a sample's nearest other one, among both sets, is of its own set: .5 for one distribution, 1 if apart.
+    """How often a sample's nearest neighbour, among both sets, is of its own set: .5 for one distribution, 1 if apart.
 
-    The mean of both sets' rates; with n = m the leave-one-out accuracy of the 1-nearest-neighbour classifier. Below .5,
-    samples lie nearer to the other set than to their own: copies. Of two at equal distance each counts half.
+    The mean of both sets' rates; with n = m it is the leave-one-out accuracy of the 1-nearest-neighbour classifier.
+    Below .5, samples lie nearer to the other set than to their own: copies. Ties count half.
 
     Args:
       x, y: [n, ...] and [m, ...].
@@ -115,9 +115,9 @@ def nearest_neighbour_accuracy(x: Any, y: Any) -> Float[Array, ""]:
 
 @in_own_modes
 def nearest_ratio(x: Any, refs: Any, fresh: Any) -> Float[Array, ""]:
-    """The memorisation ratio: mean distance of x to its nearest reference, over that of fresh samples of the target.
+    """The memorisation ratio: mean distance of x to the nearest reference, divided by that of fresh target samples.
 
-    Below 1, x is nearer to the references than the target is: copies. Differentiable.
+    Below 1, x is nearer to the references than the target is: it copies them. Differentiable.
 
     Args:
       x: generated samples [n, ...].

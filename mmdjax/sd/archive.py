@@ -1,8 +1,8 @@
 """Reading files of `torch.save` without torch and without running what is in them.
 
-Such a file is a zip of a pickle and one entry a storage. A pickle may name any function to be called: here it may name
-the constructors of tensors, which make a note of where the tensor lies, and a few inert types. Nothing is imported; any
-other name is an error.
+Such a file is a zip of a pickle and an entry for each storage. A pickle can name any function to be called. Here it may
+name only the constructors of tensors, which record where the tensor is, and a few harmless types. Nothing is imported;
+any other name is an error.
 
 References:
   PyTorch's notes on serialization; Python's `pickle`, "Restricting globals".
@@ -140,7 +140,7 @@ class _Unpickler(pickle._Unpickler):
 
 
 def _locate(source, key, tensor, prefix, entries, mapped) -> Stored:
-    """A tensor's place in the archive's memory map, checked against the size of its storage."""
+    """A tensor's place in the archive, checked against the size of its storage."""
     storage = tensor.storage
     numbers = (tensor.offset, *tensor.shape, *tensor.strides)
     sound = len(tensor.shape) == len(tensor.strides) and all(type(n) is int and n >= 0 for n in numbers)

@@ -2,9 +2,8 @@
 
     h_0 = token + position,   h_i = h + W_o attn(ln h),   then h + fc2 act(fc1 ln h),   y = ln h_L.
 
-Which of these a diffusion model wants is its own affair, so all are returned: Stable Diffusion 1 and 2 are conditioned
-on y (the second has a model of one layer fewer), SDXL on h_{L−1} of two encoders and on the second's projected pooled
-state.
+All are returned, as diffusion models use different ones: Stable Diffusion 1 and 2 are conditioned on y (2 has an
+encoder of one layer less), SDXL on h_{L−1} of two encoders and on the second's projected pooled state.
 
 References:
   Radford et al. 2021 (CLIP), Cherti et al. 2023 (OpenCLIP), Podell et al. 2023, section 2.1 (SDXL's pair).
@@ -28,9 +27,7 @@ ACTIVATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class CLIPTextConfig(Config):
-    """A text encoder's config.json. `with_projection` comes from its `architectures`, not from the presence of a
-    width.
-    """
+    """A text encoder's config.json. Its `architectures` say whether there is a projection; the width does not."""
 
     CLASSES: ClassVar = ("CLIPTextModel", "CLIPTextModelWithProjection")
     OPEN: ClassVar = True
@@ -65,7 +62,7 @@ class CLIPTextConfig(Config):
 
 
 class TextOutput(NamedTuple):
-    """What a text encoder says of ids [n, l].
+    """The output of a text encoder for ids [n, l].
 
     Args:
       last: y = ln h_L, [n, l, d].
@@ -128,8 +125,8 @@ class EncoderLayer(Block):
 def end_of_text(ids: Int[Array, "n l"], eos_token_id: int) -> Int[Array, " n"]:
     """Where each prompt ends: the first eos token.
 
-    Configs written before 2023 say 2, which is no token's meaning: for them it is the largest id, as in CLIP's own
-    code. The two differ once tokens are added after eos.
+    Configs written before 2023 say 2, which is wrong: for them it is the largest id, as in CLIP's own code. That fails
+    only if tokens were added after eos.
     """
     if eos_token_id == 2:
         return jnp.argmax(ids, axis=-1)

@@ -1,7 +1,7 @@
 """The names of single-file checkpoints: CompVis's for U-Nets and autoencoders, OpenCLIP's for text encoders.
 
-For each key in diffusers' naming, the key in the single file and which piece of that tensor it is: some hold query, key
-and value in one. Rules by the module's configuration, so that they serve every size.
+For each key in diffusers' naming, the key in the single file and the piece of that tensor: some tensors hold query, key
+and value in one. The rules use the module's configuration, so that they hold for every size.
 
 References:
   the modules of github.com/CompVis/latent-diffusion (openaimodel.py, model.py) and github.com/mlfoundations/open_clip.
@@ -35,7 +35,7 @@ OPENCLIP_LAYER = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.
 
 
 class Source(NamedTuple):
-    """Where a parameter lies: a key, and of its tensor everything, a third, one of three by head, or the transpose."""
+    """Where a parameter is: a key, and a piece of its tensor: all, a third, one of three by head, or the transpose."""
 
     key: str
     piece: str = "all"
@@ -43,7 +43,7 @@ class Source(NamedTuple):
     heads: int = 1
 
     def of(self, checkpoint: Checkpoint) -> Any:
-        """The piece as an entry of a checkpoint, read when it is asked for."""
+        """The piece as an entry of a checkpoint, read when it is used."""
         whole = checkpoint.stored[self.key]
         if self.piece == "all":
             return whole
@@ -59,16 +59,14 @@ class Source(NamedTuple):
 
 
 def translate(checkpoint: Checkpoint, sources: Mapping[str, Source]) -> Checkpoint:
-    """A single file's tensors under diffusers' names. What no source names keeps its own, so that it counts as
-    unused.
-    """
+    """A single file's tensors under diffusers' names. Those that have none keep theirs, and are reported as unused."""
     used = {source.key for source in sources.values()}
     found = {key: source.of(checkpoint) for key, source in sources.items() if source.key in checkpoint}
     return Checkpoint(found | {k: v for k, v in checkpoint.stored.items() if k not in used}, checkpoint.source)
 
 
 def sources(module: Any, keys: Iterable[str], *, openclip: bool = False) -> dict[str, Source]:
-    """For diffusers' keys of a module, their places in the module's part of a single file (without its prefix)."""
+    """The places of diffusers' keys of a module in the module's part of a single file (without its prefix)."""
     cfg = module.config
     if isinstance(module, CLIPText):
         return {key: openclip_source(key) if openclip else Source(key) for key in keys}
@@ -151,7 +149,7 @@ def openclip_source(key: str) -> Source:
 
 
 def ema_key(key: str) -> str:
-    """Where CompVis keeps the moving average of `model.<key>`: all dots are left out."""
+    """CompVis's key of the moving average of `model.<key>`, which has no dots."""
     return "model_ema." + key.removeprefix("model.").replace(".", "")
 
 

@@ -1,7 +1,7 @@
-"""Architecture from a checkpoint's config.json: what the file says, and nothing guessed from a name.
+"""Architecture from a checkpoint's config.json; nothing is guessed from a name.
 
-A configuration is a frozen dataclass whose fields carry the JSON's own names, so that reading is copying. A setting
-that changes the network and is not implemented here is an error that names it, never ignored.
+A configuration is a frozen dataclass with the JSON's names. A setting that changes the network and is not implemented
+here is an error that names it; it is never ignored.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ MAX_LEVELS, MAX_BLOCKS = 12, 2000  # Stable Diffusion XL's U-Net has 3 and some 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Base of the configurations; `FIXED` holds the settings that have one implemented value."""
+    """Base of the configurations; `FIXED` holds the settings of which only one value is implemented."""
 
     FIXED: ClassVar[Mapping[str, Any]] = {}
     CLASSES: ClassVar[tuple[str, ...]] = ()
@@ -24,10 +24,10 @@ class Config:
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Any:
-        """The configuration in a parsed config.json; keys left out take the default of the library that wrote the file.
+        """The configuration in a parsed config.json; missing keys take the default of the library that wrote it.
 
         Raises:
-          ValueError: the file is another model's, or sets what is not implemented here; all such settings are listed.
+          ValueError: the file is of another kind of model, or has settings that are not implemented, all listed.
         """
         found = class_name(raw)
         if found is not None and found not in cls.CLASSES:
@@ -56,13 +56,13 @@ class Config:
 
 
 def class_name(raw: Mapping[str, Any]) -> Any:
-    """The class that a config.json is of; None where it does not say."""
+    """The class that a config.json names; None if it names none."""
     architectures = raw.get("architectures")
     return raw.get("_class_name") or (architectures[0] if isinstance(architectures, list) and architectures else None)
 
 
 def check_size(config: Any, blocks: int, levels: int = 1) -> None:
-    """Raise ValueError for a network of more blocks or levels than any: laying it out would take forever."""
+    """Raise ValueError for a network of absurdly many blocks or levels, which would take forever to build."""
     if blocks > MAX_BLOCKS or levels > MAX_LEVELS:
         raise ValueError(
             f"{type(config).__name__} describes a network of {levels:,} levels and {blocks:,} blocks; at most "
@@ -71,7 +71,7 @@ def check_size(config: Any, blocks: int, levels: int = 1) -> None:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of an annotation's type; integers are those of sizes and counts."""
+    """Whether a value has the annotated type; integers must be possible sizes or counts."""
     if hint is Any:
         return True
     if typing.get_origin(hint) is tuple:
@@ -91,5 +91,5 @@ def frozen(value: Any) -> Any:
 
 
 def per_level(value: Any, levels: int) -> tuple:
-    """One value a level of resolution: a number stands for all of them."""
+    """One value for each level of resolution; a number holds for all levels."""
     return value if isinstance(value, tuple) else (value,) * levels

@@ -5,9 +5,8 @@ dots is its key, up to the leaf,
 
     kernel, scale, embedding ↔ weight        bias ↔ bias,
 
-and only kernels change their layout: [out, in, h, w] ↔ [h, w, in, out], [out, in] ↔ [in, out]. What the module's `init`
-would make (`jax.eval_shape`: no memory) says which keys there must be, and of what shape; anything else is an error
-that lists all.
+and only kernels change their layout: [out, in, h, w] ↔ [h, w, in, out], [out, in] ↔ [in, out]. The keys and shapes must
+be those of the module's `init` (by `jax.eval_shape`, which takes no memory); an error lists all differences.
 """
 
 import functools
@@ -55,7 +54,7 @@ FOREIGN = (
 
 
 def abstract(module: nn.Module, param_dtype: Any = None) -> dict:
-    """The parameter tree of a module, shapes and dtypes only: the agreement between converter and model.
+    """The parameter tree of a module, as shapes and dtypes.
 
     Args:
       param_dtype: of all leaves; by default the module's.
@@ -106,8 +105,8 @@ def torch_shape(leaf: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 def to_device(array: np.ndarray) -> jax.Array:
     """A copy on the default device.
 
-    A transposed view goes there in one copy, where `jnp.array` makes two. Contiguous memory does not: on the CPU JAX
-    would share it, here with the file.
+    A transposed view is copied once, where `jnp.array` makes two copies. Contiguous memory is copied by `jnp.array`: on
+    the CPU JAX would else share it with the file.
     """
     return jnp.array(array) if array.flags.c_contiguous else jax.device_put(array)
 
@@ -116,7 +115,7 @@ def cast(array: np.ndarray, dtype: Any, what: str) -> np.ndarray:
     """The array in another dtype; None leaves it.
 
     Raises:
-      CheckpointError: it holds values beyond the dtype's largest, which would become infinite; `what` names it.
+      CheckpointError: it holds values that the dtype cannot, which would become infinite; `what` is its name.
     """
     if dtype is None:
         return array
@@ -128,8 +127,8 @@ def cast(array: np.ndarray, dtype: Any, what: str) -> np.ndarray:
     except FloatingPointError as error:
         name, largest = jnp.dtype(dtype).name, float(jnp.finfo(dtype).max)
         raise CheckpointError(
-            f"{what} holds values beyond {name}'s largest, {largest:,.0f}; give param_dtype=jnp.bfloat16, which has "
-            "the range, or None"
+            f"{what} holds values beyond {name}'s largest, {largest:,.0f}; give param_dtype=jnp.bfloat16, which has a "
+            "larger range, or None"
         ) from error
 
 
@@ -143,10 +142,10 @@ def params_from_torch(
     """The parameters of a module from a checkpoint in diffusers' naming, tensor by tensor.
 
     Args:
-      checkpoint: every tensor must be used, every parameter found.
-      param_dtype: to cast to; by default each tensor keeps the file's.
-      put: what becomes of each array: `to_device`, a copy, or a `jax.device_put` to a sharding. It is given views of
-        the file.
+      checkpoint: every tensor must be used, and every parameter found.
+      param_dtype: cast parameters to this dtype; None: as stored.
+      put: a function for each array, which is a view of the file: `to_device`, a copy, or a `jax.device_put` to a
+        sharding.
     Raises:
       CheckpointError: keys missing, unused or of another shape, all in one message; values that `param_dtype` cannot
         hold.
@@ -176,7 +175,7 @@ def params_to_torch(params: Mapping) -> dict[str, Entry]:
 
 
 def canonical(checkpoint: Checkpoint, module: nn.Module) -> Checkpoint:
-    """The checkpoint under today's names: old spellings of attention renamed, buffers left out."""
+    """The checkpoint under current names: attention's old names replaced, buffers left out."""
     rules = RENAMED if isinstance(module, CLIPText) else RENAMED[:-1]
     found = {}
     for key, stored in checkpoint.stored.items():
@@ -189,7 +188,7 @@ def canonical(checkpoint: Checkpoint, module: nn.Module) -> Checkpoint:
 
 
 def check(found: Checkpoint, shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
-    """Raises one CheckpointError of all keys missing, unused and of another shape."""
+    """Raise one CheckpointError that lists all keys missing, unused or of another shape."""
     refuse_foreign(found)
     missing = sorted(shapes.keys() - found.keys())
     unused = sorted(found.keys() - shapes.keys())
@@ -204,7 +203,7 @@ def check(found: Checkpoint, shapes: Mapping[str, tuple[int, ...]], what: str) -
 
 
 def refuse_foreign(found: Checkpoint) -> None:
-    """Raises CheckpointError where the keys are those of a LoRA, a ControlNet or the like, saying so."""
+    """Raise CheckpointError if the keys are those of a LoRA, a ControlNet or the like."""
     for pattern, name in FOREIGN:
         if any(pattern.search(key) for key in found):
             raise CheckpointError(f"{found.source} is {name}")
@@ -216,7 +215,7 @@ def _same(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
 
 
 def _inputs(module: Any) -> tuple:
-    """Arguments that `init` can be traced with; their sizes leave no mark on the parameters."""
+    """Arguments to trace `init` with; the parameters do not depend on their sizes."""
     cfg = module.config
     if isinstance(module, CLIPText):
         return (jax.ShapeDtypeStruct((1, 2), jnp.int32),)

@@ -1,4 +1,4 @@
-"""What a checkpoint is and what it needs in memory: what `mmdjax inspect` prints. No weights are read."""
+"""What a checkpoint is and how much memory it needs, for `mmdjax inspect`. No weights are read."""
 
 import math
 from collections.abc import Mapping
@@ -23,8 +23,8 @@ def describe(path: str | Path, *, batch_size: int | None = None, dtype: Any = jn
     """A model or a reference pack in words: its networks, their parameters and memory, what it predicts and takes.
 
     Args:
-      batch_size: compile the U-Net for as many pictures and tell the memory that XLA reserves for it on this device.
-      dtype: to compile it in.
+      batch_size: compile the U-Net for this number of pictures, and report the memory that XLA reserves on this device.
+      dtype: the dtype to compile it in.
       how: `variant`, `ema` and `configs` of `load_models`, `scheduler` and `tokenizer` of `load`.
     Raises:
       FileNotFoundError, CheckpointError, ValueError: see `mmdjax.sd.load_models`; every key is checked.
@@ -50,7 +50,7 @@ def describe(path: str | Path, *, batch_size: int | None = None, dtype: Any = jn
 
 
 def shape_of(array: np.ndarray) -> jax.ShapeDtypeStruct:
-    """`put` of `load_models` that reads no weights: what is left of each is its shape and type."""
+    """A `put` for `load_models` that keeps only the shape and type of each array, so that no weights are read."""
     return jax.ShapeDtypeStruct(array.shape, array.dtype)
 
 
@@ -102,7 +102,7 @@ def _activations(pipeline: Pipeline, params: Any, batch_size: int, dtype: Any) -
 
     needed = jax.jit(call).lower(params, x, cond).compile().memory_analysis()
     if needed is None:
-        return "this device does not tell"
+        return "unknown on this device"
     name = jnp.dtype(dtype).name
     return f"{_size(needed.temp_size_in_bytes)} beside the parameters, in {name} on {jax.devices()[0].device_kind}"
 

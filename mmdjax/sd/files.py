@@ -19,7 +19,7 @@ WEIGHTS = re.compile(
 
 
 def open_file(path: str | Path) -> Checkpoint:
-    """A `.safetensors`, `.ckpt`, `.bin`, `.pt` or `.pth` file, told apart by its first bytes.
+    """A `.safetensors`, `.ckpt`, `.bin`, `.pt` or `.pth` file; the format is known from its first bytes.
 
     Raises:
       FileNotFoundError: no such file.
@@ -34,18 +34,18 @@ def open_file(path: str | Path) -> Checkpoint:
         return open_safetensors(path)
     if magic[:1] == b"\x80":
         raise CheckpointError(
-            f"{path.name} is in PyTorch's format of before 1.6, a bare pickle; save it again with a newer PyTorch, "
+            f"{path.name} is in the format of PyTorch before 1.6, a bare pickle; save it again with a newer PyTorch, "
             "or convert it to safetensors"
         )
     raise CheckpointError(f"{path.name} is neither safetensors nor a PyTorch archive")
 
 
 def download(repo: str, *, variant: str | None = None, revision: str | None = None) -> Path:
-    """The local folder of a model on the hub; only configs, tokenizers and one variant of the weights are fetched.
+    """Download a model from the hub, and return its local folder. Only configs, tokenizers and one variant are fetched.
 
     Raises:
       ImportError: huggingface_hub is not installed.
-      FileNotFoundError: the hub does not give it: no such model, no permission, no network.
+      FileNotFoundError: no such model, no permission, or no network.
     """
     hub = optional("huggingface_hub", "sd", f"{repo} is no local path; to fetch it from the hub")
     dot = f".{variant}" if variant else ""
@@ -69,11 +69,10 @@ def download(repo: str, *, variant: str | None = None, revision: str | None = No
 
 
 def open_folder(folder: str | Path, variant: str | None = None) -> Checkpoint:
-    """The weights of one model's folder, in one file or in shards with an index; safetensors before PyTorch's archives.
+    """The weights in a model's folder: one file, or shards with an index; safetensors if there are any.
 
     Args:
-      variant: "fp16" for `model.fp16.safetensors` and the like. None takes the plain file, or the only variant there
-        is.
+      variant: "fp16" for `model.fp16.safetensors` and the like. None: the plain file, or the only variant.
     Raises:
       FileNotFoundError: no weights, not that variant, or shards that the index names are missing; all are listed.
       CheckpointError: see `open_file`.

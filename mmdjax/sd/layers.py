@@ -26,8 +26,8 @@ class Block(nn.Module, kw_only=True):
     Args:
       dtype: of the computation.
       param_dtype: of the parameters that `init` makes.
-      flash: cuDNN's fused attention where it applies (a GPU, half precision, heads of at most 128, no upcast).
-      remat: in a U-Net, keep what goes into each block for the backward pass and compute the rest of it again.
+      flash: use cuDNN's fused attention if possible (a GPU, half precision, heads of at most 128, no upcast).
+      remat: in a U-Net, keep only the inputs of each block for the backward pass, and compute the rest again.
     """
 
     dtype: Any = jnp.float32
@@ -37,11 +37,11 @@ class Block(nn.Module, kw_only=True):
 
     @property
     def compute_dtype(self) -> Any:
-        """The dtype computed in, where a config may ask for another than `dtype`."""
+        """The dtype of the computation: `dtype`, unless a config asks for another."""
         return self.dtype
 
     def part(self, cls, name: str | None, *args, **kwargs) -> Any:
-        """A submodule that computes as this one."""
+        """A submodule with this one's dtypes and settings."""
         how = {"dtype": self.compute_dtype, "param_dtype": self.param_dtype, "flash": self.flash}
         return cls(*args, **how | kwargs, name=name)
 

@@ -1,8 +1,7 @@
 """Loading and saving whole models: the architecture from the configurations, the parameters by `mmdjax.sd.convert`.
 
-A model on disk is one of: a folder of diffusers (a subfolder a network), one of its subfolders, a single `.safetensors`
-or `.ckpt` in CompVis's naming, a folder that `save` wrote (Flax's names and layout, nothing left to convert), or a hub
-id.
+A model is one of: a folder of diffusers (with a subfolder for each network), one of these subfolders, a single
+`.safetensors` or `.ckpt` in CompVis's naming, a folder that `save` wrote (in Flax's names and layout), or a hub id.
 """
 
 import contextlib
@@ -41,7 +40,7 @@ class Component(NamedTuple):
     """One network of a model: `module.apply({"params": params}, ...)`.
 
     Args:
-      config: the whole of its config.json, for writing it again.
+      config: its whole config.json, so that it can be written again.
     """
 
     module: Any
@@ -50,7 +49,7 @@ class Component(NamedTuple):
 
 
 class _How(NamedTuple):
-    """What the caller asks of every component."""
+    """The caller's settings for every component."""
 
     dtype: Any
     param_dtype: Any
@@ -80,7 +79,7 @@ class _How(NamedTuple):
 
     @contextlib.contextmanager
     def loading(self, name: str, checkpoint: Checkpoint) -> Iterator[Callable]:
-        """`put`, with a bar of the tensors that went through it."""
+        """`put`, with a progress bar."""
         how: dict[str, Any] = {"total": len(checkpoint), "desc": f"loading {name}", "unit": "tensor"}
         with progress_bar(**how, disable=not self.progress) as bar:
 
@@ -109,26 +108,25 @@ def load_models(
     Args:
       path: see the top of this module.
       variant: "fp16" for the half-precision files of a folder.
-      dtype: that the modules compute in.
-      param_dtype: that the parameters are cast to, for all or by component, such as {"unet": jnp.bfloat16}; None keeps
-        the file's.
+      dtype: the dtype that the modules compute in.
+      param_dtype: cast parameters to this dtype, all or by component, such as {"unet": jnp.bfloat16}; None: as stored.
       flash, remat: see `mmdjax.sd.layers.Block`.
-      put: what becomes of each array of parameters; a `jax.device_put` to a sharding, say.
-      ema: the moving average of a single file's U-Net, instead of the last step's weights.
-      configs: of a single file's components, in place of what its shapes say.
-      progress: show a bar a network.
+      put: a function for each array of parameters, such as a `jax.device_put` to a sharding.
+      ema: take the moving average of a single file's U-Net instead of the last step's weights.
+      configs: config.json of a single file's components, in place of what its shapes say.
+      progress: show a bar for each network.
     Raises:
       FileNotFoundError: no such file, config, weights, variant or shard.
-      CheckpointError: the file is damaged or unsafe; keys are missing, unused or mis-shaped, all in one message; values
-        that `param_dtype` cannot hold.
-      ValueError: a config.json of a network, or with settings, that are not implemented.
+      CheckpointError: the file is damaged or unsafe; keys are missing, unused or of another shape, all listed in one
+        message; values that `param_dtype` cannot hold.
+      ValueError: a network or settings in config.json that are not implemented.
     """
     how = _How(dtype, param_dtype, flash, remat, put, progress)
     path = local_path(path, variant)
     if path.is_file():
         return _load_single(open_file(path), how, ema, configs)
     if ema:
-        raise ValueError("ema=True is for single files; a folder has one set of weights a variant")
+        raise ValueError("ema=True is for single files; a folder has one set of weights for each variant")
     if (path / MANIFEST).exists():
         return _load_saved(path, how)
     if (path / "config.json").exists():
@@ -167,7 +165,7 @@ def local_path(path: str | Path, variant: str | None = None) -> Path:
 
 
 def check_path(path: str | Path) -> None:
-    """Raise FileNotFoundError unless there is such a path, or it may be a hub id, which is not looked up."""
+    """Raise FileNotFoundError unless the path exists or has the form of a hub id, which is not looked up."""
     if not Path(path).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         raise FileNotFoundError(f"{path}: no such file or folder")
 
@@ -183,7 +181,7 @@ def module_from_config(
     """The module that a parsed config.json describes.
 
     Raises:
-      ValueError: of a class or with settings that are not implemented; they are named.
+      ValueError: a class or settings that are not implemented, all listed.
     """
     name = class_name(raw)
     for config, module in MODULES:
@@ -206,8 +204,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def save(path: str | Path, components: Mapping[str, Component]) -> None:
-    """Write a model so that it loads without conversion: a safetensors file a network and one JSON of the
-    configurations.
+    """Write a model so that it loads without conversion: a safetensors file for each network, and their configurations
+    in one JSON.
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -223,7 +221,7 @@ def save(path: str | Path, components: Mapping[str, Component]) -> None:
 
 
 def export(path: str | Path, components: Mapping[str, Component]) -> None:
-    """Write a model in the layout of diffusers, every tensor bit for bit what it was there (casts aside)."""
+    """Write a model in the layout of diffusers; tensors that were not cast have their original bits."""
     for name, component in components.items():
         folder = Path(path) / name
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
 """Reference packs: encoded references in one file, to be shared without the pictures.
 
-A pack is a safetensors file: "latents" [m, h, w, k], and with prompts "index" [m] into the distinct prompts' conditions
-"cond.context" and "cond.pooled". Its metadata holds the distinct prompts, a hash of the networks that encoded it, so
-that another model refuses it, and a hash of all of this, so that damage is found.
+A pack is a safetensors file: "latents" [m, h, w, k]; with prompts also "index" [m] into the conditions of the distinct
+prompts, "cond.context" and "cond.pooled". Its metadata holds the distinct prompts, a hash of the networks that encoded
+it, so that it is not used with another model, and a hash of all of this, so that damage is found.
 """
 
 import dataclasses
@@ -33,8 +33,8 @@ class ReferencePack:
 
     Args:
       latents: [m, h, w, k], the posterior's means, scaled.
-      model: the hash of the networks that made it, `identity`.
-      prompts: the distinct prompts; None without.
+      model: the hash of the networks that encoded it; see `identity`.
+      prompts: the distinct prompts; None if there are none.
       index: [m], the prompt of each reference.
       cond: the condition of each distinct prompt.
     """
@@ -48,12 +48,12 @@ class ReferencePack:
     __repr__ = short_repr
 
     def particles(self) -> Particles:
-        """The references for `guided_sample`, with a condition each where there are prompts."""
+        """The references for `guided_sample`, with their conditions if there are prompts."""
         cond = None if self.cond is None else rows(self.cond, self.index)
         return Particles(jnp.asarray(self.latents), cond)
 
     def without_prompts(self) -> "ReferencePack":
-        """The same references for guidance that leaves their prompts out."""
+        """The same references without their prompts."""
         return dataclasses.replace(self, prompts=None, index=None, cond=None)
 
     def captions(self) -> list[str] | None:
@@ -64,12 +64,12 @@ class ReferencePack:
 
     @property
     def content(self) -> str:
-        """The hash of everything in it."""
+        """The hash of its content."""
         texts = [FORMAT, self.model, json.dumps(self.prompts)]
         return arrays_hash(self._arrays(), *texts)
 
     def check(self, pipeline: Pipeline, params: Any) -> None:
-        """Raises ValueError unless this model would encode as the pack's did."""
+        """Raise ValueError unless the pack was encoded by the same networks as this model's."""
         if self.model != identity(pipeline, params, prompts=self.prompts is not None):
             parts = "autoencoder and text encoders" if self.prompts is not None else "autoencoder"
             raise ValueError(
@@ -98,14 +98,14 @@ def encode_references(
     *,
     batch_size: int | None = None,
 ) -> ReferencePack:
-    """References encoded once: pictures by the autoencoder (no noise drawn, scaled once), prompts by the text encoders.
+    """Encode references once: pictures by the autoencoder (its mean, scaled), prompts by the text encoders.
 
     Args:
-      images: [m, h, w, c] in [−1, 1]; or batches of such, read as they are encoded (`PictureFolder.batches`).
+      images: [m, h, w, c] in [−1, 1]; or an iterator of such batches, as `PictureFolder.batches` gives.
       prompts: one for each picture, or one for all; None: references without prompts.
       batch_size: pictures at a time; None: all.
     Raises:
-      ValueError: not as many prompts as pictures; or see `Pipeline.encode_images` and `Pipeline.encode_prompts`.
+      ValueError: another number of prompts than of pictures; see `Pipeline.encode_images` and `encode_prompts`.
     """
     if isinstance(images, jax.Array | np.ndarray):
         _check_prompts(prompts, len(images))
@@ -123,19 +123,21 @@ def encode_references(
 
 def _check_prompts(prompts: Any, count: int) -> None:
     if prompts is not None and not isinstance(prompts, str) and len(prompts) != count:
-        raise ValueError(f"there are {len(prompts)} prompts for {count} pictures; give one each, one for all, or None")
+        raise ValueError(
+            f"there are {len(prompts)} prompts for {count} pictures; give one for each, one for all, or None"
+        )
 
 
 def load_references(path: str | Path, pipeline: Pipeline | None = None, params: Any = None) -> ReferencePack:
     """A pack from its file.
 
     Args:
-      pipeline: the model to use it with; None: whichever, for looking at it.
-      params: its parameters.
+      pipeline: the model to use it with, which is checked; None: no check.
+      params: the model's parameters.
     Raises:
       FileNotFoundError: no such file.
-      CheckpointError: damaged, or not a pack.
-      ValueError: another model's.
+      CheckpointError: the file is damaged, or not a pack.
+      ValueError: the pack was encoded by another model.
     """
     path = Path(path)
     file = open_safetensors(path)
@@ -148,7 +150,7 @@ def load_references(path: str | Path, pipeline: Pipeline | None = None, params: 
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name}: its prompts are not JSON") from error
     if prompts is not None and not isinstance(prompts, list):
-        raise CheckpointError(f"{path.name}: its prompts are no list")
+        raise CheckpointError(f"{path.name}: its prompts are not a list")
     pack = ReferencePack(
         file["latents"],
         file.metadata.get("model", ""),
@@ -157,17 +159,17 @@ def load_references(path: str | Path, pipeline: Pipeline | None = None, params: 
         {key.removeprefix("cond."): jnp.asarray(file[key]) for key in file if key.startswith("cond.")} or None,
     )
     if pack.content != file.metadata.get("content"):
-        raise CheckpointError(f"{path.name} is damaged: its content has not the hash that it claims; fetch it again")
+        raise CheckpointError(f"{path.name} is damaged: its content does not match its hash; fetch it again")
     if pipeline is not None:
         pack.check(pipeline, params)
     return pack
 
 
 def identity(pipeline: Pipeline, params: Any, *, prompts: bool = True) -> str:
-    """A hash of what latents, and with `prompts` conditions, depend on: weights, scaling and vocabulary.
+    """A hash of all that latents (and with `prompts` conditions) depend on: weights, scaling and vocabulary.
 
-    The U-Net and the decoder are no part of it: models that share an encoder share packs. The precision that the
-    networks compute in is none either; that of their parameters is.
+    It does not include the U-Net and the decoder, so that models with the same encoder share packs. It depends on the
+    precision of the parameters, but not on that of the computation.
     """
     name = next(name for name in ("vae", "vqvae") if name in pipeline.modules)
     config = pipeline.autoencoder.config

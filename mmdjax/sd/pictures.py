@@ -1,11 +1,11 @@
 """Folders of pictures, with captions or without, as arrays in [−1, 1].
 
-A picture is turned upright by its EXIF tag, cut to the wanted shape around its centre and resized (Lanczos). Colours
-are converted to RGB: grey is repeated, transparent is laid on white, CMYK and 16 bits a channel are brought to 8-bit
-RGB. Pictures with several frames, and those smaller than one latent, are refused.
+A picture is rotated by its EXIF tag, cropped around its centre to the wanted shape, and resized (Lanczos). Colours are
+converted to 8-bit RGB: also grey, CMYK and 16 bits a channel; transparent pictures get a white background. Pictures
+with several frames, and those smaller than one latent, are errors.
 
-Captions are `name.txt` beside `name.png`, or a `metadata.jsonl` of lines {"file_name": "name.png", "text": "…"}; where
-there is a metadata.jsonl, it alone counts.
+Captions are `name.txt` beside `name.png`, or a `metadata.jsonl` of lines {"file_name": "name.png", "text": "…"}. If
+there is a metadata.jsonl, text files are ignored.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ NO_CAPTION = "it has no caption and others have"
 
 
 class PictureError(ValueError):
-    """Pictures or captions that cannot be used. The message names each and what to do."""
+    """Pictures or captions that cannot be used. The message lists them and says what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class PictureFolder:
 
     Args:
       paths: of the pictures that can be read.
-      captions: one each, or None where no picture has one, or they are ignored.
+      captions: one for each; None if there are none or they are ignored.
       skipped: what was left out, and why.
     """
 
@@ -43,30 +43,29 @@ class PictureFolder:
     def batches(
         self, height: int, width: int, *, channels: int = 3, batch_size: int = 8
     ) -> Iterator[Float[np.ndarray, "k h w c"]]:
-        """The pictures, `batch_size` at a time, so that not all are in memory."""
+        """An iterator over the pictures, `batch_size` at a time, so that not all are in memory."""
         for start in range(0, len(self.paths), batch_size):
             paths = self.paths[start : start + batch_size]
             yield np.stack([read_picture(path, height, width, channels=channels) for path in paths])
 
     def at_least(self, smallest: int, *, skip: bool = False) -> "PictureFolder":
-        """The same after a look at the sizes alone, with `smallest` and `skip` as in `open_pictures`."""
+        """The same after a check of the sizes, with `smallest` and `skip` as in `open_pictures`."""
         problems = {path: problem for path in self.paths if (problem := _problem(path, smallest, sizes_only=True))}
         captions = None if self.captions is None else dict(zip(self.paths, self.captions, strict=True))
         return _usable(self.paths, captions, problems, [], skip, self.skipped)
 
 
 def open_pictures(folder: str | Path, *, smallest: int = 2, skip: bool = False, captions: bool = True) -> PictureFolder:
-    """The pictures and captions of a folder, each looked at; subfolders are not entered.
+    """The pictures and captions of a folder, after a check of each; subfolders are not read.
 
     Args:
-      smallest: pixels that the shorter side must have, such as the autoencoder's downscale.
-      skip: leave out what cannot be used instead of raising. Where some pictures have captions, those without are left
-        out, too.
-      captions: False: captions are neither read nor missed.
+      smallest: the fewest pixels of the shorter side, such as the autoencoder's downscale.
+      skip: leave out what cannot be used instead of raising; also pictures without a caption if others have one.
+      captions: False: captions are ignored.
     Raises:
       FileNotFoundError: no such folder, or no picture in it.
-      PictureError: unreadable pictures, captions without pictures, pictures without a caption where others have one:
-        all in one message.
+      PictureError: unreadable pictures, captions without pictures, pictures without a caption if others have one: all
+        listed in one message.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -83,7 +82,7 @@ def open_pictures(folder: str | Path, *, smallest: int = 2, skip: bool = False, 
 
 
 def read_picture(path: str | Path, height: int, width: int, *, channels: int = 3) -> Float[np.ndarray, "h w c"]:
-    """One picture in [−1, 1], cut around its centre to height : width and resized.
+    """One picture in [−1, 1], cropped around its centre to the ratio height : width and resized.
 
     Args:
       channels: 3, or 1 for grey.
@@ -121,7 +120,7 @@ def _usable(
     skip: bool,
     skipped: tuple[str, ...] = (),
 ) -> PictureFolder:
-    """The pictures without a problem; or all problems in one error, unless they are to be skipped."""
+    """The pictures without a problem; without `skip`, one error that lists all problems."""
     lines = [f"{path.name}: {problem}" for path, problem in sorted(problems.items())] + stray
     usable = tuple(path for path in paths if path not in problems)
     if lines and (not skip or not usable):
@@ -153,7 +152,7 @@ def _problem(path: Path, smallest: int, *, sizes_only: bool = False) -> str | No
 
 
 def _captions(folder: Path, paths: Sequence[Path]) -> tuple[dict[Path, str], list[str]]:
-    """Captions by picture, and what is wrong with them."""
+    """Captions by picture, and their problems."""
     names, stems = {path.name: path for path in paths}, {path.stem: path for path in paths}
     found, stray = {}, []
     metadata = folder / METADATA

@@ -33,7 +33,7 @@ from mmdjax.sd.prompts import ENCODERS, Network, encode_ids, prompt_kernel, rows
 from mmdjax.sd.scheduler import Scheduler
 from mmdjax.sd.tiling import decode_sliced, decode_tiled
 from mmdjax.sd.tokenizer import FILES, Tokenizer
-from mmdjax.tree import is_concrete, pytree, short_repr, static
+from mmdjax.tree import is_concrete, pytree, static
 
 AUTOENCODERS = ("vae", "vqvae")
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
@@ -41,16 +41,16 @@ TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pipeline:
-    """A latent diffusion model without its parameters, which every method takes; made by `mmdjax.sd.load`.
+    """A latent diffusion model without its parameters; made by `mmdjax.sd.load`. Its methods take the parameters.
 
     Args:
       modules: the networks by component: "unet", "vae" or "vqvae", "text_encoder", "text_encoder_2".
       configs: their config.json.
       scheduler: the noise, the prediction and the time grid.
-      tokenizers: by the component that they serve.
+      tokenizers: by text encoder.
       index: model_index.json, or {}.
     Raises:
-      ValueError: networks that do not fit each other or are not enough.
+      ValueError: networks are missing or do not fit each other.
     """
 
     modules: Mapping[str, Any]
@@ -59,7 +59,9 @@ class Pipeline:
     tokenizers: Mapping[str, Tokenizer]
     index: Mapping[str, Any]
 
-    __repr__ = short_repr
+    def __repr__(self) -> str:
+        parts = [f"{name}={type(module).__name__}" for name, module in self.modules.items()]
+        return f"Pipeline({', '.join(parts)}, prediction={self.scheduler.prediction!r})"
 
     def __post_init__(self):
         if "unet" not in self.modules or not set(AUTOENCODERS) & set(self.modules):
@@ -104,12 +106,12 @@ class Pipeline:
 
     @property
     def sdxl(self) -> bool:
-        """Whether the U-Net takes pooled prompts and sizes, too."""
+        """Whether the U-Net also takes pooled prompts and sizes."""
         return self.conditional and self.modules["unet"].config.addition_embed_type is not None
 
     @property
     def encoders(self) -> tuple[str, ...]:
-        """The text encoders that prompts go through."""
+        """The names of the text encoders."""
         return tuple(name for name in ENCODERS if name in self.modules)
 
     @property
@@ -122,10 +124,10 @@ class Pipeline:
         return self.scheduler.times(num_steps)
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
-        """The latent of a picture of height × width pixels; None takes the U-Net's training size.
+        """The shape of the latent of a picture of height × width pixels; None: the U-Net's training size.
 
         Raises:
-          ValueError: a size that the autoencoder does not divide, or none where the config has none.
+          ValueError: a size that the autoencoder does not divide, or no size here and none in the config.
         """
         down, size = self.autoencoder.config.downscale, self.modules["unet"].config.sample_size
         defaults = size if isinstance(size, tuple) else (size, size)
@@ -144,7 +146,9 @@ class Pipeline:
     def encode_images(
         self, params: Any, images: Float[Array | np.ndarray, "n h w c"], *, batch_size: int | None = None
     ) -> Float[Array, "n h2 w2 k"]:
-        """What the U-Net sees of pictures: the posterior's mean, or the vector before quantisation, scaled; float32.
+        """Latents of pictures, scaled as the U-Net takes them; float32.
+
+        They are the posterior's mean, or with a `VQModel` the vector before quantisation.
 
         Args:
           images: in [−1, 1], NHWC.
@@ -174,12 +178,13 @@ class Pipeline:
         batch_size: int | None = None,
         tile: int | None = None,
     ) -> Float[Array, "n h2 w2 c"]:
-        """Pictures [n, h, w, c] in [−1, 1], float32, of the U-Net's latents; what the decoder overshoots is clipped.
+        """Pictures [n, h, w, c] of the U-Net's latents, clipped to [−1, 1]; float32.
 
         Args:
           latents: NHWC.
           batch_size: latents at a time; None: all.
-          tile: side in latents of the tiles that larger pictures are decoded in, a quarter of it overlap; None: whole.
+          tile: for large pictures in little memory: the side of the tiles to decode, in latents; they overlap by a
+            quarter. None: whole pictures.
         Raises:
           ValueError: latents of another shape.
           FloatingPointError: the latents or the pictures are not finite.
@@ -192,13 +197,13 @@ class Pipeline:
         return self._finite("the pictures", images)
 
     def decoder(self, params: Any) -> "Decoder":
-        """Latents to pictures as a pytree that holds its parameters, for kernels on pictures or on features of them.
+        """A function from latents to pictures, a pytree with its parameters: for kernels on pictures or their features.
 
             kernel = Mapped(pipeline.decoder(params), RBF(None))
             MMDGuidance(kernel=kernel, scale=0.02, precondition="length", inner_steps=1)
 
-        The guidance's gradient then goes through the decoder: a decoding and its derivative at each inner step. A step
-        grows with the square of the decoder's gain, so that the scale must be found.
+        Each inner step of the guidance then decodes and differentiates the decoder. A shift grows with the square of
+        the decoder's gain, so find the scale by trial.
         """
         return Decoder(self.autoencoder, params[self._autoencoder_name])
 
@@ -210,13 +215,13 @@ class Pipeline:
         """The condition of prompts: {"context": [n, l, d], "pooled": [n, p]}; see `mmdjax.sd.prompts`.
 
         Args:
-          prompts: a list; or one string, whose condition comes without the batch axis, as `model(null_cond=...)` wants.
-          negative: these are negative prompts: an empty one is zeros where the model was trained so (SDXL:
-            `force_zeros_for_empty_prompt`).
+          prompts: a list; or one string, for a condition without the batch axis, as `model(null_cond=...)` takes it.
+          negative: whether these are negative prompts. Then the condition of an empty prompt is zeros if the model was
+            trained so (SDXL: `force_zeros_for_empty_prompt`).
           time_ids: SDXL's sizes, [6]: original height and width, the crop's top and left, target height and width.
-            None: the U-Net is told the height and width that it makes, not cropped.
+            None: the height and width of the samples, not cropped.
         Raises:
-          ValueError: the model takes no prompts, there are none, or there is no vocabulary for them.
+          ValueError: the model takes no prompts, `prompts` is empty, or a vocabulary is missing.
         """
         if not self.conditional:
             raise ValueError("this model is unconditional; it takes no prompts")
@@ -240,7 +245,7 @@ class Pipeline:
         if time_ids is None:
             return cond
         if not self.sdxl or np.shape(time_ids) != (6,):
-            raise ValueError(f"time_ids has shape {np.shape(time_ids)}; six numbers are for SDXL, nothing for others")
+            raise ValueError(f"time_ids has shape {np.shape(time_ids)}; give six numbers for SDXL, None for others")
         return cond | {"time_ids": jnp.tile(jnp.asarray(time_ids, jnp.float32), (len(prompts), 1))}
 
     def kernel(self, x: Any = None, *, level: str = "pooled", cond: Any = None) -> Product:
@@ -257,7 +262,7 @@ class Pipeline:
 
     @property
     def denoiser(self) -> Any:
-        """E[x_0 | x_t] without classifier-free guidance; its parameters are the whole pipeline's."""
+        """E[x_0 | x_t] without classifier-free guidance; it takes the parameters of the whole pipeline."""
         network = Network(self.modules["unet"], self.autoencoder.config.downscale)
         time = DiscreteTime(self.scheduler.num_train_steps)
         denoiser = from_model(network, self.scheduler.prediction, time)  # pyright: ignore[reportArgumentType]
@@ -272,17 +277,17 @@ class Pipeline:
         height: int | None = None,
         width: int | None = None,
     ) -> DiffusionModel:
-        """The model for `guided_sample`, whose samples are latents [h, w, k] and whose parameters are the pipeline's.
+        """The model for `guided_sample`: samples are latents [h, w, k], parameters those of the pipeline.
 
         Args:
-          guidance_scale: of classifier-free guidance; 1 is none. A leaf: another value compiles nothing.
-          null_cond: the negative prompt's condition, `encode_prompts(params, "", negative=True)`. With it, both
-            conditions go through the U-Net in one call, at scale 1 too.
-          height: of the pictures in pixels; None takes the training size.
+          guidance_scale: of classifier-free guidance; 1 is none. Another value compiles nothing.
+          null_cond: the negative prompt's condition, `encode_prompts(params, "", negative=True)`. With it, each network
+            call takes both conditions, even at scale 1.
+          height: of the pictures, in pixels; None: the training size.
           width: likewise.
         Raises:
-          ValueError: a scale other than 1 without null_cond, null_cond with a batch axis or for a model without
-            prompts, or a size that does not divide.
+          ValueError: a scale other than 1 without null_cond; null_cond with a batch axis, or for a model without
+            prompts; a size that the autoencoder does not divide.
         """
         shape = self.latent_shape(height, width)
         if null_cond is None:
@@ -303,12 +308,12 @@ class Pipeline:
     # Files
 
     def save(self, path: str | Path, params: Any) -> None:
-        """Write everything so that `load(path)` needs no conversion."""
+        """Write the pipeline to a folder that `load(path)` reads without conversion."""
         save(path, self._components(params))
         self._save_rest(Path(path))
 
     def export(self, path: str | Path, params: Any) -> None:
-        """Write everything in the layout of diffusers, which its pipelines read, every tensor bit for bit."""
+        """Write the pipeline to a folder in the layout of diffusers, every tensor bit for bit."""
         export(path, self._components(params))
         self._save_rest(Path(path))
 
@@ -342,7 +347,7 @@ class Pipeline:
         if is_concrete(x) and not all_finite(x):
             raise FloatingPointError(
                 f"{what} are not finite (dtype {jnp.dtype(self.autoencoder.dtype).name}); load the model with "
-                "dtype=jnp.float32 or jnp.bfloat16, which have the range"
+                "dtype=jnp.float32 or jnp.bfloat16, which have a larger range"
             )
         return x
 

@@ -46,21 +46,21 @@ def load(
 
     Args:
       path: a folder of diffusers, a folder that `Pipeline.save` wrote, a single file, or a hub id.
-      dtype: that the networks compute in.
-      param_dtype: that the parameters are cast to, for all or by component, such as {"unet": jnp.bfloat16}; None keeps
-        the file's.
+      dtype: the dtype that the networks compute in.
+      param_dtype: cast parameters to this dtype, all or by component, such as {"unet": jnp.bfloat16}; None: as stored.
       variant: "fp16" for the half-precision files of a folder.
       flash, remat: see `mmdjax.sd.layers.Block`.
-      put: what becomes of each array of parameters; a `jax.device_put` to a sharding, say.
-      ema: the moving average of a single file's U-Net.
-      configs: of a single file's components, in place of what its shapes say.
+      put: a function for each array of parameters, such as a `jax.device_put` to a sharding.
+      ema: take the moving average of a single file's U-Net.
+      configs: config.json of a single file's components, in place of what its shapes say.
       scheduler: settings in place of those in scheduler_config.json; a single file of Stable Diffusion 2 needs its
         "prediction_type".
-      tokenizer: a folder with the vocabulary, or one for each text encoder, in place of the model's own; single files
-        have none.
-      progress: show a bar a network.
+      tokenizer: a folder with the vocabulary, or one for each text encoder; single files have none. None: the model's.
+      progress: show a bar for each network.
+    Returns:
+      (pipeline, params), params a dictionary by component.
     Raises:
-      FileNotFoundError, CheckpointError, ValueError: see `mmdjax.sd.load_models`; and the pipeline's own.
+      FileNotFoundError, CheckpointError, ValueError: see `mmdjax.sd.load_models` and `Pipeline`.
     """
     path = local_path(path, variant)
     if tokenizer is not None or any((path / folder).is_dir() for folder in TOKENIZERS.values()):
@@ -89,9 +89,9 @@ def assemble(
     tokenizer: str | Path | Mapping[str, str | Path] | None = None,
     vocabularies: bool = True,
 ) -> Pipeline:
-    """The pipeline of networks that `load_models` found at a path, with the scheduler and vocabularies that lie there.
+    """The pipeline of networks that `load_models` found at a path, with the scheduler and vocabularies there.
 
-    See `load`. With vocabularies=False none is read, and the pipeline takes no prompts.
+    See `load`. With vocabularies=False none is read, and the pipeline cannot encode prompts.
     """
     path = Path(path)
     modules = {name: component.module for name, component in found.items()}
@@ -114,8 +114,8 @@ def _scheduler_config(path: Path, unet: Any, override: Mapping[str, Any]) -> dic
         return dict(override)
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path.name}: no scheduler/scheduler_config.json, which says how noise was added; give "
-            'load(..., scheduler={"_class_name": "DDIMScheduler", ...}) its settings'
+            f"{path.name}: no scheduler/scheduler_config.json, which says how noise was added; give its settings: "
+            'load(..., scheduler={"_class_name": "DDIMScheduler", ...})'
         )
     if unet is None or not hasattr(unet.config, "cross_attention_dim"):
         return {**LDM_SCHEDULER, **override}

@@ -1,8 +1,8 @@
-"""Attention and convolution, in the form that each platform runs best.
+"""Attention and convolution, in the form that is fastest on each platform.
 
-On a CPU attention works a head and some rows of queries at a time, so that the logits stay in the cache (on 2 cores, at
-4096 positions and 8 heads of 40, some ten times faster than all at once), and a convolution of few positions is one
-product with a matrix of patches: XLA's own leaves most of the machine idle there. Elsewhere both are XLA's.
+On a CPU attention takes one head and some rows of queries at a time, so that the logits stay in the cache (about ten
+times faster on 2 cores, for 4096 positions and 8 heads of 40). A convolution of few positions is one product with a
+matrix of patches, as XLA's convolution leaves most cores idle there. On other platforms both are XLA's.
 
 References:
   Vaswani et al. 2017 (attention), Rabe & Staats 2021 (in blocks of queries).
@@ -35,9 +35,9 @@ def attend(
     """softmax(q kᵀ/√d) v, in blocks of queries where the logits would not fit.
 
     Args:
-      upcast: compute in float32 throughout, as float16 is unless by `flash`; otherwise logits and softmax alone are.
-      limit: logits held at once, by default `SCORES_IN_MEMORY` or, on a CPU, `SCORES_IN_CACHE`. Causal attention is
-        not blocked.
+      upcast: compute all in float32, as is done for float16 unless with `flash`; else only logits and softmax.
+      limit: the most logits in memory at once, by default `SCORES_IN_MEMORY` or, on a CPU, `SCORES_IN_CACHE`. Causal
+        attention ignores it.
     """
     dim = q.shape[-1]
     if upcast:

@@ -1,8 +1,8 @@
 """Prompts as conditions, the U-Net that takes them, and kernels that compare them.
 
-A condition is {"context": [n, l, d], "pooled": [n, p]}: the token states that the U-Net attends to and one vector a
-prompt. For Stable Diffusion 1 and 2 these are the text encoder's last state and its row at the end of the prompt; for
-SDXL the last states but one of both encoders side by side and the second's projection.
+A condition is {"context": [n, l, d], "pooled": [n, p]}: the token states that the U-Net attends to, and one vector for
+each prompt. For Stable Diffusion 1 and 2 these are the text encoder's last state and its row at the end of the prompt.
+For SDXL they are the states before the last of both encoders, concatenated, and the second encoder's projection.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ class Network:
 
     Args:
       module: `UNet2DCondition` or `UNet2D`.
-      downscale: pixels to a latent; SDXL is told the picture's size.
+      downscale: pixels for each latent; SDXL takes the picture's size.
     """
 
     module: nn.Module
@@ -75,20 +75,20 @@ def encode_ids(
 
 
 def rows(cond: Any, index: Any) -> Any:
-    """Rows of a condition: `rows(cond, 0)` is that of one sample, `rows(cond, [0, 0, 1])` repeats."""
+    """Rows of a condition: `rows(cond, 0)` is that of one sample, `rows(cond, [0, 0, 1])` has one twice."""
     index = np.asarray(index)
     return jax.tree.map(lambda leaf: leaf[index], cond)
 
 
 def pooled(cond: Mapping[str, Array]) -> Float[Array, "n p"]:
-    """One unit vector a prompt, for `Mapped`."""
+    """One unit vector for each prompt, for `Mapped`."""
     return _unit(cond["pooled"])
 
 
 def tokens(cond: Mapping[str, Array]) -> Float[Array, "n l d"]:
-    """A unit vector a token, for `Mapped`; their distance compares the tokens place by place.
+    """One unit vector for each token, for `Mapped`; their distance compares the tokens at the same places.
 
-    The start of a prompt is left out: it is the same in all.
+    The start token is left out, as it is the same in all prompts.
     """
     return _unit(cond["context"][:, 1:])
 
@@ -100,10 +100,10 @@ def _unit(x: Array) -> Array:
 
 @pytree
 class Apart:
-    """factor × the median distance between the references' prompts that differ; .1 where all are one prompt.
+    """factor × the median distance between different prompts of the references; .1 if there is only one prompt.
 
-    Embeddings of prompts lie close together (cosines of .6 to .9 between CLIP's), so that a kernel needs a width of
-    their own; at a third of their distance, prompts at the median hardly pull each other (exp(−9/2) = .01).
+    Embeddings of prompts lie close together (CLIP's have cosines of .6 to .9), so their kernel needs its own bandwidth.
+    At a third of the median distance, prompts hardly pull each other (exp(−9/2) = .01).
     """
 
     factor: Any = 1 / 3
@@ -116,13 +116,14 @@ class Apart:
 
 
 def prompt_kernel(x: Any = None, *, level: str = "pooled", cond: Any = None) -> Product:
-    """k_x(x, x') k_c(c, c') for latents and prompts: a reference pulls those samples whose prompt is like its own.
+    """k_x(x, x') k_c(c, c') for latents and prompts: a sample is pulled by references with a similar prompt.
 
-    Value-equal for equal arguments, so that making it anew compiles nothing.
+    Equal arguments give equal kernels, which compile nothing anew.
 
     Args:
       x: kernel on the latents; None: `IMQ(None)`, the default of `MMDGuidance`.
-      level: "pooled" compares one vector a prompt, "tokens" token by token, which asks for the same words in one order.
+      level: "pooled" compares one vector for each prompt; "tokens" compares token by token, so that only prompts with
+        the same words in the same order are alike.
       cond: kernel on those unit vectors; None: `RBF(Apart())`.
     Raises:
       ValueError: another level.

@@ -5,7 +5,7 @@ grid.png             the first of them
 comparison.png       references as the autoencoder sees them, unguided and guided samples of the same noise
 samples.safetensors  "latents" [n, h, w, k], "prompt" [n] (an index into run.json's), and "unguided" [n, h, w, k]
 run.json             settings, versions, hashes, and the distances to the references before and after
-parts                until all this is there: the samples so far, from which the same call goes on (`mmdjax.runs`)
+parts                until the run is finished: the samples so far, from which the same call resumes (`mmdjax.runs`)
 """
 
 import dataclasses
@@ -77,26 +77,26 @@ def sample_to_folder(
 ) -> dict[str, Any]:
     """Sample a pipeline guided by references and write pictures and figures; see the top of this module.
 
-    Batches are of one size and joined by a memory of earlier samples, so that many small batches align as one large one
-    would. Where references and samples have prompts and the guidance names no kernel, it is `pipeline.kernel()`.
-    Whatever interrupts a run, repeat the call to resume.
+    All batches have one size, and a memory of earlier samples, so that many small batches align as one large one would.
+    If references and samples have prompts and the guidance has no kernel, it is `pipeline.kernel()`. If a run stops,
+    repeat the call to resume it.
 
     Args:
       out: a folder that does not exist, is empty, or holds an unfinished run of these settings.
       refs: encoded references, or None: plain sampling.
-      prompts: sample i takes prompt i modulo their number; (): those of the references, in turn, else the empty prompt.
+      prompts: sample i takes prompt i modulo their number. (): the references' prompts in turn, else the empty prompt.
       negative: the negative prompt.
       cfg_scale: of classifier-free guidance; 1 is none. Unused by models without prompts.
       batch_size: the most samples that are made at once.
-      memory: each batch is guided around so many samples of the batches before it; 0: around its own alone.
-      compare: sample without guidance, too, from the same noise: twice the time.
-      settings: what else run.json should tell. A folder with a finished run of equal settings is left as it is.
-      progress: show bars. Without, JAX's persistent compilation cache keeps the programs of the sampling, too.
+      memory: how many samples of earlier batches count as particles in the guidance of a batch; 0: none.
+      compare: also make unguided samples from the same noise, in twice the time.
+      settings: further entries of run.json. A folder with a finished run of equal settings is left as it is.
+      progress: show bars. JAX's persistent compilation cache keeps the sampling program only without them.
     Returns:
-      What run.json holds.
+      The contents of run.json.
     Raises:
-      FileExistsError: `out` has something else in it, or an unfinished run of other settings; they are named.
-      BlockingIOError: another process is at work in `out`.
+      FileExistsError: `out` holds other files, or an unfinished run of other settings, which are listed.
+      BlockingIOError: another process is using `out`.
       ValueError: see `check_settings` and `guided_sample`; num_samples or batch_size below 1, a negative memory.
       FloatingPointError: latents or pictures are not finite.
     """
@@ -182,11 +182,11 @@ def check_settings(
     height: int | None = None,
     width: int | None = None,
 ) -> None:
-    """What `sample_to_folder` refuses that needs no weights; its arguments.
+    """The checks of `sample_to_folder` that need no weights; its arguments.
 
     Raises:
-      ValueError: a size that the autoencoder does not divide, or another one than the references'; a number of steps or
-        a scheduler that has no grid; prompts for a model without, or for text encoders without a vocabulary.
+      ValueError: a size that the autoencoder does not divide, or that is not the references'; a scheduler that has no
+        grid of so many steps; prompts for an unconditional model, or for text encoders without a vocabulary.
     """
     _check_size(refs, pipeline.latent_shape(height, width), pipeline.autoencoder.config.downscale)
     pipeline.times(num_steps)
@@ -200,7 +200,7 @@ def check_settings(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Conditions:
-    """The conditions of samples by their numbers, of those of each distinct prompt."""
+    """The conditions of samples, by the numbers of the samples, from the condition of each distinct prompt."""
 
     distinct: Any
     index: Int[np.ndarray, " n"]
@@ -212,13 +212,13 @@ class Conditions:
 
 
 def check_out(out: str | Path, settings: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
-    """Whether a folder can take a run: what its run.json holds where that run is finished, None where there is work.
+    """Check that a folder can take a run: the contents of run.json if the run is finished, else None.
 
     Args:
-      out: makes nothing there.
-      settings: of the run; None: an unfinished run, or a finished one, is in the way.
+      out: the folder; nothing is written.
+      settings: of the run; None: any run in the folder is an error.
     Raises:
-      FileExistsError: it is a file, or holds something else than a run of these settings.
+      FileExistsError: `out` is a file, or holds something other than a run of these settings.
     """
     out = Path(out)
     resumes = settings is not None
@@ -235,7 +235,7 @@ def check_out(out: str | Path, settings: Mapping[str, Any] | None = None) -> dic
 
 
 def check_writable(out: str | Path) -> None:
-    """Raise OSError where a file or folder of this name cannot be made; makes nothing that stays."""
+    """Raise OSError if a file or folder of this name cannot be made; leaves nothing behind."""
     parent = Path(out).absolute()
     parent = parent if parent.is_dir() else parent.parent
     while not parent.exists():
@@ -271,8 +271,8 @@ def _check_size(refs: ReferencePack | None, shape: tuple[int, ...], down: int) -
     if refs is not None and tuple(refs.latents.shape[1:]) != shape:
         theirs, ours = ([side * down for side in sides[:2]] for sides in (refs.latents.shape[1:], shape))
         raise ValueError(
-            f"the references are of {theirs[0]} × {theirs[1]} pixels but the samples of {ours[0]} × {ours[1]}; "
-            "encode the pictures again in this size, or sample in theirs"
+            f"the references have {theirs[0]} × {theirs[1]} pixels but the samples {ours[0]} × {ours[1]}; encode the "
+            "pictures again in the samples' size, or sample in theirs"
         )
 
 
@@ -294,9 +294,9 @@ def _save_grids(out, pipeline, params, refs, pictures, unguided, progress) -> No
 
 
 def _distances(guidance: MMDGuidance, refs: Particles, arrays: Mapping[str, np.ndarray], cond: Any) -> dict[str, Any]:
-    """To the references, in latents, unbiased: the energy distance and MMD² by the guidance's kernel.
+    """The energy distance and MMD² (by the guidance's kernel) to the references, in latents, unbiased.
 
-    Empty where there is one sample or one reference, whose own term is unknown.
+    Empty if there is only one sample or reference, for which they are undefined.
     """
     found = {}
     if min(len(arrays["latents"]), num_present(refs)) < 2:

@@ -1,10 +1,9 @@
-"""What a checkpoint's scheduler_config.json says of the model: its table of noise, its prediction and its time grid.
+"""A checkpoint's scheduler_config.json: the table of noise levels, the prediction and the time grid.
 
     β by its schedule,  ᾱ_i = Π_{j ≤ i} (1 − β_j)
 
-The table is computed as diffusers does, in float32 with the product accumulated in float64, so that the two agree to
-the bit. With `rescale_betas_zero_snr`, √ᾱ is shifted to end at 0 and scaled to start where it did. Lin et al. 2024,
-algorithm 1.
+The table is computed as in diffusers, in float32 with the product in float64, and has the same bits. With
+`rescale_betas_zero_snr`, √ᾱ is shifted to end at 0 and scaled to keep its start. Lin et al. 2024, algorithm 1.
 """
 
 import dataclasses
@@ -37,7 +36,7 @@ TINY = 2.0**-24  # diffusers' zero where σ/α is formed
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scheduler:
-    """A parsed scheduler_config.json; keys left out take the default of the class that wrote it.
+    """A parsed scheduler_config.json; missing keys take the default of the class that wrote it.
 
     Raises:
       ValueError: a class, prediction, table or setting that is not implemented.
@@ -62,7 +61,7 @@ class Scheduler:
             ("steps_offset", _is_number(self.raw, "steps_offset", 0, MAX_STEPS, int)),
         ):
             if not ok:
-                raise ValueError(f"the scheduler's {key} is {self.raw[key]!r}, of another kind or range")
+                raise ValueError(f"the scheduler's {key} is {self.raw[key]!r}, of another type or out of range")
         if name not in GRIDS:
             raise ValueError(
                 f"the scheduler's class is {name!r}; implemented: {', '.join(GRIDS)}. "
@@ -73,12 +72,12 @@ class Scheduler:
                 f"the scheduler's prediction_type is {prediction!r}; implemented: {', '.join(PREDICTIONS)}"
             )
         if self.raw.get("thresholding"):
-            raise ValueError("the scheduler's thresholding is for models of pixels; latents have no fixed range")
+            raise ValueError("the scheduler's thresholding is for pixel models; latents have no fixed range")
         _betas(self.raw)
 
     @property
     def prediction(self) -> str:
-        """What the network predicts, as `from_model` calls it."""
+        """What the network predicts, by its name in `from_model`."""
         return PREDICTIONS[self.raw.get("prediction_type", "epsilon")]
 
     @property
@@ -88,7 +87,7 @@ class Scheduler:
 
     @property
     def clip(self) -> float | None:
-        """The range ± that x̂0 is clipped to; None without."""
+        """x̂0 is clipped to ± this number; None: it is not clipped."""
         name = self.raw["_class_name"]
         clips = self.raw.get("clip_sample", name in ("DDIMScheduler", "DDPMScheduler"))
         return float(self.raw.get("clip_sample_range", 1.0)) if clips else None
@@ -108,15 +107,15 @@ class Scheduler:
         return Discrete(self.alphas_cumprod)
 
     def times(self, num_steps: int) -> Float[np.ndarray, " times"]:
-        """The grid that the scheduler visits, as t = (i + 1)/T, then where it ends: decreasing, [num_steps + 1].
+        """The scheduler's time grid: the indices i that it visits as t = (i + 1)/T, then the end; [num_steps + 1].
 
-        It ends at t = 0, or where `set_alpha_to_one` is false at index 0, t = 1/T: Stable Diffusion's first versions
-        leave that little noise in. (If index 0 is visited itself, the end is t = 0: diffusers would stand still.)
-        "linspace" with DDIM or PNDM visits the same levels but goes down to others, T/N apart; here a step ends where
-        the next begins.
+        The end is t = 0. If `set_alpha_to_one` is false it is index 0, t = 1/T, with a little noise left, as in the
+        first versions of Stable Diffusion. If index 0 is visited anyway, the end is t = 0: diffusers would stand still.
+        With "linspace", DDIM and PNDM of diffusers step from the same levels to others, T/N below; here a step ends
+        where the next begins.
 
         Raises:
-          ValueError: more steps than the table has, an unknown spacing, or sigmas of another kind (Karras').
+          ValueError: more steps than levels, an unknown spacing, or other sigmas (Karras').
         """
         raw, total = self.raw, self.num_train_steps
         kind, default = GRIDS[raw["_class_name"]]
@@ -149,7 +148,7 @@ def _betas(raw: Mapping[str, Any]) -> Float[np.ndarray, " T"]:
     if raw.get("trained_betas") is not None:
         betas = raw["trained_betas"]
         if not isinstance(betas, list | tuple) or not betas or not all(_is_number({"": b}, "", 0, 1) for b in betas):
-            raise ValueError("the scheduler's trained_betas are no list of numbers between 0 and 1")
+            raise ValueError("the scheduler's trained_betas are not a list of numbers between 0 and 1")
         return np.asarray(betas, np.float32)
     first, last = raw.get("beta_start", 1e-4), raw.get("beta_end", 0.02)
     steps, name = raw.get("num_train_timesteps", 1000), raw.get("beta_schedule", "linear")

@@ -1,10 +1,10 @@
 """What is in a single-file checkpoint: its networks and their configurations, from keys and shapes alone.
 
-Shapes say everything but three things. How attention is split in heads: Stable Diffusion 1 (convolutions around its
-transformers) has 8 heads everywhere; 2 and SDXL (linear maps there) and CLIP have heads of 64 channels, the
-unconditional models heads of 32. The scale of the latents: the file's `scale_factor` where it has one, else .18215, or
-.13025 beside SDXL's U-Net, or 1 for quantised latents. What the network predicts: Stable Diffusion 2's base model
-(noise) and its 768 model (velocity) have the same shapes, and who loads it must say which.
+Shapes say everything but three things. The heads of attention: Stable Diffusion 1 (convolutions around its
+transformers) has 8 everywhere; 2 and SDXL (linear maps there) and CLIP have heads of 64 channels, the unconditional
+models of 32. The scale of the latents: the file's `scale_factor` if it has one, else .18215, or .13025 for SDXL, or 1
+for quantised latents. The prediction: Stable Diffusion 2's base model (noise) and its 768 model (velocity) have the
+same shapes, so the caller must say which it is.
 
 References:
   the configurations in github.com/CompVis/latent-diffusion, github.com/Stability-AI/stablediffusion and
@@ -44,9 +44,9 @@ def parts(file: Checkpoint, configs: Mapping[str, Mapping] | None = None) -> dic
     """The networks in a single file by component ("unet", "vae", "vqvae", "text_encoder", "text_encoder_2").
 
     Args:
-      configs: config.json of components, parsed, in place of what the shapes say.
+      configs: parsed config.json of components, in place of what the shapes say.
     Raises:
-      CheckpointError: no U-Net and no autoencoder in CompVis's naming; or keys that belong to nothing.
+      CheckpointError: no U-Net and no autoencoder in CompVis's naming; or keys that belong to no network.
     """
     found = {}
     if f"{UNET}input_blocks.0.0.weight" in file:
@@ -78,9 +78,9 @@ def parts(file: Checkpoint, configs: Mapping[str, Mapping] | None = None) -> dic
 
 
 def used(part: Part, config: Any, file: Checkpoint) -> Checkpoint:
-    """A part's tensors under their names in it, without what its network leaves out by design.
+    """A part's tensors under their names in it, without those that its network does not use.
 
-    Stable Diffusion 2 is conditioned on OpenCLIP's layer before the last, so its text encoder has one layer fewer than
+    Stable Diffusion 2 is conditioned on OpenCLIP's layer before the last, so its text encoder has one layer less than
     the file, and no projection.
     """
     mine = file.part(part.prefix)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 
 def decode_sliced(decode: Callable, z: Float[Array, "n h w k"], *, size: int = 1) -> Float[Array, "n h2 w2 c"]:
-    """Exactly `decode(z)`, `size` pictures at a time."""
+    """`decode(z)`, exactly, `size` pictures at a time."""
     return jax.lax.map(lambda one: decode(one[None])[0], z, batch_size=size)
 
 
@@ -23,18 +23,18 @@ def decode_tiled(
 ) -> Float[Array, "n h2 w2 c"]:
     """`decode(z)` in tiles of one size, blended linearly where they overlap.
 
-    An approximation: the decoder's norms and attention see a tile, not the picture, so colours may differ between
-    tiles. What a decoder does within `overlap` of a position it does as before. One tile's memory; latents within one
-    tile are decoded as a whole.
+    An approximation: the decoder's norms and attention see a tile, not the picture, so that colours may differ between
+    tiles. Operations that reach no farther than `overlap` are exact. It takes the memory of one tile; latents within
+    one tile are decoded as a whole.
 
     Args:
       tile: side of a tile, in latents.
-      overlap: at least this many latents are common to neighbours.
+      overlap: neighbouring tiles share at least this many latents.
     Raises:
       ValueError: the overlap does not leave room for a step.
     """
     if not 0 <= overlap < tile:
-        raise ValueError(f"overlap is {overlap} of tiles of {tile}; it must be at least 0 and less than the tile")
+        raise ValueError(f"overlap is {overlap} for tiles of {tile}; it must be at least 0 and less than the tile")
     sides, ramps, starts = [], [], []
     for length in z.shape[1:3]:
         side = min(tile, length)

@@ -1,6 +1,6 @@
-"""Tiny models of random weights in the layout of diffusers, for trying things out where no checkpoint is at hand.
+"""Tiny models with random weights in the layout of diffusers, to try things without a checkpoint.
 
-They have every part of the real ones and run anywhere in seconds. Their pictures are noise.
+They have all parts of the real ones and run anywhere in seconds. Their pictures are noise.
 """
 
 import json
@@ -58,7 +58,7 @@ TEXT = {
 
 
 def write_tiny(folder: str | Path, *, unconditional: bool = False, seed: int = 0) -> Path:
-    """Write a model of 32 × 32 pictures and random weights: of Stable Diffusion's kind, or an unconditional latent one.
+    """Write a model of 32 × 32 pictures with random weights, like Stable Diffusion or an unconditional latent model.
 
     Returns:
       The folder, which `mmdjax.sd.load` and diffusers read.
@@ -86,12 +86,12 @@ def write_tiny(folder: str | Path, *, unconditional: bool = False, seed: int = 0
 
 
 def write_vocabulary(folder: str | Path, *, merges: Iterable[str] = MERGES, length: int = 77, pad: str = END) -> int:
-    """Write a vocabulary of CLIP's kind: bytes, the same at the end of a word, what the merges make, start and end.
+    """Write a vocabulary like CLIP's: bytes, bytes at the end of a word, the results of the merges, start and end.
 
     Args:
-      merges: pairs "a b" of what is joined, in this order; "</w>" ends a word.
+      merges: pairs "a b" to merge, in this order; "</w>" marks the end of a word.
       length: of a row of ids.
-      pad: the token in the places left.
+      pad: the padding token.
     Returns:
       Its size; the last id is the end's.
     """

@@ -1,8 +1,8 @@
 """CLIP's byte-pair encoding: prompts to rows of token ids, from a checkpoint's own vocabulary.
 
-Text is brought to Unicode's NFC, white space collapsed, lowered, and split into words, single digits and runs of
-other signs; each piece is UTF-8 bytes, merged pair by pair in the order in which the merges were learnt, the last of
-a piece marked `</w>`. A row is  start, the tokens, end, padding  and 77 long for CLIP.
+Text is normalised (Unicode NFC, single spaces, lower case) and split into words, single digits and runs of other signs.
+The UTF-8 bytes of each piece are merged pair by pair, in the order in which the merges were learnt; `</w>` marks the
+end of a piece. A row is  start, the tokens, end, padding  and has length 77 for CLIP.
 
 References:
   Radford et al. 2021, section 2.4; Sennrich et al. 2016 (byte-pair encoding).
@@ -33,10 +33,10 @@ class Tokenizer:
     """Prompts to token ids.
 
     Args:
-      encoding: the `tokenizers.Tokenizer` of the vocabulary; what it adds around a prompt is not used.
+      encoding: the `tokenizers.Tokenizer` of the vocabulary; the tokens that it adds around a prompt are not used.
       start: id before the prompt.
       end: id after it.
-      pad: id in the places left: the end's for CLIP-L, 0 ("!") for Stable Diffusion 2 and SDXL's second encoder.
+      pad: id of the padding: the end's for CLIP-L, 0 ("!") for Stable Diffusion 2 and SDXL's second encoder.
       length: of a row.
     """
 
@@ -49,10 +49,10 @@ class Tokenizer:
     __repr__ = short_repr
 
     def __call__(self, prompts: Sequence[str]) -> Int[np.ndarray, "n l"]:
-        """Token ids, a row a prompt. What does not fit is cut off, with a warning that quotes it.
+        """Token ids, a row for each prompt. A prompt that is too long is cut, with a warning that quotes the rest.
 
         Raises:
-          TypeError: `prompts` is a single string, or holds something else than strings.
+          TypeError: `prompts` is a single string, or holds something other than strings.
         """
         if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
             raise TypeError(f"prompts is {prompts!r}; give a list of strings")
@@ -86,7 +86,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer in a folder of a checkpoint.
 
     The vocabulary is read from vocab.json and merges.txt, else from tokenizer.json; the padding token and the length
-    from tokenizer_config.json and special_tokens_map.json, where they are.
+    from tokenizer_config.json and special_tokens_map.json, if they exist.
 
     Raises:
       ImportError: the package `tokenizers` is not installed.
@@ -99,14 +99,14 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     special = {name: _token(settings.get(name), default) for name, default in _DEFAULTS.items()}
     wrong = [token for token in special.values() if not _is_token(token)]
     if wrong:
-        raise CheckpointError(f"{folder.name}: its special tokens are {wrong}, which are no tokens")
+        raise CheckpointError(f"{folder.name}: its special tokens are {wrong}, which are not tokens")
     if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
         encoding = _from_vocabulary(folder, special["unk_token"]["content"])
     elif (folder / "tokenizer.json").exists():
         try:
             encoding = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # the library raises bare Exceptions
-            raise CheckpointError(f"{folder.name}/tokenizer.json is no tokenizer: {error}") from error
+            raise CheckpointError(f"{folder.name}/tokenizer.json is not a tokenizer: {error}") from error
         encoding.no_padding()
         encoding.no_truncation()
     else:

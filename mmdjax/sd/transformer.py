@@ -120,6 +120,4 @@ class AdaLNZeroBlock(Block):
     def modulation(self, name: str, features: int) -> nn.Dense:
         """The linear map from the condition to shifts, scales and gates."""
         init = nn.initializers.zeros if self.zero else nn.linear.default_kernel_init
-        return nn.Dense(
-            features, kernel_init=init, dtype=self.compute_dtype, param_dtype=self.param_dtype, name=name
-        )
+        return nn.Dense(features, kernel_init=init, dtype=self.compute_dtype, param_dtype=self.param_dtype, name=name)

@@ -1,9 +1,8 @@
 """The U-Nets of latent diffusion: a network from (x_t, t, condition) to its prediction, [n, h, w, c] each.
 
-One body serves both. At level i of resolution, going down: `layers_per_block` times a residual block and, where the
-level has it, attention; each output is kept. Going up: one block more, each fed with what was kept. `UNet2DCondition`
-attends to a context as well (Stable Diffusion), `UNet2D` to itself only (the unconditional models of faces, and those
-of Ho et al. 2020).
+Both have one body. Going down, level i of resolution has `layers_per_block` residual blocks, with attention at some
+levels; each output is kept. Going up it has one block more, and each takes a kept output too. `UNet2DCondition` (Stable
+Diffusion) also attends to a context; `UNet2D` (the unconditional face models, and those of Ho et al. 2020) does not.
 
 References:
   Rombach et al. 2022 (latent diffusion), Ho et al. 2020 (the U-Net), Podell et al. 2023, section 2.2 (SDXL's
@@ -84,7 +83,7 @@ class UNet2DConditionConfig(Config):
 
     @property
     def heads(self) -> tuple[int, ...]:
-        """Heads at each level. `attention_head_dim` holds them: an error that the format has kept for its old files."""
+        """Heads at each level. They are in `attention_head_dim`, a misnomer that the format keeps for old files."""
         return per_level(self.num_attention_heads or self.attention_head_dim, len(self.block_out_channels))
 
     @property
@@ -146,7 +145,7 @@ class UNet(Block):
     config: Any
 
     def part(self, cls, name, *args, **kwargs):
-        """A submodule that computes as this one, one block of `remat`."""
+        """A submodule with this one's dtypes and settings; with `remat` it is recomputed in the backward pass."""
         return super().part(nn.remat(cls) if self.remat else cls, name, *args, **kwargs)
 
     def level(self, name, i, x, context):
@@ -154,7 +153,7 @@ class UNet(Block):
         raise NotImplementedError
 
     def time_embedding(self, t):
-        """What the residual blocks are told of t, [n, 4 c]."""
+        """The embedding of t for the residual blocks, [n, 4 c]."""
         cfg = self.config
         waves = timestep_embedding(t, cfg.block_out_channels[0], flip=cfg.flip_sin_to_cos, shift=cfg.freq_shift)
         return self.embedding("time_embedding", waves)
@@ -248,7 +247,7 @@ class UNet2DCondition(UNet):
 class UNet2D(UNet):
     """An unconditional U-Net: x [n, h, w, c] and t [n] (the index of the trained table) -> [n, h, w, out_channels].
 
-    `cond` is there so that `from_model(module.apply)` calls it as any other; it must be None.
+    `cond` must be None; it is an argument so that `from_model(module.apply)` works.
     """
 
     config: UNet2DConfig
@@ -324,8 +323,8 @@ class Attention(Block):
 
 
 def check_blocks(cfg: Any, down: set[str], up: set[str]) -> None:
-    """Raises ValueError unless every block is of an implemented kind, one a level, and the heads divide the
-    channels.
+    """Raise ValueError for a block that is not implemented, other numbers of blocks than levels, or heads that do not
+    divide the channels.
     """
     unknown = sorted({*cfg.down_block_types} - down | {*cfg.up_block_types} - up)
     if unknown:

@@ -26,7 +26,7 @@ EPS = 1e-6  # of every norm here, where the U-Nets have 1e-5
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderConfig(Config):
-    """What the two autoencoders' config.json have in common."""
+    """The settings that the config.json of both autoencoders have."""
 
     FIXED: ClassVar = COMMON
 
@@ -71,8 +71,8 @@ class AutoencoderKLConfig(AutoencoderConfig):
 class VQModelConfig(AutoencoderConfig):
     """vqvae/config.json.
 
-    A file without `scaling_factor` means 1: those of the published models are older than that key, and PyTorch's
-    default for it (.18215) gives noise from them.
+    A missing `scaling_factor` is 1: the files of the published models are older than that key, and with diffusers'
+    default for it (.18215) they give noise.
     """
 
     CLASSES: ClassVar = ("VQModel",)
@@ -97,28 +97,22 @@ class Autoencoder(Block):
 
     @property
     def compute_dtype(self):
-        """float32 in place of float16 where the config asks for it: SDXL's activations pass 65,504. bfloat16 has the
-        range.
-        """
+        """float32 in place of float16 if the config asks for it: SDXL's activations exceed float16's largest number."""
         return jnp.float32 if self.config.force_upcast and self.dtype == jnp.float16 else self.dtype
 
     def __call__(self, images):
-        """Pictures there and back, so that `init` makes all parameters: [n, h, w, c] -> [n, h, w, c]."""
+        """Encode and decode pictures, so that `init` makes all parameters: [n, h, w, c] -> [n, h, w, c]."""
         return self.from_latents(self.to_latents(images))
 
     def to_latents(self, images: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 k"]:
-        """What the diffusion model sees of pictures in [−1, 1]: scaling_factor · (mean − shift_factor), nothing
-        drawn.
-        """
+        """The diffusion model's latents of pictures in [−1, 1]: scaling_factor · (mean − shift_factor)."""
         cfg = self.config
         z = self.encode(images)
         z = z[0] if isinstance(z, tuple) else z
         return (z - (getattr(cfg, "shift_factor", None) or 0.0)) * cfg.scaling_factor
 
     def from_latents(self, latents: Float[Array, "n h2 w2 k"]) -> Float[Array, "n h w c"]:
-        """Pictures of the diffusion model's latents: the inverse of `to_latents`, in [−1, 1] up to the decoder's
-        overshoot.
-        """
+        """Pictures of the diffusion model's latents, the inverse of `to_latents`; not clipped to [−1, 1]."""
         cfg = self.config
         return self.decode(latents / cfg.scaling_factor + (getattr(cfg, "shift_factor", None) or 0.0))
 
@@ -150,9 +144,7 @@ class AutoencoderKL(Autoencoder):
 
 
 class VQModel(Autoencoder):
-    """The vector-quantised autoencoder: `encode` does not quantise, `decode` does first. The diffusion runs in
-    between.
-    """
+    """The vector-quantised autoencoder. `decode` quantises first, `encode` does not: diffusion runs in between."""
 
     config: VQModelConfig
 
@@ -175,10 +167,10 @@ class VQModel(Autoencoder):
 
 
 class Codebook(Block):
-    """The nearest code to each vector, the first of those at one distance: [n, h, w, k] -> [n, h, w, k].
+    """The nearest code to each vector, of equally near ones the first: [n, h, w, k] -> [n, h, w, k].
 
-    Its gradient is the identity's. Differences are squared, not expanded into products: 8,192 codes lie closer together
-    than that would resolve.
+    Its gradient is that of the identity. Differences are squared, not expanded into products, whose rounding exceeds
+    the distances among 8,192 codes.
     """
 
     num: int

@@ -56,7 +56,7 @@ def test_guided_sampling_from_a_file(stored):
     )
     np.testing.assert_allclose(found.x, expected.x, atol=1e-4)
     np.testing.assert_allclose(found.trace.mmd2, expected.trace.mmd2, atol=1e-5)
-    with pytest.raises(ValueError, match="noise level"):
+    with pytest.raises(ValueError, match="adds noise to the references"):
         guided_sample(0.5, jax.random.key(0), stored[0], model=model, num_samples=4, guidance=MMDGuidance(at="sample"))
 
 
