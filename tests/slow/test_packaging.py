@@ -12,7 +12,10 @@ import pytest
 from mmdjax import __version__
 
 ROOT = Path(__file__).parents[2]
-NEEDED = {"py.typed", "digits/NOTICE", "digits/digits.npz", "digits/digits.safetensors", "__init__.py", "sd/unet.py"}
+NEEDED = {
+    "py.typed", "__init__.py", "sd/unet.py", "digits/NOTICE", "digits/digits.npz", "digits/digits.safetensors",
+    "faces/NOTICE", "faces/source.png", "faces/source.npz", "faces/faces.safetensors", "faces/attributes.safetensors",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
