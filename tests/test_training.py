@@ -266,9 +266,10 @@ def test_stopped_training_goes_on_with_the_same_bits(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*args)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("mmdjax.training.np.concatenate", dies)
+    monkeypatch.setattr("mmdjax.training.np.concatenate", dies)
+    with pytest.raises(KeyboardInterrupt):
         checkpointed(tmp_path / "training", 20)
+    monkeypatch.setattr("mmdjax.training.np.concatenate", real)
     resumed = checkpointed(tmp_path / "training", 20)
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -297,5 +298,5 @@ def test_checkpoint_of_another_training_is_refused(tmp_path):
 
 def test_checkpoint_with_fewer_steps_than_done_is_refused(tmp_path):
     checkpointed(tmp_path / "training", 8)
-    with pytest.raises(FileExistsError, match="8 steps.*num_steps is 4"):
+    with pytest.raises(FileExistsError, match=r"8 steps, num_steps is 4"):
         checkpointed(tmp_path / "training", 4)
