@@ -17,8 +17,9 @@ from jaxtyping import Array, Float
 from mmdjax._core.modes import in_own_modes
 from mmdjax._core.numerics import all_finite
 from mmdjax._core.progress import Bar
+from mmdjax._points.distances import subset_of
 from mmdjax._points.mesh import HERE, layout_of
-from mmdjax._points.particles import Particles, as_particles, widen
+from mmdjax._points.particles import Particles, as_particles, flat, widen
 from mmdjax.denoisers import DiffusionModel
 from mmdjax.guidance import MMDGuidance, check_guidance, check_kind
 from mmdjax.guidance.bound import bind, fit_kernel
@@ -187,8 +188,8 @@ def guided_sample(
     )
     if checks:
         _raise_at_first(notes, samples.trace, times)
-    if refs is not None and "low" in notes and is_concrete((notes, refs.x)):
-        _warn_of_unscaled(refs.x, np.asarray(notes["low"]), np.asarray(notes["high"]))
+    if refs is not None and "low" in notes and is_concrete((notes, refs)):
+        _warn_of_unscaled(refs, np.asarray(notes["low"]), np.asarray(notes["high"]))
     return samples
 
 
@@ -287,19 +288,21 @@ def _run(
     return x, memory, *trace, notes
 
 
-def _warn_of_unscaled(refs: Any, low: np.ndarray, high: np.ndarray) -> None:
+def _warn_of_unscaled(refs: Particles, low: np.ndarray, high: np.ndarray) -> None:
     """Warn of pictures in [0, 1] or [0, 255] as references of a model of pictures in [−1, 1].
 
     Args:
-      refs: [m, h, w, c].
+      refs: x [m, h, w, c].
       low, high: [num_steps] least and largest number of x̂0 before it is guided. The first steps tell the model's range:
         later ones follow the guidance.
     """
     first = max(1, len(low) // 2)
     made_from, made_to = float(low[:first].min()), float(high[0])
-    some = np.asarray(refs[:LOOKED_AT], np.float32)
+    if made_from > -0.5 or made_to > UNIT:
+        return
+    some = flat(subset_of(refs, LOOKED_AT).x)
     least, most = float(some.min()), float(some.max())
-    if least < 0 or made_from > -0.5 or made_to > UNIT:
+    if least < 0:
         return
     for top, remedy in ((1, "2 * refs - 1"), (255, "refs / 127.5 - 1")):
         if 0.6 * top < most <= top:

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
-from mmdjax import guided_sample, load_faces
+from mmdjax import HostReferences, guided_sample, load_faces
 from mmdjax.faces import (
     ATTRIBUTES,
     CLASSES,
@@ -129,8 +129,9 @@ def test_references_in_another_range_are_warned_about(faces, scale, shift, remed
     model, params = faces
     refs = np.float32(scale * faces_with("glasses").images[:8] + shift)
     settings = {"model": model, "num_samples": 4, "num_steps": 4}
-    with pytest.warns(UserWarning, match=f"Then give {remedy}"):
-        guided_sample(params, jax.random.key(0), refs, **settings)
+    for given in (refs, HostReferences(refs)):
+        with pytest.warns(UserWarning, match=f"Then give {remedy}"):
+            guided_sample(params, jax.random.key(0), given, **settings)
     jax.jit(lambda refs: guided_sample(params, jax.random.key(0), refs, **settings).x)(refs)  # values unseen: silent
 
 
