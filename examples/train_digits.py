@@ -11,7 +11,6 @@ Measured on 2,000 unguided samples (cond=None, the defaults of guided_sample):
 """
 
 import argparse
-import subprocess
 import time
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from jax.scipy.ndimage import map_coordinates
 from mmdjax import Energy, Particles, guided_sample, mmd2
 from mmdjax.digits import DEFAULT_WEIGHTS, NULL_CLASS, digits_model, load_weights, save_weights, splits
 from mmdjax.digits.network import AUGMENTED, DigitsNetwork
+from mmdjax.provenance import training_origin
 from mmdjax.training import fit
 
 STEPS, WARMUP, BATCH, LEARNING_RATE, WEIGHT_DECAY, EMA = 24_000, 300, 128, 2e-3, 1e-2, 0.998
@@ -110,22 +110,16 @@ def nearest(a, b):
 
 
 def provenance(seed: int, steps: int) -> dict[str, str]:
-    import flax
-    import optax
-
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    return {
-        "script": "examples/train_digits.py",
-        "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown",
-        "seed": str(seed),
-        "steps": str(steps),
-        "settings": f"batch {BATCH}, adamw {LEARNING_RATE} to 0 (warmup {WARMUP}, cosine), "
+    return training_origin(
+        __file__,
+        script="examples/train_digits.py",
+        seed=seed,
+        steps=steps,
+        settings=f"batch {BATCH}, adamw {LEARNING_RATE} to 0 (warmup {WARMUP}, cosine), "
         f"weight decay {WEIGHT_DECAY}, ema {EMA}, augment {AUGMENT}, drop {DROP}",
-        "data": "first 1200 of numpy.random.RandomState(0).permutation(1797) of scikit-learn's digits",
-        "versions": f"jax {jax.__version__}, flax {flax.__version__}, optax {optax.__version__}",
-        "device": jax.devices()[0].device_kind,
-        "license": "Apache-2.0",
-    }
+        data="first 1200 of numpy.random.RandomState(0).permutation(1797) of scikit-learn's digits",
+        license="Apache-2.0",
+    )
 
 
 def main():

@@ -22,7 +22,6 @@ Measured:
 
 import argparse
 import json
-import subprocess
 import time
 from pathlib import Path
 
@@ -33,6 +32,7 @@ import numpy as np
 from mmdjax import DiffusionModel, Particles, from_model, guided_sample
 from mmdjax.digits import slant, splits, thicken
 from mmdjax.metrics import energy_distance, nearest_ratio
+from mmdjax.provenance import training_origin
 from mmdjax.schedules import DiscreteTime
 from mmdjax.sd import Pipeline, load, module_from_config
 from mmdjax.sd.scheduler import Scheduler
@@ -257,20 +257,14 @@ def evaluate(folder: Path, seed: int = 0, n: int = 200) -> dict[str, float]:
 
 
 def provenance(seed: int, vae_steps: int, steps: int) -> dict[str, str]:
-    import flax
-    import optax
-
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    return {
-        "script": "examples/train_latent_digits.py",
-        "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown",
-        "seed": str(seed),
-        "steps": f"autoencoder {vae_steps}, text encoder and U-Net {steps}",
-        "data": "first 1200 of numpy.random.RandomState(0).permutation(1797) of scikit-learn's digits, four styles",
-        "versions": f"jax {jax.__version__}, flax {flax.__version__}, optax {optax.__version__}",
-        "device": jax.devices()[0].device_kind,
-        "license": "Apache-2.0; of the digits, see mmdjax/digits/NOTICE",
-    }
+    return training_origin(
+        __file__,
+        script="examples/train_latent_digits.py",
+        seed=seed,
+        steps=f"autoencoder {vae_steps}, text encoder and U-Net {steps}",
+        data="first 1200 of numpy.random.RandomState(0).permutation(1797) of scikit-learn's digits, four styles",
+        license="Apache-2.0; of the digits, see mmdjax/digits/NOTICE",
+    )
 
 
 def main():

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import subprocess
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,6 +28,32 @@ def provenance() -> dict[str, str]:
         "processor": f"{platform.machine()}, {_cores()} cores",
         "python": platform.python_version(),
         **{package: _version(package) for package in PACKAGES},
+    }
+
+
+def training_origin(file: str | Path, **told: Any) -> dict[str, str]:
+    """Where trained weights come from, as the strings that a safetensors header holds.
+
+    Args:
+      file: of the training script, `__file__`; the commit is that of the repository around it.
+      told: what else there is to say: script, seed, steps, data, license.
+
+    Example:
+      >>> training_origin("train.py", seed=0, steps=100)["steps"]
+      '100'
+    """
+    import jax
+
+    git = ["git", "-C", str(Path(file).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # there is no git
+        commit = ""
+    return {
+        "commit": commit or "unknown",
+        **{name: str(value) for name, value in told.items()},
+        "versions": ", ".join(f"{package} {_version(package)}" for package in ("jax", "flax", "optax")),
+        "device": jax.devices()[0].device_kind,
     }
 
 

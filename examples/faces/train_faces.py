@@ -16,7 +16,6 @@ Measured on 1,000 unguided samples (cond=None, the defaults of guided_sample):
 
 import argparse
 import json
-import subprocess
 import time
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from mmdjax.faces import CLASSES, CLASSIFIER, CONDITIONS, WEIGHTS, faces_model, 
 from mmdjax.faces.network import AttributesNetwork, FacesNetwork
 from mmdjax.metrics import energy_distance, nearest_ratio
 from mmdjax.plots import image_grid
+from mmdjax.provenance import training_origin
 from mmdjax.training import fit
 
 STEPS, WARMUP, BATCH, LEARNING_RATE, WEIGHT_DECAY, EMA = 5_000, 200, 64, 2e-3, 1e-2, 0.999
@@ -132,20 +132,14 @@ def accuracy() -> dict[str, float]:
 
 
 def provenance(seed: int, steps: int) -> dict[str, str]:
-    import flax
-    import optax
-
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    return {
-        "script": "examples/faces/train_faces.py",
-        "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown",
-        "seed": str(seed),
-        "steps": str(steps),
-        "data": "drawn by examples/faces/write_faces.py --training",
-        "versions": f"jax {jax.__version__}, flax {flax.__version__}, optax {optax.__version__}",
-        "device": jax.devices()[0].device_kind,
-        "license": "Apache-2.0; of the faces, see mmdjax/faces/NOTICE",
-    }
+    return training_origin(
+        __file__,
+        script="examples/faces/train_faces.py",
+        seed=seed,
+        steps=steps,
+        data="drawn by examples/faces/write_faces.py --training",
+        license="Apache-2.0; of the faces, see mmdjax/faces/NOTICE",
+    )
 
 
 def main():

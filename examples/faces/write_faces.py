@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mmdjax.faces import ACCESSORIES, DATA, HAIR, HAIR_COLOURS, SKINS, write_sheet
+from mmdjax.faces import ACCESSORIES, DATA, HAIR, HAIR_COLOURS, SIZE, SKINS, write_sheet
 
 HERE = Path(__file__).parent
 BACKGROUND = "d5e4f1"
@@ -91,13 +91,21 @@ def choose(seed: int, count: int, wears: dict[str, float]) -> tuple[list[dict], 
     return options, {"hair": families, "hair_colour": colours, "skin": skins, **worn}
 
 
-def draw(options: list[dict], style: str = "pixelArt", size: int = 16) -> np.ndarray:
+def draw(options: list[dict], style: str, size: int) -> np.ndarray:
     """The pictures of DiceBear's options, uint8 [n, size, size, 3]."""
     lines = "\n".join(map(json.dumps, options)).encode()
-    made = subprocess.run(["node", "draw.mjs", style, str(size)], input=lines, cwd=HERE, stdout=subprocess.PIPE)
+    command = ["node", "draw.mjs", style, str(size)]
+    made = subprocess.run(command, input=lines, cwd=HERE, stdout=subprocess.PIPE, check=False)
     if made.returncode:
         raise SystemExit("node draw.mjs failed; `npm install` in examples/faces brings what it needs")
     return np.frombuffer(made.stdout, np.uint8).reshape(len(options), size, size, 3)
+
+
+def write_manifest(folder: Path, script: str, pools: dict[str, dict]) -> None:
+    """manifest.json: what drew the sheets of a folder, and what is told of each."""
+    packages = json.loads((HERE / "package.json").read_text())["dependencies"]
+    manifest = {"drawn by": packages, "script": script, "pools": pools}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
 
 
 def main():
@@ -106,16 +114,15 @@ def main():
     args = parser.parse_args()
     folder, pools = (args.training, TRAINING) if args.training else (DATA, SHIPPED)
     folder.mkdir(parents=True, exist_ok=True)
-    packages = json.loads((HERE / "package.json").read_text())["dependencies"]
-    manifest = {"drawn by": packages, "script": "examples/faces/write_faces.py", "pools": {}}
+    told = {}
     for name, (seed, count, wears) in pools.items():
         options, attributes = choose(seed, count, wears)
-        images = draw(options)
+        images = draw(options, "pixelArt", SIZE)
         write_sheet(folder / name, images, attributes)
         digest = hashlib.sha256(images.tobytes()).hexdigest()
-        manifest["pools"][name] = {"seed": seed, "faces": count, "wears": wears, "sha256 of the pixels": digest}
+        told[name] = {"seed": seed, "faces": count, "wears": wears, "sha256 of the pixels": digest}
         print(f"{name}: {count} faces, {(folder / name).with_suffix('.png').stat().st_size / 1e3:.0f} kB")
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    write_manifest(folder, "examples/faces/write_faces.py", told)
 
 
 if __name__ == "__main__":

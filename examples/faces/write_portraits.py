@@ -14,16 +14,10 @@ and black.
 
 import argparse
 import hashlib
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
-
-HERE = Path(__file__).parent
-sys.path.append(str(HERE.parent))
-from drawn_portraits import (  # noqa: E402
+from drawn_portraits import (
     ACCESSORIES,
     BEARDS,
     BUNS,
@@ -36,6 +30,7 @@ from drawn_portraits import (  # noqa: E402
     TABLES,
     write_sheet,
 )  # fmt: skip
+from write_faces import draw, write_manifest
 
 BACKGROUND = "dfe8f0"
 SHIPPED = {"source": (11, 1000), "sunglasses": (12, 800), "glasses": (13, 800), "mixed": (14, 800)}  # seed, portraits
@@ -90,15 +85,6 @@ def options(attributes: dict[str, np.ndarray], i: int) -> dict:
     }
 
 
-def draw(lines: list[dict]) -> np.ndarray:
-    """The pictures of DiceBear's options, uint8 [n, 64, 64, 3]."""
-    told, command = "\n".join(map(json.dumps, lines)).encode(), ["node", "draw.mjs", "openPeeps", str(SIZE)]
-    made = subprocess.run(command, input=told, cwd=HERE, stdout=subprocess.PIPE, check=False)
-    if made.returncode:
-        raise SystemExit("node draw.mjs failed; `npm install` in examples/faces brings what it needs")
-    return np.frombuffer(made.stdout, np.uint8).reshape(len(lines), SIZE, SIZE, 3)
-
-
 def palette(images: np.ndarray):
     """256 colours of some portraits, as a Pillow picture to quantise others by."""
     from PIL import Image
@@ -120,20 +106,19 @@ def main():
     args = parser.parse_args()
     folder, pools = (args.training, TRAINING) if args.training else (SHEETS, SHIPPED)
     folder.mkdir(parents=True, exist_ok=True)
-    packages = json.loads((HERE / "package.json").read_text())["dependencies"]
-    manifest = {"drawn by": packages, "script": "examples/faces/write_portraits.py", "pools": {}}
+    told = {}
     source = choose("source", *SHIPPED["source"])
-    colours = palette(draw([options(source, i) for i in range(500)]))
+    colours = palette(draw([options(source, i) for i in range(500)], "openPeeps", SIZE))
     for name, (seed, count) in pools.items():
         attributes = choose(name, seed, count)
-        drawn = draw([options(attributes, i) for i in range(count)])
+        drawn = draw([options(attributes, i) for i in range(count)], "openPeeps", SIZE)
         images = reduce(drawn, colours)
         path = write_sheet(name, folder, images, attributes)
         error = np.sqrt(np.mean((images / 127.5 - drawn / 127.5) ** 2))
         digest = hashlib.sha256(images.tobytes()).hexdigest()
-        manifest["pools"][name] = {"seed": seed, "portraits": count, "sha256 of the pixels": digest}
+        told[name] = {"seed": seed, "portraits": count, "sha256 of the pixels": digest}
         print(f"{name}: {count} portraits, {path.stat().st_size / 1e3:.0f} kB, RMS error of the palette {error:.4f}")
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    write_manifest(folder, "examples/faces/write_portraits.py", told)
 
 
 if __name__ == "__main__":

@@ -204,17 +204,33 @@ def read_sheet(path: str | Path) -> Faces:
         attributes = {name: values.astype(np.int32) for name, values in data.items()}
     with Image.open(Path(path).with_suffix(".png")) as sheet:
         pixels = np.asarray(sheet.convert("RGB"))
-    rows = pixels.reshape(-1, SIZE, pixels.shape[1] // SIZE, SIZE, 3).swapaxes(1, 2).reshape(-1, SIZE, SIZE, 3)
-    return Faces((rows[: len(attributes["hair"])] / 127.5 - 1).astype(np.float32), attributes)
+    images = from_sheet(pixels, SIZE)[: len(attributes["hair"])]
+    return Faces((images / 127.5 - 1).astype(np.float32), attributes)
 
 
 def write_sheet(path: str | Path, pixels: np.ndarray, attributes: dict[str, np.ndarray]) -> None:
     """Write bytes [n, 16, 16, 3] and their attributes as `read_sheet` reads them."""
     from PIL import Image
 
-    rows = -(-len(pixels) // COLUMNS)
-    padded = np.concatenate([pixels, np.full((rows * COLUMNS - len(pixels), SIZE, SIZE, 3), 255, np.uint8)])
-    sheet = padded.reshape(rows, COLUMNS, SIZE, SIZE, 3).swapaxes(1, 2).reshape(rows * SIZE, COLUMNS * SIZE, 3)
-    Image.fromarray(sheet).save(Path(path).with_suffix(".png"), optimize=True)
+    Image.fromarray(as_sheet(pixels, blank=255)).save(Path(path).with_suffix(".png"), optimize=True)
     small: dict[str, Any] = {name: values.astype(np.uint8) for name, values in attributes.items()}
     np.savez_compressed(Path(path).with_suffix(".npz"), **small)
+
+
+def as_sheet(pixels: np.ndarray, *, blank: int) -> np.ndarray:
+    """Square pictures [n, size, size, 3] side by side, `COLUMNS` a row, what is left of the last one `blank`.
+
+    Example:
+      >>> as_sheet(np.zeros((41, 2, 2, 3), np.uint8), blank=255).shape
+      (4, 80, 3)
+    """
+    size, rows = pixels.shape[1], -(-len(pixels) // COLUMNS)
+    padded = np.full((rows * COLUMNS, *pixels.shape[1:]), blank, np.uint8)
+    padded[: len(pixels)] = pixels
+    return padded.reshape(rows, COLUMNS, size, size, 3).swapaxes(1, 2).reshape(rows * size, COLUMNS * size, 3)
+
+
+def from_sheet(sheet: np.ndarray, size: int) -> np.ndarray:
+    """The pictures [n, size, size, 3] of a sheet, those that fill up its last row included."""
+    rows, columns = (length // size for length in sheet.shape[:2])
+    return sheet.reshape(rows, size, columns, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)

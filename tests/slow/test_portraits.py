@@ -16,7 +16,7 @@ from mmdjax.metrics import energy_distance
 from mmdjax.sd import load
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-sys.path.append(str(EXAMPLES))
+sys.path.append(str(EXAMPLES / "faces"))
 import drawn_portraits  # noqa: E402
 from drawn_portraits import BUNS, POOLS, SHEETS, TABLES, read_sheet, write_sheet  # noqa: E402
 

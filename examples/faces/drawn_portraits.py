@@ -19,9 +19,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-SHEETS = Path(__file__).parent / "faces" / "portraits"
+from mmdjax.faces import as_sheet, from_sheet
+
+SHEETS = Path(__file__).parent / "portraits"
 POOLS = ("source", "sunglasses", "glasses", "mixed")
-SIZE, COLUMNS = 64, 40  # pixels of a portrait; portraits in a row of a sheet
+SIZE = 64  # pixels of a portrait
 
 # Names at DiceBear, and what a prompt calls them.
 
@@ -196,19 +198,15 @@ def read_sheet(pool: str, folder: str | Path = SHEETS) -> Portraits:
         attributes = {name: np.array(table)[file[name]] for name, table in TABLES.items()}
     with Image.open(Path(folder) / f"{pool}.png") as picture:
         sheet = np.asarray(picture.convert("RGB"))
-    rows = sheet.shape[0] // SIZE
-    images = sheet.reshape(rows, SIZE, COLUMNS, SIZE, 3).swapaxes(1, 2).reshape(-1, SIZE, SIZE, 3)
     count = len(next(iter(attributes.values())))
-    return Portraits(images[:count].astype(np.float32) / 127.5 - 1, attributes)
+    return Portraits(from_sheet(sheet, SIZE)[:count].astype(np.float32) / 127.5 - 1, attributes)
 
 
 def write_sheet(pool: str, folder: str | Path, images: np.ndarray, attributes: dict[str, np.ndarray]) -> Path:
     """Write uint8 pictures [n, 64, 64, 3] of at most 256 colours, and their attributes as numbers along `TABLES`."""
     from PIL import Image
 
-    padded = np.zeros((-(-len(images) // COLUMNS) * COLUMNS, SIZE, SIZE, 3), np.uint8)
-    padded[: len(images)] = images
-    sheet = padded.reshape(-1, COLUMNS, SIZE, SIZE, 3).swapaxes(1, 2).reshape(-1, COLUMNS * SIZE, 3)
+    sheet = as_sheet(images, blank=0)
     path = Path(folder) / f"{pool}.png"
     values, inverse = np.unique(sheet.reshape(-1, 3), axis=0, return_inverse=True)
     if len(values) > 256:

@@ -1,8 +1,8 @@
 """Train the latent diffusion model of drawn portraits in examples/portraits: Stable Diffusion's parts, small.
 
     python examples/faces/write_portraits.py --training out/portraits    # draws what it learns from, once
-    python examples/train_portraits.py                                   # 75 minutes on one CPU core
-    python examples/train_portraits.py --evaluate                        # the shipped weights
+    python examples/faces/train_portraits.py                                   # 75 minutes on one CPU core
+    python examples/faces/train_portraits.py --evaluate                        # the shipped weights
 
 Training writes checkpoints to out/portraits; the same command, repeated, goes on from the last one as if it had not
 been interrupted. On a CPU `XLA_FLAGS=--xla_cpu_multi_thread_eigen=false` is faster where there is one core.
@@ -31,7 +31,6 @@ import argparse
 import functools
 import json
 import os
-import subprocess
 import time
 from pathlib import Path
 
@@ -43,6 +42,8 @@ from drawn_portraits import PARTS, TABLES, describe, read_sheet
 
 from mmdjax import DiffusionModel, MMDGuidance, from_model, guided_sample
 from mmdjax.metrics import energy_distance, nearest_ratio
+from mmdjax.plots import image_grid
+from mmdjax.provenance import training_origin
 from mmdjax.schedules import DiscreteTime
 from mmdjax.sd import Pipeline, load, module_from_config, primitives
 from mmdjax.sd.scheduler import Scheduler
@@ -51,8 +52,9 @@ from mmdjax.sd.tokenizer import load_tokenizer
 from mmdjax.training import denoising_loss
 
 HERE = Path(__file__).parent
-FOLDER, WORK = HERE / "portraits", HERE.parent / "out" / "portraits"
-RESULTS = HERE.parent / "benchmarks" / "results"
+ROOT = HERE.parents[1]
+FOLDER, WORK = ROOT / "examples" / "portraits", ROOT / "out" / "portraits"
+RESULTS = ROOT / "benchmarks" / "results"
 LENGTH = 32  # tokens of a prompt, with start and end
 
 PIXEL_STD = 0.07  # of the autoencoder's Gaussian on pixels: what of a picture is noise
@@ -327,21 +329,13 @@ def encode(pipeline, params, images):
     return np.asarray(pipeline.encode_images(params, images, batch_size=50))
 
 
-def write_pictures(path: Path, images, columns: int) -> None:
-    """A PNG of pictures in [−1, 1], row after row."""
-    from PIL import Image
-
-    rows = [np.concatenate(images[i : i + columns], axis=1) for i in range(0, len(images), columns)]
-    sheet = Image.fromarray(np.round((np.concatenate(rows) + 1) * 127.5).astype(np.uint8))
-    sheet.resize((2 * sheet.width, 2 * sheet.height)).save(path, optimize=True)
-
-
 def write_samples(folder: Path, results: Path = RESULTS) -> None:
     """portraits_samples.png and portraits_empty_prompt.png: samples of `PROMPTS`, and of the empty one."""
     pipeline, params = load(folder, param_dtype=jnp.float32)
     for name, prompts in (("samples", PROMPTS), ("empty_prompt", [""] * 24)):
         images = pipeline.decode(params, sample(pipeline, params, prompts, guidance_scale=3.0 if prompts[0] else 1.0))
-        write_pictures(results / f"portraits_{name}.png", np.asarray(images), 8)
+        sheet = image_grid(images, columns=8, margin=0)
+        sheet.resize((2 * sheet.width, 2 * sheet.height)).save(results / f"portraits_{name}.png", optimize=True)
 
 
 def evaluate(folder: Path, work: Path = WORK, seed: int = 0, n: int = 200) -> dict[str, float]:
@@ -373,20 +367,14 @@ def evaluate(folder: Path, work: Path = WORK, seed: int = 0, n: int = 200) -> di
 
 
 def provenance(seed: int, vae_steps: int, steps: int) -> dict[str, str]:
-    import flax
-    import optax
-
-    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=40"]
-    return {
-        "script": "examples/train_portraits.py",
-        "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown",
-        "seed": str(seed),
-        "steps": f"autoencoder {vae_steps}, text encoder and U-Net {steps}",
-        "data": "20,000 portraits that examples/faces/write_portraits.py --training draws; none with glasses",
-        "versions": f"jax {jax.__version__}, flax {flax.__version__}, optax {optax.__version__}",
-        "device": jax.devices()[0].device_kind,
-        "license": "Apache-2.0; of the portraits, see examples/faces/portraits/NOTICE",
-    }
+    return training_origin(
+        __file__,
+        script="examples/faces/train_portraits.py",
+        seed=seed,
+        steps=f"autoencoder {vae_steps}, text encoder and U-Net {steps}",
+        data="20,000 portraits that examples/faces/write_portraits.py --training draws; none with glasses",
+        license="Apache-2.0; of the portraits, see examples/faces/portraits/NOTICE",
+    )
 
 
 def main():
