@@ -165,7 +165,7 @@ def suggest_guidance(
     for candidate in listed:
         check_call(key, refs, model, num_samples, cond, candidate, sampler, None)
     if not is_concrete((params, key, refs, model, cond, listed)):
-        raise ValueError("suggest_guidance compares values; call it outside of jit, vmap and grad")
+        raise ValueError("suggest_guidance compares values; there are none inside jit, vmap or grad: call it outside")
     fit_kernel(listed[0], refs)
 
     p = np.asarray(refs.probabilities())
