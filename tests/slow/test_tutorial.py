@@ -46,19 +46,10 @@ def execute():
     return notebook
 
 
-@pytest.fixture(scope="module")
-def committed():
+@pytest.fixture
+def notebook():
+    """The committed one; `test_it_runs` gives that of its own run to the same tests."""
     return nbformat.read(NOTEBOOK, 4)
-
-
-@pytest.fixture(scope="module")
-def executed():
-    return execute()  # raises if a cell does
-
-
-@pytest.fixture(params=["committed", "executed"])
-def notebook(request):
-    return request.getfixturevalue(request.param)
 
 
 def code(notebook):
@@ -82,6 +73,23 @@ def numbers(line):
     return [float(number) for number in NUMBER.findall(line)]
 
 
+def tolerances(line):
+    """How far each number may be off, as rounding adds up over the steps of a sampler.
+
+    Shares: one face of 16 or two of 32. Counts: two. MMD² and its errors: .005. Others: three of the last digit shown.
+    """
+
+    def tolerance(match):
+        if line[match.end() :].startswith(" %"):
+            return 6.5
+        if "±" in line or "MMD²" in line:
+            return 0.005
+        _, _, decimals = match[0].partition(".")
+        return 3.01 * 10.0 ** -len(decimals) if decimals else 2
+
+    return [tolerance(match) for match in NUMBER.finditer(line)]
+
+
 def rows(notebook, having):
     """First words -> numbers, of the lines that the one cell whose code has `having` printed."""
     (cell,) = [cell for cell in code(notebook) if having in cell.source]
@@ -89,13 +97,13 @@ def rows(notebook, having):
     return {line[0]: numbers(line[1]) for line in lines if len(line) == 2}
 
 
-def test_file_is_small_and_tells_nothing_of_its_machine(committed):
+def test_file_is_small_and_tells_nothing_of_its_machine(notebook):
     assert NOTEBOOK.stat().st_size <= MOST_BYTES
-    nbformat.validate(committed)
-    assert committed.metadata == METADATA
-    assert all(cell.metadata == {} for cell in committed.cells)
-    assert [cell.execution_count for cell in code(committed)] == list(range(1, len(code(committed)) + 1))
-    shown = json.dumps([text(cell) for cell in code(committed)])
+    nbformat.validate(notebook)
+    assert notebook.metadata == METADATA
+    assert all(cell.metadata == {} for cell in notebook.cells)
+    assert [cell.execution_count for cell in code(notebook)] == list(range(1, len(code(notebook)) + 1))
+    shown = json.dumps([text(cell) for cell in code(notebook)])
     assert not re.search(r"/(home|root|tmp|usr|var|Users|work)\b|0x[0-9a-f]{6}|[A-Z]:\\\\", shown)
 
 
@@ -116,18 +124,6 @@ def test_figures_are_there(notebook):
         assert figure.std() > 20  # not blank
 
 
-def test_committed_outputs_are_what_it_shows(committed, executed):
-    """Words are equal. Of numbers: a face of 16, two points of 100, else .03, as rounding adds up over the steps."""
-    for before, after in zip(code(committed), code(executed), strict=True):
-        assert words(before) == words(after)
-        for old, new in zip(text(before).splitlines(), text(after).splitlines(), strict=True):
-            most = 6.5 if "%" in old else 2 if "[" in old or " of 16" in old else 0.03
-            np.testing.assert_allclose(numbers(new), numbers(old), rtol=0, atol=most, err_msg=old)
-        for old, new in zip(figures(before), figures(after), strict=True):
-            assert old.shape == new.shape
-            assert (np.abs(old - new).max(-1) > 25).mean() < 0.02  # a pixel here and there
-
-
 def test_first_faces(notebook):
     first = rows(notebook, 'measure("guided"')
     assert first["unguided"][0] < 5 < 95 < first["guided"][0]
@@ -137,14 +133,16 @@ def test_first_faces(notebook):
 
 
 def test_choices(notebook):
-    scales = rows(notebook, "for scale in (")
+    scales = rows(notebook, "for scale in (0.0")
     share, energy, _ = np.array([scales[f"scale {scale}"] for scale in ("0", "0.01", "0.03", "0.1", "0.5", "1")]).T
     assert (np.diff(share) >= 0).all()
     assert share[0] == 0
     assert (share[3:] > 95).all()
     assert (np.diff(energy[:4]) < -0.3).all()
     assert np.ptp(energy[3:]) < 0.2  # more changes little
-    assert all(share > 95 and energy < 0 for share, energy, _ in rows(notebook, "for at in").values())
+    placements = np.array(list(rows(notebook, "for at in").values()))
+    assert (placements[:, 0] > 95).all()
+    assert np.ptp(placements[:, 1]) < 0.15
     kernels = rows(notebook, '"RBF(5)": RBF(5.0)}')
     assert kernels["RBF(5)"][2] < 0.2 < 0.8 < min(kernels["RBF(15)"][2], kernels["default"][2])
     assert abs(kernels["RBF(5)"][1] - kernels["default"][1]) < 0.1  # the distance does not tell
@@ -154,6 +152,7 @@ def test_choices(notebook):
     apart, together = rows(notebook, "in_fours(keep=True)").values()
     assert together[1] < apart[1] - 0.3
     assert together[2] > apart[2] + 0.05
+    assert abs(together[1] - more[1]) < 0.1  # of one batch
 
 
 def test_suggestion_is_explained(notebook):
@@ -161,13 +160,12 @@ def test_suggestion_is_explained(notebook):
     assert re.search(r"^Chosen: denoised, .*, scale 1;", text(cell), re.MULTILINE)
 
 
-def test_plane(notebook, committed):
+def test_plane(notebook):
     counts = {name: np.array(row) for name, row in rows(notebook, "def at_centres").items()}
     kept = np.isin(np.arange(8), [0, 2, 5])
     assert counts["references"][kept].tolist() == [50, 30, 20]
     assert counts["unguided"].min() >= 5
     assert counts["guided"][~kept].sum() <= 3
-    assert np.array(rows(committed, "def at_centres")["guided"])[~kept].sum() == 1  # "One point is left in between"
     assert np.abs(counts["guided"] - counts["references"]).max() <= 5
     _, distances = zip(*(numbers(line) for line in _lines(notebook, "def distances")), strict=True)
     assert (np.diff(distances) < -0.1).all()
@@ -195,13 +193,40 @@ def test_what_mmd_sees(notebook):
     (low, high), guided = witness["unguided"], witness["guided"]
     assert low < -0.02
     assert high > 0.05
-    assert 10 * max(map(abs, guided)) < high
+    assert guided[0] > low / 10
+    assert guided[1] < high / 10
     seen = rows(notebook, "lacks, too_many")
     assert seen["lacks"][0] > 14
     assert seen["too many"][0] < 3
     pull = {name: share for name, (share,) in rows(notebook, "narrow = RBF(5.0)").items()}
     assert 2 <= pull["default kernel"] <= 4
     assert pull["RBF(5)"] > 50
+
+
+def test_one_point_is_left_in_between(notebook):
+    counts = np.array(rows(notebook, "def at_centres")["guided"])
+    assert counts.sum() - counts[[0, 2, 5]].sum() == 1
+
+
+CLAIMS = (
+    test_no_errors_no_warnings_no_bars, test_figures_are_there, test_first_faces, test_choices,
+    test_suggestion_is_explained, test_plane, test_own_loops, test_conditions, test_what_mmd_sees,
+)  # fmt: skip
+
+
+def test_it_runs(notebook):
+    """In a clean kernel: the claims hold, words are the committed ones, numbers and pictures to `tolerances`."""
+    executed = execute()  # raises if a cell does
+    for claim in CLAIMS:
+        claim(executed)
+    for before, after in zip(code(notebook), code(executed), strict=True):
+        assert words(before) == words(after)
+        for old, new in zip(text(before).splitlines(), text(after).splitlines(), strict=True):
+            off = np.abs(np.subtract(numbers(new), numbers(old)))
+            assert (off <= np.array(tolerances(old))).all(), f"{new}, committed: {old}"
+        for old, new in zip(figures(before), figures(after), strict=True):
+            assert old.shape == new.shape
+            assert (np.abs(old - new).max(-1) > 25).mean() < 0.02  # a pixel here and there
 
 
 def _lines(notebook, having):
