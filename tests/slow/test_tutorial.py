@@ -76,14 +76,14 @@ def numbers(line):
 def tolerances(line):
     """How far each number may be off, as rounding adds up over the steps of a sampler.
 
-    Shares: one face of 16 or two of 32. Counts: two. MMD² and its errors: .005. Others: three of the last digit shown.
+    Shares: one face of 16 or two of 32. Counts: two. MMD² and its errors: .005, the ratios beside them .03. Others: three of the last digit shown.
     """
 
     def tolerance(match):
         if line[match.end() :].startswith(" %"):
             return 6.5
         if "±" in line or "MMD²" in line:
-            return 0.005
+            return 0.005 if abs(float(match[0])) < 0.5 else 0.03
         _, _, decimals = match[0].partition(".")
         return 3.01 * 10.0 ** -len(decimals) if decimals else 2
 
