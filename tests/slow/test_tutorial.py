@@ -76,7 +76,8 @@ def numbers(line):
 def tolerances(line):
     """How far each number may be off, as rounding adds up over the steps of a sampler.
 
-    Shares: one face of 16 or two of 32. Counts: two. MMD² and its errors: .005, the ratios beside them .03. Others: three of the last digit shown.
+    Shares: one face of 16 or two of 32. Counts: two. MMD² and its errors: .005, the ratios beside them .03. Others:
+    three of the last digit shown.
     """
 
     def tolerance(match):
