@@ -1,26 +1,29 @@
 """A web page: choose a model and references, see what it makes without guidance and with it, from the same noise.
 
-    python examples/app.py                     # the page is at http://127.0.0.1:7860
+    python examples/app.py                     # then open http://127.0.0.1:7860
     python examples/app.py --model FOLDER      # begin with a model of your own, in the layout of diffusers
 
-It needs the extra `app`. The page is for this machine alone, and nothing is fetched from the network. `make` does the
+It needs the extra `app`. Only this machine can open the page, and nothing is fetched from the network. `make` does the
 work without the page. The first run of a model compiles for some seconds; other values of the same sizes do not.
 """
 
 import argparse
-import dataclasses
+import contextlib
 import functools
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+sys.path.append(str(Path(__file__).parent / "faces"))
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 import gradio as gr
 import jax
 import jax.numpy as jnp
 import numpy as np
+from drawn_portraits import read_sheet
 
 import mmdjax.sd
 from mmdjax import MMDGuidance, guided_sample, load_faces
@@ -31,60 +34,35 @@ from mmdjax.mmd import attribution
 from mmdjax.plots import trace_curves
 from mmdjax.sd.pictures import read_picture
 
-HERE = Path(__file__).parent
-sys.path.append(str(HERE / "faces"))
-
-from drawn_portraits import BUNS, read_sheet  # noqa: E402  # found through the line above
-
 FACES, PORTRAITS, FOLDER = "pixel-art faces", "drawn portraits", "a folder of mine"
 OWN = "my own pictures"
-NUM_REFS, NUM_FRESH, PULLED, SHOWN_SIDE = 50, 200, 8, 96
+COMMON = {FACES: (*ATTRIBUTES,), PORTRAITS: ("sunglasses", "glasses"), FOLDER: ()}  # what references may have in common
+RANGES = {"samples": (2, 256), "steps": (1, 1000), "seed": (0, 2**31 - 1), "scale": (0, 10), "cfg": (0, 50)}
+WHOLE = ("samples", "steps", "seed")
+NUM_REFS, BATCH, PULLED, SIDE = 50, 10, 10, 96  # SIDE: pixels of a picture on the page, at least
+CLICK = "### Click a guided picture to see which references pull it most"
+CSS = """.grid-container {grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)) !important; gap: 4px}
+.grid-container .gallery-item, .grid-container button {aspect-ratio: 1; height: auto}
+.grid-container img {image-rendering: pixelated} #table td, #table th {white-space: nowrap; padding: 4px 10px}"""
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What the page asks for.
-
-    Args:
-      model: FACES, PORTRAITS or FOLDER.
-      folder: of the model, with FOLDER.
-      attribute: what the references have in common, of `attributes(model)`; OWN: take `files`.
-      files: paths of pictures.
-      prompts: one a line; the samples take them in turn.
-      cfg: how strongly prompts count, in models that take them.
-      scale: of the guidance.
-    """
+class Settings(NamedTuple):
+    """What the page asks for, in the order of its fields."""
 
     model: str = FACES
-    folder: str = ""
-    attribute: str = "glasses"
-    files: tuple[str, ...] = ()
-    prompts: str = ""
-    cfg: float = 2.0
-    scale: float = 1.0
+    folder: str = ""  # of the model, with FOLDER
+    attribute: str = "glasses"  # what the references have in common, of COMMON[model]; OWN: they are `files`
+    files: Sequence[str] | None = None
+    prompts: str = ""  # one a line; the samples take them in turn
+    cfg: float = 2.0  # how strongly prompts count
+    scale: float = 1.0  # of the guidance
     samples: int = 16
     steps: int = 20
     seed: int = 0
 
 
-class Loaded(NamedTuple):
-    """A model; without a pipeline samples are pictures, with one they are its latents."""
-
-    params: Any
-    size: tuple[int, int, int]  # height, width and channels of pictures
-    model: Any = None
-    pipeline: Any = None
-
-
 class Result(NamedTuple):
-    """Pictures are bytes [n, height, width, 3].
-
-    Args:
-      refs, unguided, guided: pictures.
-      traces: by name, what happened at each step.
-      table: a header and rows: what was measured of unguided samples, guided ones, and references.
-      shares: [samples, references] of each guided sample, how much of the pull on it comes from each reference.
-    """
+    """Pictures are bytes [n, height, width, 3]; shares [samples, references] are those of the pull on a guided one."""
 
     refs: np.ndarray
     unguided: np.ndarray
@@ -94,260 +72,170 @@ class Result(NamedTuple):
     shares: np.ndarray
 
 
-def attributes(model: str) -> list[str]:
-    """What references may have in common, for the model."""
-    names = {FACES: ATTRIBUTES, PORTRAITS: ("sunglasses", "glasses", "beard", "bun")}
-    return [*names.get(model, ()), OWN]
-
-
-def pictures_with(model: str, attribute: str) -> np.ndarray:
-    """All pictures of the examples that have an attribute, in [−1, 1]."""
-    if attribute not in attributes(model)[:-1]:
-        raise ValueError(f"references: {attribute!r}; for {model} choose of {', '.join(attributes(model))}")
-    if model == FACES:
-        return faces_with(attribute).images
-    if attribute in ("sunglasses", "glasses"):
-        return read_sheet(attribute).images
-    source = read_sheet("source")
-    has = {"beard": source.attributes["beard"] != "none", "bun": np.isin(source.attributes["head"], BUNS)}
-    return source.images[has[attribute]]
-
-
-def read_files(files: tuple[str, ...], size: tuple[int, int, int]) -> np.ndarray:
-    """Pictures in [−1, 1], cropped to the shape of the model's and resized.
-
-    Raises:
-      ValueError: fewer than two, or one that cannot be read.
-    """
-    pictures = []
-    for file in files:
-        try:
-            pictures.append(read_picture(file, size[0], size[1], channels=size[2]))
-        except (OSError, ValueError, SyntaxError) as error:
-            raise ValueError(f"{Path(file).name} cannot be read as a picture ({error}); remove it") from error
-    if len(pictures) < 2:
-        found = "There are no references" if not pictures else "There is one reference"
-        raise ValueError(f"{found}, and sets are compared: drop at least 2 pictures, better 20 to 500")
-    return np.stack(pictures)
-
-
 @functools.lru_cache(maxsize=3)
-def load(model: str, folder: str = "") -> Loaded:
-    """The model, which stays in memory.
-
-    Raises:
-      ValueError, OSError: no such folder, or one that cannot be loaded.
-    """
+def load(model: str, folder: str = "") -> tuple[Any, tuple[int, int, int], Any, Any]:
+    """Parameters, the pictures' height, width and channels, and a model of pictures or a pipeline of latents."""
     if model == FACES:
         faces, params = load_faces()
-        return Loaded(params, faces.shape, faces)
-    if model not in (PORTRAITS, FOLDER):
-        raise ValueError(f"model: {model!r}; choose of {FACES}, {PORTRAITS}, {FOLDER}")
-    path = HERE / "portraits" if model == PORTRAITS else Path(folder.strip()).expanduser()
-    if model == FOLDER and not (folder.strip() and path.is_dir()):
-        raise ValueError(f"model: there is no folder {folder.strip()!r}; give one in the layout of diffusers")
+        return params, faces.shape, faces, None
+    path = Path(__file__).parent / "portraits" if model == PORTRAITS else Path(folder.strip()).expanduser()
+    if model == FOLDER and not (folder.strip() and path.is_dir()):  # another word would be looked up on the hub
+        raise ValueError(f"The model's folder {folder.strip()!r} does not exist; give one in the layout of diffusers")
     pipeline, params = mmdjax.sd.load(path, param_dtype=jnp.float32)
     down, (height, width, _) = pipeline.autoencoder.config.downscale, pipeline.latent_shape()
-    return Loaded(params, (height * down, width * down, pipeline.autoencoder.config.in_channels), pipeline=pipeline)
+    return params, (height * down, width * down, pipeline.autoencoder.config.in_channels), None, pipeline
 
 
-def references(chosen: Settings) -> tuple[np.ndarray, np.ndarray | None]:
-    """Pictures to guide by, and others like them to judge by; None: there are no others."""
+def references(chosen: Settings, size: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures in [−1, 1]: those to guide by, and others with the same attribute; of one's own there are no others."""
     if chosen.attribute == OWN:
-        return read_files(chosen.files, load(chosen.model, chosen.folder).size), None
-    images = pictures_with(chosen.model, chosen.attribute)
-    rows = np.random.default_rng(chosen.seed).permutation(len(images))
-    return images[rows[:NUM_REFS]], images[rows[NUM_REFS : NUM_REFS + NUM_FRESH]]
-
-
-def check(chosen: Settings) -> None:
-    """Raise ValueError for a number that is missing or out of range, naming it."""
-    whole = {"samples": (2, 256), "steps": (1, 1000), "seed": (0, 2**31 - 1)}
-    for name, (least, most) in (whole | {"scale": (0, 10), "cfg": (0, 50)}).items():
-        value, kind = getattr(chosen, name), "a whole number" if name in whole else "a number"
-        good = isinstance(value, int | float) and least <= value <= most
-        if not good or (name in whole and value != int(value)):
-            raise ValueError(f"{name} is {value}; give {kind} from {least} to {most}")
+        images = np.zeros((len(chosen.files or ()), *size), np.float32)
+        for i, file in enumerate(chosen.files or ()):
+            try:
+                images[i] = read_picture(file, *size[:2], channels=size[2])
+            except Exception as error:  # decoders raise errors of many kinds
+                raise ValueError(f"{Path(file).name} is not a picture that can be read; remove it") from error
+        return images, images[:0]
+    if chosen.attribute not in COMMON[chosen.model]:
+        raise ValueError(f"References {chosen.attribute!r}: choose of {', '.join((*COMMON[chosen.model], OWN))}")
+    images = (faces_with if chosen.model == FACES else read_sheet)(chosen.attribute).images
+    rows = np.random.default_rng(0).permutation(len(images))
+    return images[rows[:NUM_REFS]], images[rows[NUM_REFS : 2 * NUM_REFS]]
 
 
 def make(chosen: Settings) -> Result:
-    """Sample without and with guidance from the same noise, and measure both.
-
-    Raises:
-      ValueError, OSError: a setting or a file that cannot be used; the message says which, and what to do.
-    """
-    check(chosen)
-    params, _, model, pipeline = loaded = load(chosen.model, chosen.folder)
-    prompts = [line.strip() for line in chosen.prompts.splitlines() if line.strip()]
+    """Sample without and with guidance from the same noise, and measure both. ValueError or OSError: why not."""
+    for name, (least, most) in RANGES.items():
+        value, whole = getattr(chosen, name), name in WHOLE
+        if value is None or not least <= value <= most or (whole and value != int(value)):
+            raise ValueError(f"{name} is {value}; give a {'whole ' * whole}number from {least} to {most}")
+    params, size, model, pipeline = load(chosen.model, chosen.folder)
+    n, steps, key = int(chosen.samples), int(chosen.steps), jax.random.key(int(chosen.seed))
+    prompts = [line.strip() for line in (chosen.prompts or "").splitlines() if line.strip()]
     if prompts and not (pipeline and pipeline.conditional):
-        raise ValueError(f"prompts: the model takes none, and there is {prompts[0]!r}; empty the field")
-    images, others = references(chosen)
-    judged = images if others is None else others
-    n, how = int(chosen.samples), {}
-    encode = decode = np.asarray
+        raise ValueError(f"The model takes no prompts, and there is {prompts[0]!r}; empty the field")
+    if len(prompts) > n:
+        raise ValueError(f"There are {len(prompts)} prompts for {n} samples; give fewer prompts or make more samples")
+    images, others = references(chosen, size)
+    if len(images) < 2:
+        raise ValueError(f"Number of references: {len(images)}; drop at least 2 pictures, better 20 to 500")
+
+    encode, decode, how = np.asarray, np.asarray, {"num_steps": steps}
     if pipeline:
-        encode = functools.partial(pipeline.encode_images, params, batch_size=8)
-        decode = functools.partial(pipeline.decode, params, batch_size=8)
-        words = {}
-        if pipeline.conditional:
-            words = {"guidance_scale": chosen.cfg, "null_cond": pipeline.encode_prompts(params, "", negative=True)}
-            how["cond"] = pipeline.encode_prompts(
-                params, [(prompts or [""])[i % len(prompts or [""])] for i in range(n)]
-            )
-        model, how["times"] = pipeline.model(**words), pipeline.times(int(chosen.steps))
-    refs, fresh = encode(images), encode(judged)
-
-    def sample(scale):  # 0 is plain sampling by the same program, and its trace has MMD², too
-        guidance, key = MMDGuidance(scale=float(scale)), jax.random.key(int(chosen.seed))
-        settings = {"model": model, "num_samples": n, "num_steps": int(chosen.steps), **how}
-        return guided_sample(params, key, refs, guidance=guidance, **settings)
-
-    plain, guided = sample(0), sample(chosen.scale)
-    made = [np.asarray(decode(x)) for x in (plain.x, guided.x)]
-    far = [f"{float(energy_distance(x, fresh)):.3f}" for x in (plain.x, guided.x, refs)]
-    table = [["", "unguided", "guided", "references"], ["energy distance", *far]]
-    table.append(["MMD² to the references", *(f"{float(done.trace.mmd2[-1]):.4f}" for done in (plain, guided)), "0"])
-    if loaded.model and chosen.attribute in ATTRIBUTES:
+        encode = functools.partial(pipeline.encode_images, params, batch_size=BATCH)
+        decode = functools.partial(pipeline.decode, params, batch_size=BATCH)
+        model, how = pipeline.model(), {"times": pipeline.times(steps)}
+    if pipeline and pipeline.conditional:
+        each = [(prompts or [""])[i % max(1, len(prompts))] for i in range(n)]
+        null = pipeline.encode_prompts(params, "", negative=True)
+        model = pipeline.model(guidance_scale=chosen.cfg, null_cond=null)
+        how["cond"] = pipeline.encode_prompts(params, each)
+    encoded = encode(np.concatenate([images, others]))
+    refs, fresh = encoded[: len(images)], encoded[len(images) :] if len(others) else encoded
+    plain, guided = (
+        guided_sample(params, key, refs, model=model, num_samples=n, guidance=MMDGuidance(scale=scale), **how)
+        for scale in (0.0, float(chosen.scale))  # 0 is plain sampling by the same program, and its trace has MMD², too
+    )
+    made = np.split(np.asarray(decode(np.concatenate([plain.x, guided.x]))), 2)
+    distances = [f"{float(energy_distance(x, fresh)):.2f}" for x in (plain.x, guided.x, refs)]
+    mmd2 = [f"{float(done.trace.mmd2[-1]):.3f}" for done in (plain, guided)]
+    table = [["", "unguided", "guided", "references"], ["energy distance", *distances], ["MMD²", *mmd2, ""]]
+    if chosen.model == FACES and chosen.attribute != OWN:
         _, name, value = ATTRIBUTES[chosen.attribute]
-        has = [f"{100 * (read_attributes(x)[name] == value).mean():.0f} %" for x in (*made, images)]
-        table.append([f"with {chosen.attribute}, says a classifier", *has])
-    traces = {"unguided": plain.trace, "guided": guided.trace}
+        seen = [f"{100 * (read_attributes(x)[name] == value).mean():.0f} %" for x in (*made, images)]
+        table.append([f"with {chosen.attribute}", *seen])
     shares = np.asarray(attribution(default_kernel("denoised"), guided.x, refs))
-    return Result(*map(as_bytes, (images, *made)), traces, table, shares)
+    return Result(*map(as_bytes, (images, *made)), {"unguided": plain.trace, "guided": guided.trace}, table, shares)
 
 
 def as_bytes(images: np.ndarray) -> np.ndarray:
     """Pictures in [−1, 1] as bytes with three channels."""
-    pixels = np.round((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8)
-    return np.broadcast_to(pixels, (*pixels.shape[:3], 3))
+    return np.round((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8).repeat(3 // images.shape[-1], axis=-1)
 
 
-def most_pulling(shares: np.ndarray) -> list[tuple[int, float]]:
-    """The references that pull a sample most, and their shares [references] of the pull."""
-    return [(int(i), float(shares[i])) for i in np.argsort(-shares)[:PULLED]]
+def shown(images: np.ndarray) -> list[np.ndarray]:
+    """Small pictures enlarged without blur."""
+    return [image.repeat(times := max(1, SIDE // len(image)), 0).repeat(times, 1) for image in images]
 
 
-# The page
-
-
-def shown(images: np.ndarray) -> list[Any]:
-    """Small pictures enlarged without blur, for a gallery."""
-    from PIL import Image
-
-    times = max(1, SHOWN_SIDE // images.shape[1])
-    return [Image.fromarray(image.repeat(times, 0).repeat(times, 1)) for image in images]
-
-
-def explained(function):
+@contextlib.contextmanager
+def explained():
     """A mistake of the user's becomes a message on the page."""
-
-    @functools.wraps(function)
-    def wrapped(*values):
-        try:
-            return function(*values)
-        except (ValueError, OSError) as error:
-            raise gr.Error(str(error), title="This cannot run", duration=None, print_exception=False) from error
-
-    return wrapped
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise gr.Error(str(error), title="Nothing was made", duration=None, print_exception=False) from error
 
 
-def settings_of(*values: Any) -> Settings:
-    """The settings from the page's fields, in their order; an empty field of files or words is None."""
-    chosen = Settings(*values)
-    files = tuple(chosen.files or ())
-    return dataclasses.replace(chosen, files=files, folder=chosen.folder or "", prompts=chosen.prompts or "")
+@explained()
+def preview(model, *fields):
+    side = {FACES: 16, PORTRAITS: 64}.get(model, SIDE)  # no model is loaded for it
+    return shown(as_bytes(references(Settings(model, *fields), (side, side, 3))[0]))
 
 
-@explained
-def preview(*values: Any):
-    """The references, before anything is sampled."""
-    chosen, size = settings_of(*values), {FACES: 16, PORTRAITS: 64}.get(values[0], SHOWN_SIDE)
-    if chosen.attribute == OWN:
-        images = read_files(chosen.files, (size, size, 3)) if len(chosen.files) > 1 else np.zeros((0, size, size, 3))
-    else:
-        images, _ = references(chosen)
-    return gr.Gallery(shown(as_bytes(images)), label=f"References: {len(images)}")
+@explained()
+def run(*fields):
+    result = make(chosen := Settings(*fields))
+    head, *rows = ["| " + " | ".join(line) + " |" for line in result.table]
+    to = "the references" if chosen.attribute == OWN else f"others with {chosen.attribute}"
+    note = f"Energy distance to {to}, MMD² to the references: 0 is a match, below 0 is more even than chance."
+    how = {"columns": 4 if len(result.guided) <= 16 else 6 if len(result.guided) <= 36 else 8}
+    galleries = [gr.Gallery(shown(images), **how) for images in (result.unguided, result.guided)]
+    table = "\n".join([head, "|---|---:|---:|---:|", *rows, "", note])
+    return *galleries, table, trace_curves(result.traces), (result.refs, result.shares), CLICK, []
 
 
-@explained
-def run(*values: Any):
-    """Everything that the button shows."""
-    chosen = settings_of(*values)
-    result = make(chosen)
-    head, *rows = result.table
-    lines = [head, ["---"] + ["---:"] * 3, *rows]
-    by = "the references" if chosen.attribute == OWN else f"up to {NUM_FRESH} others with {chosen.attribute}"
-    note = f"\n\nThe energy distance is to {by}; 0 is a perfect match."
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines) + note
-    columns = 4 if len(result.guided) <= 16 else 8
-    galleries = [gr.Gallery(shown(images), columns=columns) for images in (result.unguided, result.guided)]
-    return *galleries, table, trace_curves(result.traces), result, gr.Gallery([], label=CLICK)
-
-
-def pulled(result: Result | None, event: gr.SelectData):
-    """The references that pulled the sample that was clicked."""
-    best = most_pulling(result.shares[event.index])
-    pictures = shown(result.refs[[i for i, _ in best]])
-    captions = [f"{100 * share:.1f} %" for _, share in best]
-    label = f"References that pull guided sample {event.index + 1} most, with their share of the pull"
-    return gr.Gallery(list(zip(pictures, captions, strict=True)), label=label)
+def pulled(kept: tuple[np.ndarray, np.ndarray], event: gr.SelectData):
+    refs, shares = kept[0], kept[1][event.index]
+    best = np.argsort(-shares)[:PULLED]
+    title = f"### The references that pull guided picture {event.index + 1} most, and their shares of the pull"
+    return title, list(zip(shown(refs[best]), [f"{100 * share:.1f} %" for share in shares[best]], strict=True))
 
 
 def switch(model: str, attribute: str):
-    """The fields that suit a model."""
-    names, prompts = attributes(model), model != FACES
-    value = OWN if attribute == OWN else names[0]
-    fields = gr.Textbox(visible=prompts), gr.Slider(visible=prompts)
-    if not prompts:
-        fields = gr.Textbox("", visible=False), fields[1]
-    return gr.Textbox(visible=model == FOLDER), gr.Dropdown(names, value=value), *fields
-
-
-CLICK = "Click a guided picture: the references that pull it most"
-CSS = ".gallery-item img, .thumbnail-item img {image-rendering: pixelated}"
+    names, words = (*COMMON[model], OWN), model != FACES
+    dropdown = gr.Dropdown(names, value=OWN if attribute == OWN else names[0])
+    return gr.Textbox(visible=model == FOLDER), dropdown, gr.Textbox("", visible=words), gr.Slider(visible=words)
 
 
 def page(folder: str = "") -> gr.Blocks:
     """The page, to be launched."""
-    start = Settings(model=FOLDER if folder else FACES, folder=folder, attribute=OWN if folder else "glasses")
+    first = Settings(FOLDER, folder, OWN) if folder else Settings()
+    quiet = {"format": "png", "allow_preview": False, "interactive": False, "show_label": False, "buttons": []}
     with gr.Blocks(title="MMD Guidance", analytics_enabled=False, fill_width=True) as blocks:
-        gr.Markdown(
-            "# MMD Guidance\nA diffusion model follows a few reference pictures while it samples, without training. "
-            "Both sets of pictures begin with the same noise."
-        )
+        gr.Markdown("# MMD Guidance\nA diffusion model takes on the looks of your references while it samples.")
         with gr.Row():
-            with gr.Column(scale=1, min_width=300):
-                model = gr.Radio([FACES, PORTRAITS, FOLDER], value=start.model, label="Model")
-                own = gr.Textbox(folder, label="Folder of the model, in the layout of diffusers", visible=bool(folder))
-                attribute = gr.Dropdown(attributes(start.model), value=start.attribute, label="References: all have")
-                files = gr.File(file_count="multiple", file_types=["image"], label="Or drop pictures", height=120)
-                prompts = gr.Textbox(label="Prompts, one a line", lines=3, visible=bool(folder),
-                                     placeholder="a smiling person with a black bun")  # fmt: skip
-                cfg = gr.Slider(1, 15, start.cfg, step=0.5, label="Strength of the prompts", visible=bool(folder))
-                scale = gr.Slider(0, 2, start.scale, step=0.05, label="Strength of the guidance (scale)")
-                samples = gr.Slider(2, 64, start.samples, step=1, label="Number of samples")
-                steps = gr.Slider(1, 100, start.steps, step=1, label="Steps")
-                seed = gr.Number(start.seed, precision=0, label="Seed")
-                button = gr.Button("Make pictures", variant="primary", elem_id="make")
-            with gr.Column(scale=3):
+            with gr.Column(scale=1, min_width=320):
+                model = gr.Radio([*COMMON], value=first.model, label="Model")
+                own = gr.Textbox(folder, label="The model's folder, in the layout of diffusers", visible=bool(folder))
+                attribute = gr.Dropdown((*COMMON[first.model], OWN), value=first.attribute, label="References")
+                files = gr.File(file_count="multiple", file_types=["image"], label="My own pictures", height=130)
+                prompts = gr.Textbox("", label="Prompts, one a line", lines=3, visible=bool(folder))
+                cfg = gr.Slider(1, 15, first.cfg, step=0.5, label="Strength of the prompts (cfg)", visible=bool(folder))
+                scale = gr.Slider(0, 2, first.scale, step=0.05, label="Strength of the guidance (scale)")
                 with gr.Row():
-                    refs, plain, guided = (
-                        gr.Gallery(label=label, columns=columns, height=430, format="png", allow_preview=False,
-                                   object_fit="contain", interactive=False, elem_id=label.lower(), buttons=[])
-                        for label, columns in (("References", 8), ("Unguided", 4), ("Guided", 4))
-                    )  # fmt: skip
-                best = gr.Gallery(label=CLICK, columns=PULLED, height=170, format="png", allow_preview=False,
-                                  object_fit="contain", interactive=False, elem_id="pulled", buttons=[])  # fmt: skip
+                    numbers = [gr.Number(getattr(first, name), label=name.title(), min_width=80) for name in WHOLE]
+                button = gr.Button("Make pictures", variant="primary", elem_id="make")
+            with gr.Column(scale=4):
+                galleries = []
+                with gr.Row():
+                    for name, columns in (("references", 5), ("unguided", 4), ("guided", 4)):
+                        with gr.Column(min_width=240):
+                            gr.Markdown(f"### {name.title()}")
+                            galleries.append(gr.Gallery(columns=columns, height=345, elem_id=name, **quiet))
+                refs, plain, guided = galleries
+                told = gr.Markdown(CLICK)
+                best = gr.Gallery(columns=PULLED, height=120, elem_id="pulled", **quiet)
                 with gr.Row():
                     table = gr.Markdown(elem_id="table")
-                    curves = gr.Plot(label="MMD² along the way")
-        state = gr.State()
-        fields = [model, own, attribute, files, prompts, cfg, scale, samples, steps, seed]
-        button.click(run, fields, [plain, guided, table, curves, state, best], api_name="make")
-        guided.select(pulled, state, best, api_name=False)
-        files.upload(lambda: OWN, None, attribute, api_name=False)
-        model.change(switch, [model, attribute], [own, attribute, prompts, cfg], api_name=False)
-        gr.on([blocks.load, attribute.change, files.change], preview, fields, refs, api_name=False)
+                    curves = gr.Plot(show_label=False)
+        kept, fields = gr.State(), [model, own, attribute, files, prompts, cfg, scale, *numbers]
+        shows = {"fn": preview, "inputs": fields, "outputs": refs, "show_progress": "hidden"}
+        button.click(run, fields, [plain, guided, table, curves, kept, told, best], api_name="make")
+        guided.select(pulled, kept, [told, best])
+        files.upload(lambda: OWN, None, attribute)
+        model.input(switch, [model, attribute], [own, attribute, prompts, cfg]).then(**shows)
+        gr.on([blocks.load, attribute.input, files.change], **shows)
     return blocks
 
 
@@ -356,7 +244,7 @@ def main():
     parser.add_argument("--port", type=int, default=7860, help="of the page (default %(default)s)")
     parser.add_argument("--model", default="", metavar="FOLDER", help="a model of your own, in the layout of diffusers")
     args = parser.parse_args()
-    theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    theme = gr.themes.Default(primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["monospace"])
     page(args.model).launch(server_name="127.0.0.1", server_port=args.port, theme=theme, css=CSS, footer_links=[])
 
 
