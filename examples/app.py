@@ -10,14 +10,12 @@ work without the page. The first run of a model compiles for some seconds; other
 import argparse
 import contextlib
 import functools
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.append(str(Path(__file__).parent / "faces"))
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 import gradio as gr
 import jax
@@ -34,14 +32,14 @@ from mmdjax.mmd import attribution
 from mmdjax.plots import trace_curves
 from mmdjax.sd.pictures import read_picture
 
-FACES, PORTRAITS, FOLDER = "pixel-art faces", "drawn portraits", "a folder of mine"
-OWN = "my own pictures"
+FACES, PORTRAITS, FOLDER, OWN = "pixel-art faces", "drawn portraits", "a folder of mine", "my own pictures"
 COMMON = {FACES: (*ATTRIBUTES,), PORTRAITS: ("sunglasses", "glasses"), FOLDER: ()}  # what references may have in common
 RANGES = {"samples": (2, 256), "steps": (1, 1000), "seed": (0, 2**31 - 1), "scale": (0, 10), "cfg": (0, 50)}
 WHOLE = ("samples", "steps", "seed")
 NUM_REFS, BATCH, PULLED, SIDE = 50, 10, 10, 96  # SIDE: pixels of a picture on the page, at least
 CLICK = "### Click a guided picture to see which references pull it most"
-CSS = """.grid-container {grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)) !important; gap: 4px}
+CSS = """.grid-container {grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)) !important;
+  grid-auto-rows: min-content !important; grid-template-rows: none !important; gap: 4px}
 .grid-container .gallery-item, .grid-container button {aspect-ratio: 1; height: auto}
 .grid-container img {image-rendering: pixelated} #table td, #table th {white-space: nowrap; padding: 4px 10px}"""
 
@@ -56,8 +54,8 @@ class Settings(NamedTuple):
     prompts: str = ""  # one a line; the samples take them in turn
     cfg: float = 2.0  # how strongly prompts count
     scale: float = 1.0  # of the guidance
-    samples: int = 16
-    steps: int = 20
+    samples: int = 25
+    steps: int = 40
     seed: int = 0
 
 
@@ -79,7 +77,7 @@ def load(model: str, folder: str = "") -> tuple[Any, tuple[int, int, int], Any, 
         faces, params = load_faces()
         return params, faces.shape, faces, None
     path = Path(__file__).parent / "portraits" if model == PORTRAITS else Path(folder.strip()).expanduser()
-    if model == FOLDER and not (folder.strip() and path.is_dir()):  # another word would be looked up on the hub
+    if model != PORTRAITS and not (folder.strip() and path.is_dir()):  # another word would be looked up on the hub
         raise ValueError(f"The model's folder {folder.strip()!r} does not exist; give one in the layout of diffusers")
     pipeline, params = mmdjax.sd.load(path, param_dtype=jnp.float32)
     down, (height, width, _) = pipeline.autoencoder.config.downscale, pipeline.latent_shape()
@@ -119,7 +117,6 @@ def make(chosen: Settings) -> Result:
     images, others = references(chosen, size)
     if len(images) < 2:
         raise ValueError(f"Number of references: {len(images)}; drop at least 2 pictures, better 20 to 500")
-
     encode, decode, how = np.asarray, np.asarray, {"num_steps": steps}
     if pipeline:
         encode = functools.partial(pipeline.encode_images, params, batch_size=BATCH)
@@ -127,8 +124,7 @@ def make(chosen: Settings) -> Result:
         model, how = pipeline.model(), {"times": pipeline.times(steps)}
     if pipeline and pipeline.conditional:
         each = [(prompts or [""])[i % max(1, len(prompts))] for i in range(n)]
-        null = pipeline.encode_prompts(params, "", negative=True)
-        model = pipeline.model(guidance_scale=chosen.cfg, null_cond=null)
+        model = pipeline.model(guidance_scale=chosen.cfg, null_cond=pipeline.encode_prompts(params, "", negative=True))
         how["cond"] = pipeline.encode_prompts(params, each)
     encoded = encode(np.concatenate([images, others]))
     refs, fresh = encoded[: len(images)], encoded[len(images) :] if len(others) else encoded
@@ -179,8 +175,8 @@ def run(*fields):
     head, *rows = ["| " + " | ".join(line) + " |" for line in result.table]
     to = "the references" if chosen.attribute == OWN else f"others with {chosen.attribute}"
     note = f"Energy distance to {to}, MMD² to the references: 0 is a match, below 0 is more even than chance."
-    how = {"columns": 4 if len(result.guided) <= 16 else 6 if len(result.guided) <= 36 else 8}
-    galleries = [gr.Gallery(shown(images), **how) for images in (result.unguided, result.guided)]
+    columns = int(np.clip(np.ceil(len(result.guided) ** 0.5), 4, 8))
+    galleries = [gr.Gallery(shown(images), columns=columns) for images in (result.unguided, result.guided)]
     table = "\n".join([head, "|---|---:|---:|---:|", *rows, "", note])
     return *galleries, table, trace_curves(result.traces), (result.refs, result.shares), CLICK, []
 
@@ -188,7 +184,8 @@ def run(*fields):
 def pulled(kept: tuple[np.ndarray, np.ndarray], event: gr.SelectData):
     refs, shares = kept[0], kept[1][event.index]
     best = np.argsort(-shares)[:PULLED]
-    title = f"### The references that pull guided picture {event.index + 1} most, and their shares of the pull"
+    title = f"### What pulls guided picture {event.index + 1} most, and its share of the pull"
+    title += f" (if all pulled alike: {100 / len(refs):.1f} %)"
     return title, list(zip(shown(refs[best]), [f"{100 * share:.1f} %" for share in shares[best]], strict=True))
 
 
@@ -203,7 +200,9 @@ def page(folder: str = "") -> gr.Blocks:
     first = Settings(FOLDER, folder, OWN) if folder else Settings()
     quiet = {"format": "png", "allow_preview": False, "interactive": False, "show_label": False, "buttons": []}
     with gr.Blocks(title="MMD Guidance", analytics_enabled=False, fill_width=True) as blocks:
-        gr.Markdown("# MMD Guidance\nA diffusion model takes on the looks of your references while it samples.")
+        gr.Markdown(
+            "# MMD Guidance\nPictures take on the looks of references while they are made. The noise is the same."
+        )
         with gr.Row():
             with gr.Column(scale=1, min_width=320):
                 model = gr.Radio([*COMMON], value=first.model, label="Model")
@@ -219,10 +218,10 @@ def page(folder: str = "") -> gr.Blocks:
             with gr.Column(scale=4):
                 galleries = []
                 with gr.Row():
-                    for name, columns in (("references", 5), ("unguided", 4), ("guided", 4)):
+                    for title in ("References", "Unguided", "Guided"):
                         with gr.Column(min_width=240):
-                            gr.Markdown(f"### {name.title()}")
-                            galleries.append(gr.Gallery(columns=columns, height=345, elem_id=name, **quiet))
+                            gr.Markdown(f"### {title}")
+                            galleries.append(gr.Gallery(columns=5, height=345, elem_id=title.lower(), **quiet))
                 refs, plain, guided = galleries
                 told = gr.Markdown(CLICK)
                 best = gr.Gallery(columns=PULLED, height=120, elem_id="pulled", **quiet)
