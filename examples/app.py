@@ -176,7 +176,7 @@ def run(*fields):
     to = "the references" if chosen.attribute == OWN else f"others with {chosen.attribute}"
     note = f"Energy distance to {to}, MMD² to the references: 0 is a match, below 0 is more even than chance."
     columns = int(np.clip(np.ceil(len(result.guided) ** 0.5), 4, 8))
-    galleries = [gr.Gallery(shown(images), columns=columns) for images in (result.unguided, result.guided)]
+    galleries = [gr.Gallery(shown(images), columns=columns, selected_index=None) for images in result[1:3]]
     table = "\n".join([head, "|---|---:|---:|---:|", *rows, "", note])
     return *galleries, table, trace_curves(result.traces), (result.refs, result.shares), CLICK, []
 
@@ -200,9 +200,7 @@ def page(folder: str = "") -> gr.Blocks:
     first = Settings(FOLDER, folder, OWN) if folder else Settings()
     quiet = {"format": "png", "allow_preview": False, "interactive": False, "show_label": False, "buttons": []}
     with gr.Blocks(title="MMD Guidance", analytics_enabled=False, fill_width=True) as blocks:
-        gr.Markdown(
-            "# MMD Guidance\nPictures take on the looks of references while they are made. The noise is the same."
-        )
+        gr.Markdown("# MMD Guidance\nThe same noise, without guidance and guided by references.")
         with gr.Row():
             with gr.Column(scale=1, min_width=320):
                 model = gr.Radio([*COMMON], value=first.model, label="Model")
@@ -232,9 +230,9 @@ def page(folder: str = "") -> gr.Blocks:
         shows = {"fn": preview, "inputs": fields, "outputs": refs, "show_progress": "hidden"}
         button.click(run, fields, [plain, guided, table, curves, kept, told, best], api_name="make")
         guided.select(pulled, kept, [told, best])
-        files.upload(lambda: OWN, None, attribute)
+        files.upload(lambda: OWN, None, attribute).then(**shows)
         model.input(switch, [model, attribute], [own, attribute, prompts, cfg]).then(**shows)
-        gr.on([blocks.load, attribute.input, files.change], **shows)
+        gr.on([blocks.load, attribute.input, files.clear, files.delete], **shows)
     return blocks
 
 
