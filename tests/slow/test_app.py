@@ -106,16 +106,16 @@ def test_own_pictures(glasses):
 
 
 def test_portraits_with_prompts():
-    chosen = Settings(
-        PORTRAITS, attribute="sunglasses", prompts="a smiling person\n\n an angry person ", samples=4, steps=6
-    )
+    one, other = "a smiling person with no hair, pale skin", "an angry person with a black afro, dark skin"
+    chosen = Settings(PORTRAITS, attribute="sunglasses", prompts=f"{one}\n\n  {other}", samples=4, steps=6)
     portraits = make(chosen)
     assert portraits.guided.shape == (4, 64, 64, 3)
     unguided, guided = (float(portraits.table[1][column]) for column in (1, 2))
     assert guided < 0.5 * unguided
-    told_once = make(chosen._replace(prompts="a smiling person"))
-    apart = np.abs(told_once.unguided - portraits.unguided.astype(float)).mean((1, 2, 3))
-    np.testing.assert_array_equal(apart > 2, [False, True, False, True])  # in turn; else rounding, of 256 levels
+    alike = make(chosen._replace(prompts=one))
+    apart = np.abs(alike.unguided - portraits.unguided.astype(float)).mean((1, 2, 3))  # of 256 levels
+    assert apart[::2].max() < 1  # the samples take prompts in turn; rounding differs
+    assert apart[1::2].min() > 20
 
 
 @pytest.mark.parametrize("unconditional", [False, True])
