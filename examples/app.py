@@ -1,6 +1,6 @@
 """A web page: choose a model and references, see what it makes without guidance and with it, from the same noise.
 
-    python examples/app.py                     # then open http://127.0.0.1:7860
+    python examples/app.py                     # then open the address that it tells
     python examples/app.py --model FOLDER      # begin with a model of your own, in the layout of diffusers
 
 It needs the extra `app`. Only this machine can open the page, and nothing is fetched from the network. `make` does the
@@ -160,7 +160,7 @@ def explained():
     try:
         yield
     except (ValueError, OSError) as error:
-        raise gr.Error(str(error), title="Nothing was made", duration=None, print_exception=False) from error
+        raise gr.Error(str(error), duration=None, print_exception=False) from error
 
 
 @explained()
@@ -175,7 +175,7 @@ def run(*fields):
     head, *rows = ["| " + " | ".join(line) + " |" for line in result.table]
     to = "the references" if chosen.attribute == OWN else f"others with {chosen.attribute}"
     note = f"Energy distance to {to}, MMD² to the references: 0 is a match, below 0 is more even than chance."
-    columns = int(np.clip(np.ceil(len(result.guided) ** 0.5), 4, 8))
+    columns = min(8, int(np.ceil(len(result.guided) ** 0.5)))
     galleries = [gr.Gallery(shown(images), columns=columns, selected_index=None) for images in result[1:3]]
     table = "\n".join([head, "|---|---:|---:|---:|", *rows, "", note])
     return *galleries, table, trace_curves(result.traces), (result.refs, result.shares), CLICK, []
@@ -228,7 +228,8 @@ def page(folder: str = "") -> gr.Blocks:
                     curves = gr.Plot(show_label=False)
         kept, fields = gr.State(), [model, own, attribute, files, prompts, cfg, scale, *numbers]
         shows = {"fn": preview, "inputs": fields, "outputs": refs, "show_progress": "hidden"}
-        button.click(run, fields, [plain, guided, table, curves, kept, told, best], api_name="make")
+        outputs = [plain, guided, table, curves, kept, told, best]
+        button.click(run, fields, outputs, api_name="make", show_progress_on=[plain, guided])
         guided.select(pulled, kept, [told, best])
         files.upload(lambda: OWN, None, attribute).then(**shows)
         model.input(switch, [model, attribute], [own, attribute, prompts, cfg]).then(**shows)
@@ -238,7 +239,7 @@ def page(folder: str = "") -> gr.Blocks:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--port", type=int, default=7860, help="of the page (default %(default)s)")
+    parser.add_argument("--port", type=int, help="of the page (default: the first free one from 7860)")
     parser.add_argument("--model", default="", metavar="FOLDER", help="a model of your own, in the layout of diffusers")
     args = parser.parse_args()
     theme = gr.themes.Default(primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["monospace"])
