@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from mmdjax.faces import CLASSES, CONDITIONS, VALUES
@@ -51,7 +52,7 @@ class AttributesNetwork(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "n 16 16 3"]
+        self, x: Float[Array | np.ndarray, "n 16 16 3"]
     ) -> tuple[dict[str, Float[Array, "n values"]], Float[Array, "n 128"]]:
         h = nn.gelu(nn.Dense(384, name="pixels")(x.reshape(x.shape[0], -1)))
         features = nn.gelu(nn.Dense(128, name="features")(h))
