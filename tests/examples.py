@@ -112,7 +112,7 @@ def allowed(kernel, at, rule):
     """Whether the guidance can be built: mass needs a kernel of the distance, "length" a length, "diffused" an RBF."""
     if at == "diffused" and not diffusable(kernel):
         return False
-    needs = {"field": "mass", "mass": "mass", "length": "length", "none": "", "raw": ""}
+    needs = {"field": "mass", "shrunk": "mass", "mass": "mass", "length": "length", "none": "", "raw": ""}
     needs = needs[rule] if rule in needs else RULES[rule].needs
     if needs == "length":
         return type(kernel).length2 is not Kernel.length2

@@ -30,9 +30,10 @@ from mmdjax import (
     mmd2,
 )
 from mmdjax._points.distances import spread2, subset
-from mmdjax.guidance import PLACEMENTS, RULES, AtSample, Denoised, Field, Placement, Rule
+from mmdjax.guidance import PLACEMENTS, RULES, AtSample, Denoised, Field, Placement, Rule, Shrunk
 from mmdjax.guidance.bound import bind, fit_kernel
 from mmdjax.guidance.field import balance_at
+from mmdjax.guidance.sides import Sides
 from mmdjax.guidance.wrappers import ROUNDING
 from mmdjax.kernels import NearestNeighbour, Neighbourhood
 from mmdjax.schedules import Level, VPLinear
@@ -146,6 +147,57 @@ def test_field_step_in_loops():
     step = -shift_direction(IMQ(c), Particles(Z), Particles(Y), None, precondition="field", balance=b)
     np.testing.assert_allclose(step, expected, rtol=2e-5, atol=2e-6)  # float32 against float64
     np.testing.assert_allclose(neighbours(IMQ(c), Particles(Z), Particles(Y)), average, rtol=2e-4)  # t⁴
+
+
+def test_shrunk_step_in_loops():
+    """The averaged step of "field", each coordinate less its averaged sampling variance over the step, or 0."""
+    z, y, c, evidence = np.asarray(Z, np.float64), np.asarray(Y, np.float64), 1.3, 0.7
+    kernel, level = IMQ(c), Level(0.5, 0.8, 0.9)
+    b = float(balance_at(kernel.reach(), level))
+    rule, spread = Shrunk(evidence=evidence), spread2(Y, jnp.full(len(y), 1 / len(y)))
+    sides = Sides(kernel, Particles(Z), Particles(Y), reach=kernel.reach())
+    step, chance = np.zeros_like(z), np.zeros_like(z)
+    for i in range(len(z)):
+        total = np.zeros_like(z[0])
+        for points, sign in ((y, 1), (np.delete(z, i, axis=0), -1)):
+            s = (((z[i] - points) ** 2).sum(1) + c**2) ** -1.5 / len(points)
+            mean = s @ points / s.sum()
+            variance = s @ (points - mean) ** 2 / s.sum() * (s**2).sum()
+            if sign > 0:
+                p, pull, of_pull = s.sum(), s @ (points - z[i]), variance
+            else:
+                f = min(1.0, (p / s.sum()) ** b)
+                larger, q = max(p, f * s.sum()), s.sum()
+                total = (pull - f * (s @ (points - z[i]))) / larger
+                of_both = (of_pull + f**2 * variance) / larger**2
+        near = 1 / (1 + (((z[i] - y) ** 2).sum(1).min() / (rule.far * float(spread))) ** 8)
+        step[i] = total
+        chance[i] = evidence * b * near * min(p, q) / max(p, q) * of_both
+    average = np.asarray(neighbours(kernel, Particles(Z), Particles(Y), spread2=spread), np.float64)
+    step, chance = average @ step, average @ chance
+    expected = np.where(step**2 > chance, step - chance / step, 0.0)
+    assert 0 < (expected == 0).mean() < 1  # some coordinates move, some do not
+    found = -rule.direction(sides, rule.prepare(sides, level, spread))
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)  # float32, and a difference beside a threshold
+
+
+def test_shrunk_without_evidence_is_the_default():
+    sides = Sides(IMQ(1.3), Particles(Z), Particles(Y), reach=1.3)
+    level, seen = Level(0.5, 0.8, 0.9), spread2(Y, jnp.full(11, 1 / 11))
+    steps = [rule.direction(sides, rule.prepare(sides, level, seen)) for rule in (Shrunk(evidence=0.0), Field())]
+    np.testing.assert_allclose(*steps, rtol=1e-4, atol=1e-5)  # float32, two ways of summing
+
+
+def test_shrunk_leaves_chance_alone():
+    """Of 20 references from the batch's own Gaussian little is followed; of references elsewhere nearly all."""
+    z, y = (jax.random.normal(jax.random.key(i), (n, 8)) for i, n in ((0, 40), (1, 20)))
+
+    def length(rule, refs):
+        sides = Sides(IMQ(2.0), Particles(z), Particles(refs), reach=2.0)
+        return float(jnp.linalg.norm(rule.direction(sides, rule.prepare(sides, Level(0.0, 1.0, 0.0), None))))
+
+    assert length(Shrunk(), y) < 0.5 * length(Field(), y)
+    assert length(Shrunk(), y + 3.0) > 0.9 * length(Field(), y + 3.0)
 
 
 def test_balance_is_on_when_noise_is_below_the_kernels_reach():
@@ -663,7 +715,7 @@ class Lonely(Placement):
         return kernel
 
 
-class Shrunk(Denoised):
+class FirstOnly(Denoised):
     def settle(self, key, x, x0, t, s):
         return x0[:1]
 
@@ -678,7 +730,7 @@ class Nowhere(Placement):
         ({"precondition": Flat()}, ValueError, r"Flat.direction returned shape \(3,\) for particles of shape \(7, 5\)"),
         ({"precondition": Empty()}, NotImplementedError, "Empty has no direction"),
         ({"at": Lonely()}, TypeError, r"Lonely.meet returned IMQ.*\(kernel, refs, memory\)"),
-        ({"at": Shrunk()}, ValueError, r"Shrunk.settle returned shape \(1, 5\)"),
+        ({"at": FirstOnly()}, ValueError, r"FirstOnly.settle returned shape \(1, 5\)"),
         ({"at": Nowhere()}, ValueError, "Nowhere.moves is 'x0'"),
         ({"at": AtSample}, TypeError, "at is the class AtSample"),
         ({"at": 3}, ValueError, "at is 3; choose one of .* or give a mmdjax.guidance.Placement"),

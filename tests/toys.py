@@ -149,7 +149,7 @@ def order(num_steps, errors):
 def shift_direction(kernel, z, refs, memory=None, *, estimator="u", precondition="mass", balance=0.0):
     """P_i ∂MMD²/∂z_i / u_i by a rule; of "field" the step before the average over neighbours."""
     sides, rule = Sides(kernel, z, refs, memory, estimator), RULES[precondition]
-    return rule.step(sides, balance) if isinstance(rule, Field) else rule.direction(sides, None)
+    return rule.step(sides, balance) if type(rule) is Field else rule.direction(sides, rule.prepare(sides, None, None))
 
 
 def neighbours(kernel, z, refs, memory=None, *, spread2=None):

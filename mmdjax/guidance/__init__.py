@@ -7,6 +7,7 @@
     placements    where particles are moved: "denoised", "sample", "clean", "diffused"
     rules         P_i: "none", "raw", "length", "mass"
     field         P_i of the default, "field"
+    shrunk        P_i for few references, "shrunk"
     sides         the particles and what they are compared with: all that a rule sees
     coordinates   points as combinations of known ones: fast inner steps in many dimensions
     bound         the guidance with its references, applied at each step
@@ -28,6 +29,7 @@ from mmdjax.guidance import paper
 from mmdjax.guidance.field import Field
 from mmdjax.guidance.placements import AtSample, Clean, Denoised, Diffused, Placement
 from mmdjax.guidance.rules import Length, Mass, Plain, Raw, Rule
+from mmdjax.guidance.shrunk import Shrunk
 from mmdjax.kernels import Kernel, as_kernel
 from mmdjax.mmd import check_estimator
 from mmdjax.tree import are_numbers, check_instance, check_number, choice, is_concrete, pytree, shown, static
@@ -47,13 +49,14 @@ __all__ = [
     "Plain",
     "Raw",
     "Rule",
+    "Shrunk",
     "check_guidance",
     "check_kind",
     "default_kernel",
 ]
 
 PLACEMENTS = {"denoised": Denoised(), "sample": AtSample(), "clean": Clean(), "diffused": Diffused()}
-RULES = {"field": Field(), "mass": Mass(), "length": Length(), "none": Plain(), "raw": Raw()}
+RULES = {"field": Field(), "shrunk": Shrunk(), "mass": Mass(), "length": Length(), "none": Plain(), "raw": Raw()}
 
 
 @pytree
@@ -91,6 +94,8 @@ class MMDGuidance:
       precondition: P_i, the length of the shift, by name or as a `Rule`. None: "field" for "denoised", else "mass".
         "field": "mass", with steps averaged over neighbours in the batch, so that few references are not copied, and
         the push between particles weakened at low noise.
+        "shrunk": "field", less what the references' sampling error could explain: for fewer than 50 references, or
+        where they differ little from what the model makes. It takes more time in many dimensions.
         "mass": a mean-shift step, which is bounded. Like "field" it needs a kernel of the distance: `IMQ`, `RBF`,
         `Laplacian`, `Matern32`, `Matern52`, `RationalQuadratic`, `Energy`, a `Sum` or `Product` of these on samples.
         "length": the kernel's length squared, such as its bandwidth squared, so that the shift is a length. For kernels
@@ -123,7 +128,7 @@ class MMDGuidance:
     at: Literal["denoised", "sample", "clean", "diffused"] | Placement = choice(default="denoised")
     estimator: Literal["u", "v"] = static(default="u")
     inner_steps: int | None = static(default=None)
-    precondition: Literal["field", "mass", "length", "none", "raw"] | Rule | None = choice(default=None)
+    precondition: Literal["field", "shrunk", "mass", "length", "none", "raw"] | Rule | None = choice(default=None)
     transform: Any = static(default=None)
     window: tuple[Any, Any] = (0.0, 1.0)
     published: bool = static(default=False)

@@ -226,7 +226,8 @@ def bind(
         held = held if kernel.sees_cond else replace(held, cond=None)
     fixed, distances = refs.n + (0 if held is None else held.n), None
     few = pays(0, fixed, row_size(refs.x)) and not isinstance(refs.x, HostReferences) and layout == HERE
-    plain = guidance.transform is None and kernel.is_radial  # a transform sees points, not their coefficients
+    # a transform sees points, not their coefficients, and so do some rules
+    plain = guidance.transform is None and kernel.is_radial and not guidance.rule.reads_points
     if reused and few and plain and placement.clean and guidance.steps > 2:
         distances = fixed_distances(refs, held)
     seen = see(guidance, refs, layout) if seen is None else seen

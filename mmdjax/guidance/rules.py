@@ -33,6 +33,8 @@ class Rule(Component):
 
     Class attributes:
       needs: what the kernel must have: "mass" (it is a kernel of the distance), "length" (it has a `length2`), or "".
+      reads_points: True: `direction` reads `sides.rows.x` as points, never as coefficients of known points. This may be
+        slower in many dimensions.
 
     Example:
       >>> class Half(Rule):  # P = 1/2
@@ -44,6 +46,7 @@ class Rule(Component):
     """
 
     needs: ClassVar[str] = ""
+    reads_points: ClassVar[bool] = False
 
     @property
     def looks(self) -> bool:

@@ -65,6 +65,7 @@ BY_LABEL = Product(x=IMQ(), cond=Delta())
 CASES = {
     "denoised": {"memory": 10},
     "sample": {"guidance": MMDGuidance(at="sample"), "sampler": Heun(), "memory": 10},
+    "shrunk": {"guidance": MMDGuidance(precondition="shrunk")},
     "clean": {"guidance": MMDGuidance(RBF(), at="clean", precondition="length"), "sampler": DPMSolverPP2M()},
     "diffused": {"guidance": MMDGuidance(at="diffused"), "sampler": EulerMaruyama()},
     "by label": {"guidance": MMDGuidance(BY_LABEL), "refs": KNOWN, "cond": LABELS, "memory": 9, "sampler": DDPM()},
