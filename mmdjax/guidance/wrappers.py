@@ -21,7 +21,8 @@ from mmdjax.guidance import MMDGuidance, check_guidance
 from mmdjax.guidance.bound import BoundGuidance, GuidanceState, bind, fit_kernel, see
 from mmdjax.memory import Memory
 from mmdjax.samplers import Sampler, as_sampler, take_step
-from mmdjax.tree import as_arrays, as_component, check_function, pytree, static
+from mmdjax.schedules import Level
+from mmdjax.tree import as_arrays, as_component, check_function, is_concrete, pytree, static
 
 JOIN = (
     'under jax.vmap(..., axis_name="batch") or shard_map give axis_name="batch", which guides the samples of all calls '
@@ -55,15 +56,15 @@ class GuidedDenoiser:
 
     @in_own_modes
     def __call__(self, params, x, level, cond):
-        if jnp.ndim(level.t) > 0:
-            raise ValueError(f"level.t has shape {jnp.shape(level.t)}; a guided denoiser takes one level for the batch")
+        of_all, alike = _one_level(level)
         _check_shapes(x, self.refs)
         if not self.layout.calls:
             warn_if_alone(x.shape[0], JOIN)
         reused = self.refs.n <= 8 * x.shape[0] * self.layout.num_calls()  # at once: here all is made anew at each call
         bound = bind(self.guidance, self.kernel, self.refs, cond, None, self.layout, reused, self.seen)
         x0 = self.denoiser(params, x, level, cond)
-        return bound.denoised(x0, bound.init(x0), steps_done(1 - level.t), level)[0]
+        moved = bound.denoised(x0, bound.init(x0), steps_done(1 - of_all.t), of_all)[0]
+        return moved if alike is True else jnp.where(alike, moved, jnp.nan)
 
 
 @in_own_modes
@@ -73,7 +74,7 @@ def guide_denoiser(denoiser: Denoiser, guidance: MMDGuidance, refs: Any, *, axis
     It keeps no state: the transform's state starts anew at each call. The window is compared with 1 − t.
 
     Args:
-      denoiser: (params, x, level, cond) -> x0_hat; level's fields are scalars.
+      denoiser: (params, x, level, cond) -> x0_hat. The level's fields are scalars, or [n, ...] with equal numbers.
       guidance: with at="denoised".
       refs: an array [m, ...] or Particles, scaled and shaped like the denoiser's samples.
       axis_name: for a loop under `jax.vmap(..., axis_name="batch")` or `shard_map`, that name: the rows of all calls
@@ -82,7 +83,8 @@ def guide_denoiser(denoiser: Denoiser, guidance: MMDGuidance, refs: Any, *, axis
       A denoiser of the same form, a pytree.
     Raises:
       ValueError: another placement, as it moves x after a step (use `guide_sampler`); references that cannot be used.
-        When it is called: no such axis; calls at different levels, as an adaptive solver under `vmap` makes them.
+        When it is called: no such axis; samples or calls at different levels, such as those of an adaptive solver under
+        `vmap`. Inside `jit` samples of one call that are at different levels give NaN instead.
     Warns:
       UserWarning: x has one row and there is no axis_name.
 
@@ -113,6 +115,21 @@ def warn_if_alone(num_samples: int, *remedies: str, stacklevel: int = 4) -> None
             + ", or ".join(remedies),
             stacklevel=stacklevel,
         )
+
+
+def _one_level(level: Level) -> tuple[Level, Any]:
+    """The level of the whole batch, from fields that are scalars or [n, ...]; and whether all samples are at it."""
+    if not any(map(jnp.ndim, (level.t, level.alpha, level.sigma))):
+        return level, True
+    rows = jax.tree.map(lambda v: jnp.reshape(v, -1), level)
+    first = jax.tree.map(lambda v: v[0], rows)
+    alike = jnp.stack([(a == b).all() for a, b in zip(*map(jax.tree.leaves, (rows, first)), strict=True)]).all()
+    if is_concrete(alike) and not alike:
+        raise ValueError(
+            f"level.t has values from {rows.t.min():.4g} to {rows.t.max():.4g}; guidance moves a batch together, at "
+            "one level for the batch"
+        )
+    return first, alike
 
 
 def _check_shapes(x, refs):
