@@ -35,15 +35,15 @@ def whole(denoiser, schedule, x_init, **settings):
 
 
 def assert_equal(one, other):
-    """To rounding, which the steps near the noise multiply: of thirty steps of samples of size 4."""
+    """To rounding, which samples between two modes multiply."""
     np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(
     "module", [denoise_fn, projection, velocity_network, packed_latents, score_guidance, one_at_a_time]
 )
-def test_runs(module, capsys):
-    """As a script: unguided samples are far from the target, guided ones are not."""
+def test_runs_as_a_script(module, capsys):
+    """Unguided samples are far from the target, guided ones are not."""
     energy = module.main()
     assert energy["guided"] < 0.02 < 0.3 < energy["unguided"], energy
     assert len(capsys.readouterr().out.splitlines()) == 2
@@ -56,9 +56,8 @@ def test_denoise_fn():
     made = sampler.generate(NUM_SAMPLES, KEY)
     x_init = 20.0 * jax.random.normal(KEY, (NUM_SAMPLES, 2))
     denoiser = lambda params, x, level, cond: x0_hat(x, 1.0, level.sigma)
-    assert_equal(
-        whole(denoiser, lambda t: Level(t, jnp.ones_like(t), 20 * t), x_init, times=jnp.minimum(sigmas / 20, 1.0)), made
-    )
+    schedule, times = lambda t: Level(t, jnp.ones_like(t), 20 * t), jnp.minimum(sigmas / 20, 1.0)
+    assert_equal(whole(denoiser, schedule, x_init, times=times), made)
 
 
 def test_projection():
@@ -132,7 +131,7 @@ def test_score_guidance():
     x0 = guided(None, NOISE, Level(time, alpha, sigma), None)
     for when in (time, jnp.full((NUM_SAMPLES, 1), time)):
         found = network.score(NOISE, when, guidance_function=mmd_score)
-        np.testing.assert_allclose(found, (alpha * x0 - NOISE) / sigma**2, rtol=1e-4, atol=1e-4)
+        assert_equal(found, (alpha * x0 - NOISE) / sigma**2)
 
 
 def test_one_at_a_time():
