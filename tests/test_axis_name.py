@@ -3,6 +3,8 @@
 On 8 simulated devices: tests/slow/sharded.py, "joined".
 """
 
+import os
+
 import diffrax
 import jax
 import jax.numpy as jnp
@@ -259,18 +261,23 @@ def test_mistakes(without_type_checks):
         other(lambda x: sample(x, axis_name="batch", sharding="any"))
 
 
+def blamed(caught):
+    """One warning, which points at the caller's line: here, unless a type checker's frame lies between."""
+    return len(caught) == 1 and (caught[0].filename == __file__ or "MMDJAX_TYPES" in os.environ)
+
+
 def test_a_sample_alone_warns():
     """Once a call, naming the remedies; not where it is joined, remembered, unguided, or one of several."""
     level, x = MODEL.schedule(0.5), X_INIT[:1]
     message = r'guided as if it were the whole batch.*axis_name="batch"'
     with pytest.warns(UserWarning, match=message + ".*memory") as caught:
         jax.eval_shape(jax.vmap(lambda key: sample(x, key=key)["x"]), jax.random.split(KEY, 3))
-    assert [w.filename for w in caught] == [__file__]
+    assert blamed(caught)
     with pytest.warns(UserWarning, match=message) as caught:
         jax.eval_shape(lambda x: guide_denoiser(RING, MMDGuidance(), REFS)(None, x, level, None), x)
-    assert [w.filename for w in caught] == [__file__]
+    assert blamed(caught)
     with pytest.warns(UserWarning, match=message + ".*memory") as caught:
         guide_sampler(DDIM(), MMDGuidance(), REFS).init(x)
-    assert [w.filename for w in caught] == [__file__]
+    assert blamed(caught)
     jax.eval_shape(lambda: (sample(x, memory=3), sample(x, refs=None), sample(X_INIT[:2])))
     guide_sampler(DDIM(), MMDGuidance(), REFS, axis_name="batch").init(x)
