@@ -130,7 +130,8 @@ def guided_sample(
         names: the samples of all calls along the axis are guided together, as one call with all of them would. Each
         call has a key, cond and x_init of its own; the rest is the same in all. So are the memory and the trace's
         numbers that they return (`out_axes=None`); the memory holds the samples of all calls. Noise for the references
-        ("sample") is drawn from the first call's key.
+        ("sample") is drawn from the first call's key. In a `shard_map` with check_vma=False devices share the work of
+        the guidance; with JAX's default, True, each does all of it.
     Returns:
       Samples: `x` [n, *model.shape], `memory`, and the `trace` of each step.
     Raises:

@@ -30,9 +30,17 @@ class Guided(nnx.Module):
             null = {k: jnp.full_like(v, 1000) if k == "y" else v for k, v in kwargs.items()}
             g = (self.g_net or self.net).pred(x_t, t, *args, **null)
             velocity = g + self.guidance_scale * (velocity - g)
-        time = t.reshape(-1, *(1,) * (x_t.ndim - 1))
+        time = self.bcast_right(t, x_t)
         x0 = self.guide(x_t - time * velocity, x_t, Level(t, 1 - t, t), None)
         return (x_t - x0) / time
+
+    def score(self, x_t, t, *args, **kwargs):
+        time = self.bcast_right(t, x_t)
+        return -(x_t + (1 - time) * self.pred(x_t, t, *args, **kwargs)) / time
+
+    @staticmethod
+    def bcast_right(x, y):
+        return x.reshape(x.shape + (1,) * (y.ndim - x.ndim))
 
 
 # --- a stand-in for the package ---------------------------------------------------------------------------------------

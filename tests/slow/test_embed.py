@@ -88,6 +88,9 @@ def test_velocity_network():
 
     made = velocity_network.euler(guided, NOISE, TIMES, y=y)
     assert_equal(whole(denoiser, RectifiedFlow(), NOISE), made)
+    t = jnp.full(NUM_SAMPLES, 0.3)
+    x0 = NOISE - 0.3 * guided.pred(NOISE, t, y=y)
+    np.testing.assert_allclose(guided.score(NOISE, t, y=y), (0.7 * x0 - NOISE) / 0.3**2, rtol=1e-4, atol=1e-3)
     # the trap: a guided net under the sampler's own mixture, with the plain net as g_net
     around, x, step = velocity_network.Guided(net, references()), NOISE, jnp.array([0.5, 0.4])
     shift = 0.1 * (net.pred(x, jnp.full(len(x), 0.5), y=y) - around.pred(x, jnp.full(len(x), 0.5), y=y))
