@@ -166,8 +166,8 @@ def joined():
         made = sample(num_samples=len(x_init), x_init=x_init, cond=cond, **settings)
         return made.x, made.trace.mmd2, made.trace.shift_norm, made.memory
 
-    for name in ("denoised", "clean", "by label", "published"):
-        case = {k: v for k, v in CASES[name].items() if k not in ("sampler", "keep_path")}
+    for name in ("denoised", "clean", "by label"):
+        case = {k: v for k, v in CASES[name].items() if k != "sampler"}
         cond = case.pop("cond", None)
         alone, ours = call(case, x_init, cond), functools.partial(call, case, axis_name="batch")
         for devices, explicit, check_vma in ((8, False, False), (4, True, True)):
