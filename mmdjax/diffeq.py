@@ -41,6 +41,7 @@ from mmdjax._points.particles import Particles, as_particles
 from mmdjax.denoisers import DiffusionModel
 from mmdjax.guidance import MMDGuidance
 from mmdjax.guidance.bound import bind, fit_kernel
+from mmdjax.guidance.wrappers import REMEMBER, warn_if_alone
 from mmdjax.memory import Memory
 from mmdjax.samplers import DDIM
 from mmdjax.sampling import as_memory, check_call, check_count
@@ -270,6 +271,9 @@ def _call(
     _check_numbers(*numbers)
     check_count("max_steps", max_steps)
     memory = as_memory(memory, model, cond)
+    if refs is not None and memory is None:
+        under_vmap = "; so under vmap too, where samples that choose their own steps cannot be joined"
+        warn_if_alone(num_samples, REMEMBER + under_vmap, stacklevel=5)
     if not isinstance(solver, diffrax.AbstractSolver):
         raise TypeError(f"solver is {solver!r}; give a solver from diffrax, such as diffrax.Tsit5()")
     adjoint = diffrax.RecursiveCheckpointAdjoint() if adjoint is None else adjoint

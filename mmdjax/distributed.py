@@ -8,8 +8,8 @@ A thin layer over JAX. Every host runs the same program:
     index, rows = local_rows(out.x)                 # this host's samples, for it to write
 
 The whole batch is guided together: samples do not depend on the number of devices, except for rounding. References that
-do not fit on one host are split by `jax.make_array_from_process_local_data(batch_sharding(), own_references)`. How to
-start:
+do not fit on one host are split by `jax.make_array_from_process_local_data(batch_sharding(), own_references)`. Inside a
+`jax.shard_map` of your own give `guided_sample` the `axis_name` in place of the sharding. How to start:
 
     # a TPU pod slice: JAX finds the processes by itself
     gcloud compute tpus tpu-vm ssh my-slice --zone us-west4-a --worker=all --command "python sample.py"

@@ -18,12 +18,12 @@ from mmdjax._core.modes import in_own_modes
 from mmdjax._core.numerics import all_finite
 from mmdjax._core.progress import Bar
 from mmdjax._points.distances import subset_of
-from mmdjax._points.mesh import HERE, layout_of
+from mmdjax._points.mesh import HERE, layout_of, spread_over
 from mmdjax._points.particles import Particles, as_particles, flat, widen
 from mmdjax.denoisers import DiffusionModel
 from mmdjax.guidance import MMDGuidance, check_guidance, check_kind
 from mmdjax.guidance.bound import bind, fit_kernel
-from mmdjax.guidance.wrappers import GuidedSampler
+from mmdjax.guidance.wrappers import JOIN, REMEMBER, GuidedSampler, warn_if_alone
 from mmdjax.memory import Memory
 from mmdjax.samplers import DDIM, Sampler, as_sampler, take_step
 from mmdjax.schedules import uniform_times
@@ -84,6 +84,7 @@ def guided_sample(
     checks: bool = False,
     remat: bool = False,
     keep_path: bool = False,
+    axis_name: Any = None,
 ) -> Samples:
     """Sample a diffusion model, guided towards references by the gradient of MMD².
 
@@ -125,17 +126,23 @@ def guided_sample(
         is not finite.
       keep_path: keep x after each step as `trace.path`, for pictures; it takes the memory of num_steps batches.
       remat: recompute each step in the backward pass, so that `grad` holds the intermediates of only one step.
+      axis_name: for a call under `jax.vmap(sample_one, axis_name="batch")` or `shard_map`, that name, or a tuple of
+        names: the samples of all calls along the axis are guided together, as one call with all of them would. Each
+        call has a key, cond and x_init of its own; the rest is the same in all. So are the memory and the trace's
+        numbers that they return (`out_axes=None`); the memory holds the samples of all calls. Noise for the references
+        ("sample") is drawn from the first call's key. In a `shard_map` with check_vma=False devices share the work of
+        the guidance; with JAX's default, True, each does all of it.
     Returns:
       Samples: `x` [n, *model.shape], `memory`, and the `trace` of each step.
     Raises:
       TypeError: a key that is not typed, references that are not floats, components of the wrong type.
       ValueError: shapes that do not fit the model; references that are empty or not finite, or with a bandwidth taken
         from them all equal or only one; conditions missing on one side of a Product kernel; times that do not decrease
-        in [0, 1]; a num_samples that the mesh axis does not divide.
+        in [0, 1]; a num_samples that the mesh axis does not divide; an axis_name that no `vmap` or `shard_map` has.
       FloatingPointError: with `checks`; the message names the quantity and the step.
     Warns:
-      UserWarning: guidance is given, but no references; references that look like pictures in [0, 1] or [0, 255], while
-        the model makes pictures in [−1, 1].
+      UserWarning: guidance is given, but no references; one sample is guided alone, without axis_name and memory;
+        references that look like pictures in [0, 1] or [0, 255], while the model makes pictures in [−1, 1].
 
     Example:
       >>> from mmdjax.denoisers import from_model
@@ -154,14 +161,24 @@ def guided_sample(
     num_samples = int(num_samples)
     times = _check_times(as_arrays("times", times), num_steps)
     if refs is None and not _is_default(guidance):
-        warnings.warn("guidance does nothing without references; give refs, or leave guidance out", stacklevel=2)
+        warnings.warn("guidance does nothing without references; give refs, or leave guidance out", stacklevel=3)
     memory = as_memory(memory, model, cond)
     if checks and is_traced((params, key, refs, model, cond, guidance, sampler, times, x_init, memory)):
         raise ValueError(
             "checks=True reads values, and there are none inside jit, vmap or grad; call it outside of them"
         )
 
-    placed = layout_of(sharding, num_samples, refs, (params, cond, x_init, memory))
+    placed = spread_over(axis_name)
+    if not placed.calls:
+        placed = layout_of(sharding, num_samples, refs, (params, cond, x_init, memory))
+        if refs is not None and memory is None:
+            warn_if_alone(num_samples, JOIN, REMEMBER)
+    elif sharding is not None:
+        raise ValueError(
+            f"sharding and axis_name={axis_name!r} both split the batch; give axis_name inside a shard_map or vmap of "
+            "your own, and sharding elsewhere"
+        )
+    placed.num_calls()  # raises where there is no such axis
     params, refs, guidance, model, sampler, cond = strong((params, refs, guidance, model, as_sampler(sampler), cond))
     kernel = None if refs is None else fit_kernel(guidance, refs, placed)
     if checks:
@@ -275,7 +292,8 @@ def _run(
         jax.tree.map(lambda v: v[1:], levels),
     )
     body = jax.checkpoint(one_step) if remat else one_step
-    start = x, placed.rows(sampler.init(x), num_samples)
+    init = sampler.start if isinstance(sampler, GuidedSampler) else sampler.init
+    start = x, placed.rows(init(x), num_samples)
     (x, sampler_carry), (trace, notes) = jax.lax.scan(body, start, steps)
 
     if memory is not None:
@@ -283,8 +301,8 @@ def _run(
         if refs is not None:
             memory = guidance.placement.begin(memory)
             made = sampler_carry.guidance.unshifted if guidance.placement.keeps_unshifted else x
-        made = placed.whole(made)
-        memory = memory.push(Particles(made, placed.whole(cond)))
+        made, of_made = placed.whole(placed.join_all((made, cond)))
+        memory = memory.push(Particles(made, of_made))
     return x, memory, *trace, notes
 
 

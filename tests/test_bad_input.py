@@ -250,7 +250,8 @@ def test_guidance_without_references_warns():
 @pytest.mark.slow
 def test_what_is_unusual_but_fine():
     """One sample, one reference with a bandwidth, duplicates."""
-    one = run(num_samples=1)
+    with pytest.warns(UserWarning, match="guided as if it were the whole batch"):
+        one = run(num_samples=1)
     assert one.x.shape == (1, 3, 2)
     assert bool(jnp.isfinite(one.x).all())
     single = run(REFS[:1], guidance=MMDGuidance(kernel=IMQ(1.0)))

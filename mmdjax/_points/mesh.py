@@ -12,9 +12,16 @@ references: whole ones get it on every device alike, split ones each on its own.
 
 A mesh may have Auto or Explicit axes. Inside, all are Auto: under Explicit ones, operations whose result could be split
 in several ways raise.
+
+A batch may also be spread over the calls of a `vmap` or `shard_map` of the caller's, each with rows of its own
+(`axis_name=`). Over those of a `vmap` they share a device: their rows are gathered, which leaves arrays that are not
+mapped, so that the whole batch is guided once and not once for each call; then each call takes its own rows again. Over
+the axes of a `shard_map` these calls are devices, and all is as above if it has `check_vma=False`; otherwise JAX checks
+of each value whether it differs between devices, and each device guides the whole batch, gathered.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -25,8 +32,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from mmdjax._core.lockstep import differs, in_lockstep, is_manual
 from mmdjax._points.particles import Particles, wide_dtype
-from mmdjax.tree import is_traced, pytree, replace, static
+from mmdjax.tree import is_traced, pytree, replace, shown, static
 
 Axes = tuple[str, ...]
 
@@ -136,10 +144,12 @@ class Layout:
     Args:
       mesh: as the caller made it.
       shards: the axes.
+      calls: axes of the caller's `vmap` or `shard_map` that the batch is spread over; then there is no mesh.
     """
 
     mesh: Any = None
     shards: Shards = WHOLE
+    calls: Axes = ()
 
     @property
     def auto(self) -> Any:
@@ -189,10 +199,85 @@ class Layout:
     def split(self, function: Callable, args: tuple, *, specs: tuple, out: Any) -> Any:
         """function(shards, *args) on each device with its own rows; `specs` and `out` say how args and results lie."""
         if self.mesh is None:
-            return function(WHOLE, *args)
+            return function(Shards(self._devices), *args)
         return jax.shard_map(
             lambda *args: function(self.shards, *args), mesh=self.auto, in_specs=specs, out_specs=out, check_vma=False
         )(*args)
+
+    @property
+    def _devices(self) -> Axes:
+        # of the calls' axes those over which devices share the work
+        return tuple(axis for axis in self.calls if is_manual(axis) and not differs(jax.lax.axis_index(axis), axis))
+
+    @property
+    def _gathered(self) -> Axes:
+        # those along which all is gathered first
+        return tuple(axis for axis in self.calls if axis not in self._devices)
+
+    @property
+    def _mapped(self) -> Axes:
+        # those of a `vmap`
+        return tuple(axis for axis in self.calls if not is_manual(axis))
+
+    def num_calls(self) -> int:
+        """How many calls the batch is spread over.
+
+        Raises:
+          ValueError: the call is not inside a `vmap` or `shard_map` over these axes; or it is in a `vmap` inside a
+            `shard_map` that checks its values, where JAX does not gather.
+        """
+        for axis in self.calls:
+            try:
+                jax.lax.axis_size(axis)
+            except NameError:
+                raise ValueError(
+                    f'axis_name is "{axis}", but no vmap or shard_map around this call has an axis of that name; call '
+                    f'it inside jax.vmap(..., axis_name="{axis}"), or leave axis_name out'
+                ) from None
+        for axis in jax.sharding.get_abstract_mesh().manual_axes if self._mapped else ():
+            if differs(jax.lax.axis_index(axis), axis):
+                raise ValueError(
+                    f'"{self._mapped[0]}" is the axis of a vmap inside a shard_map over "{axis}" with check_vma=True, '
+                    "where JAX cannot gather; give shard_map check_vma=False"
+                )
+        return math.prod(jax.lax.axis_size(axis) for axis in self.calls)
+
+    def join(self, tree: Any) -> Any:
+        """A pytree [n, ...] of this call, with the rows of the calls that are gathered below each other."""
+        for axis in reversed(self._gathered):
+            tree = jax.tree.map(functools.partial(_gather, axis), tree)
+        return tree
+
+    def own(self, tree: Any, n: int) -> Any:
+        """The n rows of this call in what `join` has made."""
+        if not self._gathered:
+            return tree
+        first = 0
+        for axis in self._gathered:
+            first = first * jax.lax.axis_size(axis) + jax.lax.axis_index(axis)
+        return jax.tree.map(lambda v: jax.lax.dynamic_slice_in_dim(v, n * first, n), tree)
+
+    def join_all(self, tree: Any) -> Any:
+        """As `join`, with the rows of all calls."""
+        tree, devices = self.join(tree), self._devices
+        return jax.tree.map(lambda v: jax.lax.all_gather(v, devices, tiled=True), tree) if devices else tree
+
+    def same(self, tree: Any) -> Any:
+        """A pytree that all calls have in common, detached.
+
+        Raises:
+          ValueError: calls have values of their own. Not seen for devices that share the work.
+        """
+        for axis in self._gathered:
+            tree = in_lockstep(axis, tree)
+        return tree
+
+    def first(self, key: Array) -> Array:
+        """The PRNG key of the first call: for noise that all calls have in common."""
+        if not self.calls:
+            return key
+        data = self.join_all(jax.random.key_data(key)[None])[0]
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
 
     def by_rows(self, function: Callable, y: Array) -> Array:
         """function(y, y), [m, m], for points that every device holds, each making its own rows.
@@ -210,6 +295,15 @@ class Layout:
 
 
 HERE = Layout()
+
+
+def _gather(axis: str, v: Array) -> Array:
+    if not is_manual(axis):
+        return jax.lax.all_gather(v, axis, tiled=True)
+    # JAX's checks of values take a sum, but not what was gathered, to be equal on all devices
+    whole = jnp.zeros((v.shape[0] * jax.lax.axis_size(axis), *v.shape[1:]), v.dtype)
+    start = v.shape[0] * jax.lax.axis_index(axis)
+    return jax.lax.psum(jax.lax.dynamic_update_slice_in_dim(whole, v, start, 0), axis).astype(v.dtype)
 
 
 @pytree
@@ -252,6 +346,22 @@ def layout_of(sharding: Any, num_samples: int, refs: Any, operands: Any = None) 
         if s is not None and dict(s.mesh.shape) == dict(mesh.shape):
             split = _leading(s.spec)
     return Layout(mesh, Shards(batch, split))
+
+
+def spread_over(axis_name: Any) -> Layout:
+    """The layout of a batch that is spread over the calls of a `vmap` or `shard_map`.
+
+    Args:
+      axis_name: of its axis, or a tuple of names; None: the call has the whole batch.
+    Raises:
+      TypeError: not a name.
+    """
+    names = () if axis_name is None else axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            f'axis_name is {shown(axis_name)}; give the name of an axis of vmap or shard_map, such as "batch"'
+        )
+    return Layout(calls=names)
 
 
 def _check(sharding: Any, num_samples: int) -> tuple[Any, Axes]:

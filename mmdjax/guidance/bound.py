@@ -86,7 +86,7 @@ class BoundGuidance:
     ) -> tuple[Array, GuidanceState]:
         """x_s [n, ...], just made by a step from t, moved at level s."""
         placement = self.guidance.placement
-        met = placement.meet(key, self.kernel, self.refs, self.memory, s)
+        met = placement.meet(self.layout.first(key), self.kernel, self.refs, self.memory, s)
         if not (isinstance(met, tuple) and len(met) == 3):
             raise TypeError(f"{type(placement).__name__}.meet returned {shown(met)}; give (kernel, refs, memory)")
         kernel, refs, memory = met
@@ -97,7 +97,9 @@ class BoundGuidance:
 
     def _guide(self, x, state, fraction, level, compared, length):
         """Inner steps of x; with a `length` that many unit shifts in ceil(length) equal parts."""
-        guidance, placement = self.guidance, self.guidance.placement
+        guidance, placement, layout = self.guidance, self.guidance.placement, self.layout
+        layout.num_calls()  # raises outside of the caller's axes
+        fraction, _ = layout.same((fraction, level))
         for name, number in (("scale", guidance.scale), ("window", guidance.window[0]), ("window", guidance.window[1])):
             if jnp.ndim(number) > 0:  # would broadcast over the samples' axes
                 raise ValueError(f"{name} has shape {jnp.shape(number)}; give one number, and jax.vmap over several")
@@ -108,14 +110,15 @@ class BoundGuidance:
         seen = self.seen if placement.clean else None
         numbers = {"scale": scale, "length": length, "level": level, "reach": self.kernel.reach(), "seen": seen}
         numbers = jax.tree.map(lambda v: jnp.asarray(v, wide), numbers) | {"active": self.active(fraction)}
-        batch, on_refs = P(self.layout.shards.batch), P(self.layout.shards.refs)
+        batch, on_refs = P(layout.shards.batch), P(layout.shards.refs)
         kernel, refs, memory = compared
-        z, transform_state, norm, mmd2 = self.layout.split(
+        z, transform_state, norm, mmd2 = layout.split(
             self._guide_rows,
-            (x.astype(wide), self.cond, state.transform, kernel, refs, memory, numbers),
+            (*layout.join((x.astype(wide), self.cond, state.transform)), kernel, refs, memory, numbers),
             specs=(batch, batch, batch, P(), on_refs, P(), P()),
             out=(batch, batch, P(), P()),
         )
+        z, transform_state = layout.own((z, transform_state), x.shape[0])
         mmd2, norm = (mmd2 + self.refs_term).astype(wide), norm.astype(wide)
         transform_state = jax.tree.map(lambda new, old: new.astype(old.dtype), transform_state, state.transform)
         return z.astype(x.dtype), GuidanceState(transform_state, mmd2, norm, x if placement.keeps_unshifted else ())
@@ -125,7 +128,7 @@ class BoundGuidance:
         guidance, rule, steps, length = self.guidance, self.guidance.rule, self.guidance.steps, numbers["length"]
         all_cond = shards.everyone(cond)
         first, points = x, lambda z: z
-        if self.distances is not None and pays(x.shape[0], self.distances.shape[0], row_size(x)):
+        if self.distances is not None and not shards.batch and pays(x.shape[0], self.distances.shape[0], row_size(x)):
             kernel, z, refs, memory, points = combinations(kernel, Particles(x, cond), refs, memory, self.distances)
             first = z.x
 
@@ -225,7 +228,7 @@ def bind(
         held = widen(layout.whole(placement.begin(memory).particles))
         held = held if kernel.sees_cond else replace(held, cond=None)
     fixed, distances = refs.n + (0 if held is None else held.n), None
-    few = pays(0, fixed, row_size(refs.x)) and not isinstance(refs.x, HostReferences) and layout == HERE
+    few = pays(0, fixed, row_size(refs.x)) and not isinstance(refs.x, HostReferences) and layout.mesh is None
     # a transform sees points, not their coefficients, and so do some rules
     plain = guidance.transform is None and kernel.is_radial and not guidance.rule.reads_points
     if reused and few and plain and placement.clean and guidance.steps > 2:

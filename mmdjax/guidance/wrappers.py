@@ -5,6 +5,7 @@ calls `init` and `step`. `guided_sample` uses the second.
 """
 
 import dataclasses
+import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmdjax._core.modes import in_own_modes
+from mmdjax._points.mesh import HERE, Layout, spread_over
 from mmdjax._points.particles import Particles, as_particles
 from mmdjax.denoisers import FORM, Denoiser
 from mmdjax.fit import check_comparable
@@ -19,7 +21,15 @@ from mmdjax.guidance import MMDGuidance, check_guidance
 from mmdjax.guidance.bound import BoundGuidance, GuidanceState, bind, fit_kernel, see
 from mmdjax.memory import Memory
 from mmdjax.samplers import Sampler, as_sampler, take_step
-from mmdjax.tree import as_arrays, as_component, check_function, pytree, static
+from mmdjax.schedules import Level
+from mmdjax.tree import as_arrays, as_component, check_function, is_concrete, pytree, static
+
+JOIN = (
+    'under jax.vmap(..., axis_name="batch") or shard_map give axis_name="batch", which guides the samples of all calls '
+    "together"
+)
+REMEMBER = "give a memory, which guides it around those that were made before"
+MORE = "make more samples in a call"
 
 ROUNDING = 1e-5  # added to a fraction of steps: k/N may fall short of a window's edge at k/N by its last digit
 
@@ -42,32 +52,41 @@ class GuidedDenoiser:
     kernel: Any
     refs: Particles
     seen: Any = dataclasses.field(repr=False)
+    layout: Layout = static(default=HERE, repr=False)
 
     @in_own_modes
     def __call__(self, params, x, level, cond):
-        if jnp.ndim(level.t) > 0:
-            raise ValueError(f"level.t has shape {jnp.shape(level.t)}; a guided denoiser takes one level for the batch")
+        of_all, alike = _one_level(level)
         _check_shapes(x, self.refs)
-        reused = self.refs.n <= 8 * x.shape[0]  # at once: here all of it is made anew at each call
-        bound = bind(self.guidance, self.kernel, self.refs, cond, reused=reused, seen=self.seen)
+        if not self.layout.calls:
+            warn_if_alone(x.shape[0], JOIN)
+        reused = self.refs.n <= 8 * x.shape[0] * self.layout.num_calls()  # at once: here all is made anew at each call
+        bound = bind(self.guidance, self.kernel, self.refs, cond, None, self.layout, reused, self.seen)
         x0 = self.denoiser(params, x, level, cond)
-        return bound.denoised(x0, bound.init(x0), steps_done(1 - level.t), level)[0]
+        moved = bound.denoised(x0, bound.init(x0), steps_done(1 - of_all.t), of_all)[0]
+        return moved if alike is True else jnp.where(alike, moved, jnp.nan)
 
 
 @in_own_modes
-def guide_denoiser(denoiser: Denoiser, guidance: MMDGuidance, refs: Any) -> GuidedDenoiser:
+def guide_denoiser(denoiser: Denoiser, guidance: MMDGuidance, refs: Any, *, axis_name: Any = None) -> GuidedDenoiser:
     """A denoiser whose x̂0 is moved towards the references: "denoised" guidance for your own loop or solver.
 
     It keeps no state: the transform's state starts anew at each call. The window is compared with 1 − t.
 
     Args:
-      denoiser: (params, x, level, cond) -> x0_hat; level's fields are scalars.
+      denoiser: (params, x, level, cond) -> x0_hat. The level's fields are scalars, or [n, ...] with equal numbers.
       guidance: with at="denoised".
       refs: an array [m, ...] or Particles, scaled and shaped like the denoiser's samples.
+      axis_name: for a loop under `jax.vmap(..., axis_name="batch")` or `shard_map`, that name: the rows of all calls
+        are guided together. The steps must be the same for all. References are whole in each call.
     Returns:
       A denoiser of the same form, a pytree.
     Raises:
       ValueError: another placement, as it moves x after a step (use `guide_sampler`); references that cannot be used.
+        When it is called: no such axis; samples or calls at different levels, such as those of an adaptive solver under
+        `vmap`. Inside `jit` samples of one call that are at different levels give NaN instead.
+    Warns:
+      UserWarning: x has one row and there is no axis_name.
 
     Example:
       >>> from mmdjax import RBF
@@ -85,7 +104,32 @@ def guide_denoiser(denoiser: Denoiser, guidance: MMDGuidance, refs: Any) -> Guid
             f'{guidance.where} moves x after a step, which a denoiser never sees; use guide_sampler, or at="denoised"'
         )
     kernel, seen = fit_kernel(guidance, refs), see(guidance, refs)
-    return GuidedDenoiser(as_component(denoiser), guidance, kernel, refs, seen)
+    return GuidedDenoiser(as_component(denoiser), guidance, kernel, refs, seen, spread_over(axis_name))
+
+
+def warn_if_alone(num_samples: int, *remedies: str, stacklevel: int = 4) -> None:
+    """Warn of a sample that is guided as if it were a whole batch."""
+    if num_samples == 1:
+        warnings.warn(
+            f"one sample is guided as if it were the whole batch, towards where most references are; {MORE}, or "
+            + ", or ".join(remedies),
+            stacklevel=stacklevel,
+        )
+
+
+def _one_level(level: Level) -> tuple[Level, Any]:
+    """The level of the whole batch, from fields that are scalars or [n, ...]; and whether all samples are at it."""
+    if not any(map(jnp.ndim, (level.t, level.alpha, level.sigma))):
+        return level, True
+    rows = jax.tree.map(lambda v: jnp.reshape(v, -1), level)
+    first = jax.tree.map(lambda v: v[0], rows)
+    alike = jnp.stack([(a == b).all() for a, b in zip(*map(jax.tree.leaves, (rows, first)), strict=True)]).all()
+    if is_concrete(alike) and not alike:
+        raise ValueError(
+            f"level.t has values from {rows.t.min():.4g} to {rows.t.max():.4g}; guidance moves a batch together, at "
+            "one level for the batch"
+        )
+    return first, alike
 
 
 def _check_shapes(x, refs):
@@ -112,6 +156,12 @@ class GuidedSampler:
     @in_own_modes
     def init(self, x):
         """The first `GuidedCarry`."""
+        if self.bound.memory is None and not self.bound.layout.calls:
+            warn_if_alone(x.shape[0], JOIN, REMEMBER)
+        return self.start(x)
+
+    def start(self, x):
+        """As `init`, without a warning."""
         _check_shapes(x, self.bound.refs)
         return GuidedCarry(self.sampler.init(x), self.bound.init(x), jnp.zeros((), jnp.int32))
 
@@ -154,6 +204,7 @@ def guide_sampler(
     cond: Any = None,
     memory: Memory | None = None,
     num_steps: int | None = None,
+    axis_name: Any = None,
 ) -> GuidedSampler:
     """A sampler that guides each step, for your own loop; for every placement.
 
@@ -164,10 +215,14 @@ def guide_sampler(
       cond: conditions of the batch, a pytree of [n, ...], if the kernel compares them.
       memory: finished samples, which count as particles but do not move.
       num_steps: steps of the loop; the window is compared with the fraction of them that is done. None: with 1 − t.
+      axis_name: for a loop under `jax.vmap(..., axis_name="batch")` or `shard_map`, that name: the rows of all calls
+        are guided together. The steps must be the same for all; `refs` and `memory` are whole in each call.
     Returns:
       A sampler, a pytree.
     Raises:
-      ValueError, TypeError: references, conditions or a guidance that cannot be used.
+      ValueError, TypeError: references, conditions or a guidance that cannot be used. When it steps: no such axis.
+    Warns:
+      UserWarning: x has one row, and there is neither an axis_name nor a memory.
 
     Example:
       >>> from mmdjax import DDIM, RBF
@@ -182,4 +237,5 @@ def guide_sampler(
         check_comparable("memory", memory.particles, "refs", refs, kernel_uses_cond=False)
         if guidance.kernel is not None and guidance.kernel.uses_cond and memory.particles.cond is None:
             raise ValueError("the kernel compares conditions but memory has none: Memory.empty(capacity, shape, cond)")
-    return GuidedSampler(as_sampler(sampler), bind(guidance, fit_kernel(guidance, refs), refs, cond, memory), num_steps)
+    bound = bind(guidance, fit_kernel(guidance, refs), refs, cond, memory, spread_over(axis_name))
+    return GuidedSampler(as_sampler(sampler), bound, num_steps)

@@ -157,6 +157,45 @@ def transformations():
             assert_equal(alone, results(batch_sharding(mesh), put(REFS, mesh, "batch")))
 
 
+def joined():
+    """Calls of the caller's `shard_map`, and of a `vmap` inside it, are one batch: samples, trace, memory, slopes."""
+    x_init = np.random.default_rng(2).standard_normal((N, D), np.float32)
+    out = (P("batch"), P(), P(), P())
+
+    def call(case, x_init, cond, **more):
+        settings = {"refs": REFS, "sampler": DDIM(), **case, **more}
+        made = sample(num_samples=len(x_init), x_init=x_init, cond=cond, **settings)
+        return made.x, made.trace.mmd2, made.trace.shift_norm, made.memory
+
+    for name in ("denoised", "clean", "by label"):
+        case = {k: v for k, v in CASES[name].items() if k != "sampler"}
+        cond = case.pop("cond", None)
+        alone, ours = call(case, x_init, cond), functools.partial(call, case, axis_name="batch")
+        for devices, explicit, check_vma in ((8, False, False), (4, True, True)):
+            print(name, devices, check_vma, flush=True)
+            mesh = mesh_of(devices, explicit=explicit)
+            split = jax.shard_map(ours, mesh=mesh, in_specs=P("batch"), out_specs=out, check_vma=check_vma)
+            assert_equal(alone, jax.jit(split)(*put((x_init, cond), mesh, "batch")))
+
+    mesh, remembers = mesh_of(8, explicit=False), {"memory": 10}
+    one = lambda x: call(remembers, x[None], None, axis_name=("batch", "own"))
+    calls = jax.vmap(one, axis_name="own", out_axes=(0, None, None, None))
+    split = jax.shard_map(calls, mesh=mesh, in_specs=P("batch"), out_specs=out, check_vma=False)
+    x, *rest = jax.jit(split)(x_init)
+    assert_equal(call(remembers, x_init, None), (x[:, 0], *rest))
+    with pytest.raises(ValueError, match=r'"own" is .* a vmap inside a shard_map over "batch" with check_vma=True'):
+        jax.shard_map(calls, mesh=mesh, in_specs=P("batch"), out_specs=out)(x_init)
+
+    def cubes(x, scale, **more):
+        return (call({"guidance": MMDGuidance(scale=scale)}, x, None, **more)[0] ** 3).sum()
+
+    slopes = jax.jit(jax.grad(cubes, (0, 1)))(x_init, 0.7)
+    ours = lambda x, scale: jax.lax.psum(cubes(x, scale, axis_name="batch"), "batch")
+    for check_vma in (False, True):
+        split = jax.shard_map(ours, mesh=mesh, in_specs=(P("batch"), P()), out_specs=P(), check_vma=check_vma)
+        assert_equal(slopes, jax.jit(jax.grad(split, (0, 1)))(x_init, 0.7))
+
+
 def sent():
     """One all-gather of the batch a step and two an inner step, whatever the number of references."""
     batch, rows = 64 * 64 * 4, 64 * 4

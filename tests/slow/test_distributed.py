@@ -49,7 +49,7 @@ def free_port():
 
 
 @pytest.mark.parametrize(
-    "name", ["agree", "counts", "transformations", "sent", "flops", "placed", "resumes", "metrics"]
+    "name", ["agree", "counts", "transformations", "joined", "sent", "flops", "placed", "resumes", "metrics"]
 )
 def test_8_devices(name):
     finish(start(name, *(sharded.CASES if name == "agree" else ()), devices=8))
