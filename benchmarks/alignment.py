@@ -1,10 +1,12 @@
 """Alignment: how close samples come to the target, by guidance and by what a user would do without it.
 
-For each task of `tasks.py`: 100 references, 200 samples, 50 network calls. Each method of `methods.py` is scored by
-`scores.py` on seeds that nothing was chosen on; what a method leaves open is chosen on others. `targets.py` adds fewer
-references, fewer steps and small batches with a memory, and holds all of it against thresholds.
+For each task of `tasks.py`: 100 references; 200 samples in 50 network calls each, of faces 100 samples in 25. Each
+method of `methods.py` is scored by `scores.py` on seeds that nothing was chosen on; what a method leaves open is chosen
+on others. `targets.py` adds other numbers of references, fewer steps and small batches with a memory, and holds all of
+it against thresholds.
 
-    python benchmarks/alignment.py                       # everything: results/alignment.json and the pictures
+    python benchmarks/alignment.py                       # the core tasks, a quarter of an hour on two cores
+    python benchmarks/alignment.py --all                 # everything: results/alignment.json and the pictures
     python benchmarks/alignment.py --only ring grid      # these tasks anew, the others kept
     python benchmarks/alignment.py --quick               # one seed, few methods, two tasks, into out/
     python benchmarks/alignment.py --tables              # the tables of benchmarks/README.md from the JSON
@@ -24,30 +26,27 @@ from typing import Any
 
 import jax
 import numpy as np
-from common import table, write_json
+from alignment_tables import error, share_left, tables, target_table
+from common import write_json
 from methods import DEFAULT, PLAIN, RULE, TUNED, Method, methods
 from pictures import picture
 from scores import COPIES, fresh_energy, judge, redraw_excess, redraw_tv
-from targets import PAIRED, Target, targets, variations
-from tasks import CHOOSING, NUM_REFS, NUM_SAMPLES, NUM_STEPS, REPORTING, TASKS, Task
+from targets import PAIRED, targets, variations
+from task import CHOOSING, NUM_REFS, REPORTING, Task
+from tasks import CORE, TASKS
 
 from mmdjax.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results"
 QUICK_TASKS = ("ring", "digits_prompted")
+CHOOSE_BY = {"all": None, "network": 1, "few": 1}  # seeds for choosing: a costly task has fewer
 QUICK_METHODS = ("fresh sample", "references", "unguided", RULE, DEFAULT, PLAIN, TUNED, "references with noise")
-SHOWN = {
-    "fresh sample": "fresh sample",
-    "unguided": "unguided",
-    RULE: "the authors' rule, tuned",
-    TUNED: "fine-tuning, tuned",
-    DEFAULT: f"**`{DEFAULT}`**",
-}
 
 
 def measure(task: Task, method: Method, choosing: Any, reporting: Any) -> dict[str, Any]:
     """A method's scores by name, a list with one number a seed; under "tried" the mean ones of each setting."""
     tried: dict[str, Any] = {}
+    choosing = choosing[: CHOOSE_BY[task.methods]]
     if len(method.settings) > 1:
         for label, setting in method.settings.items():
             found = [judge(task, seed).brief(method.run(task, seed, setting)) for seed in choosing]
@@ -85,9 +84,12 @@ def run(task: Task, quick: bool, choosing: Any, reporting: Any) -> dict[str, Any
         print(f"{seconds[name]:8.1f} s  {name}", flush=True)
     start = time.perf_counter()
     record = {
+        "as_it_is": task.as_it_is,
         "fresh_energy": _round(fresh_energy(task)),
         "redraw_excess": _round(redraw_excess(task)),
         "redraw_tv": None if task.proportions is None else _round(redraw_tv(task.proportions)),
+        "samples": task.num_samples,
+        "steps": task.num_steps,
         "methods": found,
         "variations": {} if quick else variations(task, reporting, PAIRED),
     }
@@ -96,70 +98,18 @@ def run(task: Task, quick: bool, choosing: Any, reporting: Any) -> dict[str, Any
     return {**record, "seconds": seconds, **provenance()}
 
 
-def share_left(record: dict[str, Any], name: str) -> np.ndarray:
-    """The share of the unguided excess that a method leaves, one number a seed."""
-    excess = {key: np.array(record["methods"][key]["energy"]) - record["fresh_energy"] for key in (name, "unguided")}
-    return excess[name] / excess["unguided"].mean()
-
-
-def tables(results: dict[str, Any]) -> list[str]:
-    """The tables of benchmarks/README.md: energy ± standard error (memorisation ratio); shares; thresholds."""
-    tasks = results["tasks"]
-    names = list(dict.fromkeys(name for record in tasks.values() for name in record["methods"]))
-    shown = [name for name in SHOWN if name in names]
-
-    def energy(record, name):
-        if name not in record["methods"]:
-            return "–"
-        row = record["methods"][name]
-        return f"{np.mean(row['energy']):.3f} ± {_error(row['energy']):.3f} ({np.mean(row['ratio']):.2f})"
-
-    def share(record, name):
-        if name not in record["methods"]:
-            return ""
-        left = 100 * share_left(record, name)
-        copies = "†" if np.mean(record["methods"][name]["ratio"]) < COPIES else ""
-        return f"{left.mean():.1f} ± {_error(left):.1f}{copies}"
-
-    found = [
-        table(
-            ["", *(SHOWN[name] for name in shown)],
-            [[task, *(energy(record, name) for name in shown)] for task, record in tasks.items()],
-        ),
-        table(
-            ["%", *tasks],
-            [[name, *(share(record, name) for record in tasks.values())] for name in names if name != "unguided"],
-        ),
-    ]
-    if results.get("targets"):
-        found.append(target_table([Target(**row) for row in results["targets"]]))
-    return found
-
-
-def target_table(rows: list[Target]) -> str:
-    """One row a quantity and task."""
-    return table(
-        ["quantity", "task", "measured", "must", "goal", "met"],
-        [[row.name, row.task, row.measured, row.must, row.goal, row.met] for row in rows],
-    )
-
-
 def show(name: str, record: dict[str, Any]) -> None:
     """A task's table in the terminal."""
-    columns = ("ratio", "in_mode", "tv", "precision", "recall", "density", "coverage")
+    columns = ("ratio", "share", "identity", "kid", "in_mode", "tv", "precision", "recall", "density", "coverage")
     print(f"\n{name}\n{'':42}{'energy':>10}{'± s.e.':>9}{'% left':>8}" + "".join(f"{c:>10}" for c in columns))
     for method, row in record["methods"].items():
         cells = [f"{np.mean(row[c]):10.3f}" if c in row else f"{'':10}" for c in columns]
         left = 100 * share_left(record, method).mean()
         print(
-            f"{method:42}{np.mean(row['energy']):10.4f}{_error(row['energy']):9.4f}{left:8.1f}{''.join(cells)}"
+            f"{method:42}{np.mean(row['energy']):10.4f}{error(row['energy']):9.4f}{left:8.1f}{''.join(cells)}"
             f"  {np.median(row['seconds']):7.2f} s  {row.get('setting', '')}"
         )
     print(flush=True)
-
-
-def _error(values):
-    return np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
 
 
 def _round(value):
@@ -170,6 +120,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     makers = {make.__name__: make for make in TASKS}
     parser.add_argument("--quick", action="store_true", help="one seed, few methods, two tasks, into out/")
+    parser.add_argument("--all", action="store_true", help="all tasks, in place of the core")
     parser.add_argument("--only", nargs="+", choices=makers, metavar="TASK", help=f"of {', '.join(makers)}")
     parser.add_argument("--tables", action="store_true", help="print the tables from the JSON, run nothing")
     parser.add_argument("--out", type=Path, help="folder for the JSON and the pictures")
@@ -184,14 +135,13 @@ def main():
         jax.config.update("jax_disable_most_optimizations", True)  # compilation is most of the time
     settings = {
         "references": NUM_REFS,
-        "samples": NUM_SAMPLES,
-        "steps": NUM_STEPS,
         "choosing": list(CHOOSING)[: 1 if args.quick else None],
         "reporting": list(REPORTING)[: 1 if args.quick else None],
     }
-    old = json.loads(path.read_text()) if args.only and path.exists() else {}
+    old = {} if args.quick or not path.exists() else json.loads(path.read_text())  # tasks that are not run stay
     found = old.get("tasks", {})
-    names = args.only or (QUICK_TASKS if args.quick else makers)
+    core = [make.__name__ for make in CORE]
+    names = args.only or (QUICK_TASKS if args.quick else makers if args.all else core)
     start = time.perf_counter()
     for name in names:
         jax.clear_caches()  # thousands of programs in one process exhaust its memory mappings

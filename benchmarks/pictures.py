@@ -7,7 +7,7 @@ import numpy as np
 from common import as_particles
 from methods import DEFAULT, RULE, methods
 from scores import judge
-from tasks import Task
+from task import Task
 
 from mmdjax.plots import save_labelled_grids
 

@@ -4,9 +4,13 @@
     ratio       memorisation: mean distance to the nearest reference over that of `rest`
     in_mode     share within the 99% radius of a mode of the target
     tv          total variation between the classes' or modes' proportions and the target's
-    precision, recall, density, coverage    against at most 500 of `rest`
+    share       of samples that have the references' attribute
+    identity    total variation between all else that samples show and what `rest` shows; what fresh samples have is
+                chance
+    kid         between features of the samples and of `rest`
+    precision, recall, density, coverage    against at most 500 of `rest`, by features where the task has some
 
-Where a task has conditions, energy, ratio and the last four are means over the conditions, each given its condition.
+Where a task has conditions, all but share are means over their groups, each given its own.
 """
 
 import functools
@@ -15,10 +19,10 @@ from typing import Any
 import jax
 import numpy as np
 from common import as_particles
-from tasks import NUM_REFS, Draw, Task
+from task import NUM_REFS, Draw, Task
 
 from mmdjax import Energy, Particles
-from mmdjax.metrics import density_coverage, nearest_ratio, precision_recall
+from mmdjax.metrics import density_coverage, kid, nearest_ratio, precision_recall
 from mmdjax.mmd import cross_term, self_term
 
 AT_MOST = 500
@@ -34,13 +38,13 @@ class Judge:
         self.among = [_among(rest) for rest in self.rest]
 
     def by_condition(self, points: Any) -> list[Particles]:
-        """The samples of each condition, as many of each; all of them where the task has none."""
+        """The samples of each group of conditions, as many of each; all of them where the task has no conditions."""
         points = as_particles(points)
-        if self.task.cond is None:
+        labels = self.task.groups(points.cond)
+        if labels is None:
             return [Particles(points.x, weight=points.weight)]
-        labels = np.asarray(points.cond)
         weight = np.ones(points.n) if points.weight is None else np.asarray(points.weight)
-        rows = [np.flatnonzero(labels == c) for c in np.unique(self.task.cond)]
+        rows = [np.flatnonzero(labels == c) for c in np.unique(self.task.groups(self.task.cond))]
         rows = [row[: min(map(len, rows))] for row in rows]  # equal shapes: each is compiled for once
         return [Particles(points.x[row], weight=weight[row]) for row in rows]
 
@@ -65,8 +69,19 @@ class Judge:
                 self.task.classify(points.x), np.asarray(points.probabilities()), len(self.task.proportions)
             )
             found["tv"] = float(0.5 * np.abs(share - self.task.proportions).sum())
-        parts = [map(unweighted, pair) for pair in zip(self.by_condition(x), self.rest, strict=True)]
-        four = [[*precision_recall(part, rest), *density_coverage(part, rest)] for part, rest in parts]
+        if self.task.wanted is not None:
+            found["share"] = float(np.mean(self.task.wanted(points.x, self.task.groups(points.cond))))
+        if self.task.identity is not None:
+            pair = [self.task.identity(each.x) for each in (points, as_particles(self.draw.rest))]
+            counts = [np.bincount(each, minlength=1 + max(map(np.max, pair))) / len(each) for each in pair]
+            found["identity"] = float(0.5 * np.abs(counts[0] - counts[1]).sum())
+        features = self.task.features or np.asarray
+        parts = [
+            [features(unweighted(each)) for each in pair] for pair in zip(self.by_condition(x), self.rest, strict=True)
+        ]
+        if self.task.features is not None:
+            found["kid"] = float(np.mean([kid(*pair).value for pair in parts]))
+        four = [[*precision_recall(*pair), *density_coverage(*pair)] for pair in parts]
         return found | dict(
             zip(("precision", "recall", "density", "coverage"), np.mean(four, axis=0).tolist(), strict=True)
         )

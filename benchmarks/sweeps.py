@@ -25,9 +25,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from alignment import RESULTS
 from common import table, write_json
+from digit_tasks import digits_thick
+from gaussian_tasks import mixture_16d, mixture_of_dimension, ring
 from methods import batches, default, guided, unguided
 from scores import fresh_energy, judge
-from tasks import NUM_REFS, REPORTING, Task, digits_thick, mixture_16d, mixture_of_dimension, ring
+from task import NUM_REFS, REPORTING, Task
 
 from mmdjax.provenance import provenance
 

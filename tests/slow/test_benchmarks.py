@@ -21,6 +21,7 @@ README, MEASURED = ((folder / "README.md").read_text() for folder in (ROOT, ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import alignment  # noqa: E402  # scripts, found through the line above
+import alignment_tables  # noqa: E402
 import alternatives  # noqa: E402
 import methods  # noqa: E402
 import pod_model  # noqa: E402
@@ -28,6 +29,7 @@ import scores  # noqa: E402
 import speed  # noqa: E402
 import sweeps  # noqa: E402
 import targets  # noqa: E402
+import task as records  # noqa: E402
 import tasks  # noqa: E402
 
 
@@ -79,7 +81,7 @@ def test_measured_tables_are_those_of_the_results():
         json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
         for name in ("alignment", "sweeps", "pod_model")
     )
-    for table in (*alignment.tables(alignment_json), *sweeps.tables(sweeps_json).values(), speed.table()):
+    for table in (*alignment_tables.tables(alignment_json), *sweeps.tables(sweeps_json).values(), speed.table()):
         assert table in MEASURED
     assert pod_model.markdown(pod_json) in MEASURED
 
@@ -134,9 +136,12 @@ def test_tasks_draw_disjoint_sets_of_their_target():
         task = make()
         draw = [as_particles(part) for part in task.draw(0)]
         rows = np.concatenate([flat(part.x) for part in draw])
-        assert len(np.unique(rows, axis=0)) == len(rows), task.name
+        # two people of a pool may look alike: .3% of the faces do
+        assert len(np.unique(rows, axis=0)) >= (0.99 if "face" in task.name else 1) * len(rows), task.name
         refs, fresh = draw[:2]
-        assert refs.n == tasks.NUM_REFS
+        assert records.NUM_REFS - 1 <= refs.n <= records.NUM_REFS  # 99 of three groups
+        if task.wanted is not None:
+            assert np.mean(task.wanted(fresh.x, task.groups(fresh.cond))) > 0.8, task.name  # of beards, the worst seen
         assert refs.x.shape[1:] == fresh.x.shape[1:] == task.model.shape
         if task.proportions is not None:
             share = np.bincount(task.classify(refs.x), minlength=len(task.proportions)) / refs.n
@@ -220,7 +225,7 @@ def test_targets_are_judged_by_their_thresholds():
         return {"energy": [energy] * 2, "ratio": [ratio] * 2, **{name: [value] * 2 for name, value in more.items()}}
 
     made = {
-        "fresh sample": row(0.0),
+        "fresh sample": row(0.0, share=0.9),
         "unguided": row(1.0, tv=0.5),
         methods.RULE: row(0.10, tv=0.2),
         methods.TUNED: row(0.08, tv=0.2),
@@ -233,20 +238,39 @@ def test_targets_are_judged_by_their_thresholds():
         targets.LARGE_NAME: row(0.02),
     }
     record = {"methods": made, "variations": varied, "fresh_energy": 0.0, "redraw_excess": 0.01, "redraw_tv": 0.1}
+    record["as_it_is"] = False
     met = [found.met for found in targets.targets({"a task": record})]
-    #              share,  in mode, tv,     copies, few,    steps, batches
-    assert met == ["goal", "no", "must", "must", "goal", "no", "goal"]
-    made[methods.DEFAULT] = row(0.0, 0.5)  # copies count for nothing
-    assert [found.met for found in targets.targets({"a task": record})][:2] == ["no", "no"]
+    #              share,  in mode, tv,     copies, few,   better, steps, batches
+    assert met == ["goal", "no", "must", "must", "goal", "goal", "no", "goal"]
+    made[methods.SDEDIT] = row(0.01, 0.9)  # less is left, and less copied
+    assert [found.met for found in targets.targets({"a task": record})][5] == "must"
+    made[methods.DEFAULT] = row(0.0, 0.5, share=0.82)  # copies count for nothing; .91 of the fresh samples' share
+    assert [found.met for found in targets.targets({"a task": record})][:3] == ["no", "must", "no"]
+    record["as_it_is"] = True  # any change is harm, here less than none
+    assert [found.met for found in targets.targets({"a task": record})] == ["goal", "goal"]
 
 
 def test_alternatives_do_what_they_say():
     """Fine-tuning finds the target's modes; the width is a density estimate's; SDEdit keeps classes."""
     ring = tasks.ring()
     refs = as_particles(ring.draw(0).refs)
-    tuned = alternatives.fine_tune(ring.params, jax.random.key(0), refs, 0.2, model=ring.model, batch_size=64)
+    tuned = alternatives.fine_tune(
+        ring.params, jax.random.key(0), refs, 0.2, model=ring.model, batch_size=64, num_examples=3333
+    )
     kept = jax.nn.softmax(tuned.logits)[np.array([0, 2, 5])].sum()
     assert kept > 0.7  # of the prior's 3/8; the rest of the mass is where its modes have moved
+
+    adapted = alternatives.low_rank_parts({"w": np.zeros((8, 16)), "b": np.zeros(16)}, jax.random.key(0))
+    assert adapted[0] is None  # a bias has no rank
+    assert [part.shape for part in adapted[1]] == [(8, 4), (4, 16)]
+
+    follows = alternatives.FollowTheMean(ring.model.denoiser)
+    level, x = ring.model.schedule(0.02), jax.numpy.asarray(refs.x[:3])
+    mean = follows((ring.params, Particles(refs.x), 1.0), level.alpha * x, level, None)
+    np.testing.assert_allclose(mean, x, atol=0.05)  # at low noise the mean is the reference that is nearest
+    beyond = alternatives.Extrapolated(ring.model.denoiser)((ring.params, tuned, 2.0), x, level, None)
+    before, after = (ring.model.denoiser(params, x, level, None) for params in (ring.params, tuned))
+    np.testing.assert_allclose(beyond, 2 * after - before, rtol=1e-4, atol=1e-5)
 
     x = np.random.default_rng(0).normal(size=(200, 2))
     silverman = 200 ** (-1 / 6)  # of a Gaussian in the plane
