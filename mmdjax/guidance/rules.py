@@ -83,6 +83,17 @@ class Rule(Component):
         """
         raise NotImplementedError(f"{type(self).__name__} has no direction(sides, plan); write it")
 
+    def away(self, negatives: Any) -> Float[Array, "n ..."]:
+        """What `Avoid` of strength 1 adds to the direction; see `mmdjax.guidance.avoid`.
+
+        Args:
+          negatives: the particles and what they avoid; `negatives.pull` is like `Sides.pull`.
+        """
+        if self.needs != "mass":
+            return 2 * negatives.pull(self.needs or "none")[0]
+        pulled, mass, least = negatives.masses()
+        return -negatives.part * over_larger_mass(jnp.zeros_like(pulled), least, pulled, mass)
+
 
 @pytree
 class Plain(Rule):
@@ -99,6 +110,10 @@ class Raw(Rule):
     def direction(self, sides, plan):
         pushed = sides.push()[0]
         return per_sample(2 * sides.weights[: sides.rows.n], pushed) * (pushed - sides.pull()[0])
+
+    def away(self, negatives):
+        pulled, _ = negatives.pull()
+        return per_sample(2 * negatives.sides.weights[: negatives.sides.rows.n], pulled) * pulled
 
 
 @pytree

@@ -15,8 +15,9 @@ from mmdjax._core.modes import in_own_modes
 from mmdjax._points.particles import Particles, as_particles
 from mmdjax.denoisers import FORM, Denoiser
 from mmdjax.fit import check_comparable
-from mmdjax.guidance import MMDGuidance, check_guidance
-from mmdjax.guidance.bound import BoundGuidance, GuidanceState, bind, fit_kernel, see
+from mmdjax.guidance import MMDGuidance, check_guidance, check_kind
+from mmdjax.guidance.avoid import Avoid, as_avoid, check_avoid
+from mmdjax.guidance.bound import BoundGuidance, GuidanceState, bind, fit_avoid, fit_kernel, see
 from mmdjax.memory import Memory
 from mmdjax.samplers import Sampler, as_sampler, take_step
 from mmdjax.tree import as_arrays, as_component, check_function, pytree, static
@@ -40,22 +41,24 @@ class GuidedDenoiser:
     denoiser: Any
     guidance: MMDGuidance
     kernel: Any
-    refs: Particles
+    refs: Particles | None
     seen: Any = dataclasses.field(repr=False)
+    avoid: Avoid | None = None
 
     @in_own_modes
     def __call__(self, params, x, level, cond):
         if jnp.ndim(level.t) > 0:
             raise ValueError(f"level.t has shape {jnp.shape(level.t)}; a guided denoiser takes one level for the batch")
-        _check_shapes(x, self.refs)
-        reused = self.refs.n <= 8 * x.shape[0]  # at once: here all of it is made anew at each call
-        bound = bind(self.guidance, self.kernel, self.refs, cond, reused=reused, seen=self.seen)
+        sets = [p for p in (self.refs, self.avoid and self.avoid.points) if p is not None]
+        reused = sum(p.n for p in sets) <= 8 * x.shape[0]  # at once: here all of it is made anew at each call
+        bound = bind(self.guidance, self.kernel, self.refs, cond, reused=reused, seen=self.seen, avoid=self.avoid)
+        _check_shapes(x, bound)
         x0 = self.denoiser(params, x, level, cond)
         return bound.denoised(x0, bound.init(x0), steps_done(1 - level.t), level)[0]
 
 
 @in_own_modes
-def guide_denoiser(denoiser: Denoiser, guidance: MMDGuidance, refs: Any) -> GuidedDenoiser:
+def guide_denoiser(denoiser: Denoiser, guidance: MMDGuidance, refs: Any, *, avoid: Any = None) -> GuidedDenoiser:
     """A denoiser whose x̂0 is moved towards the references: "denoised" guidance for your own loop or solver.
 
     It keeps no state: the transform's state starts anew at each call. The window is compared with 1 − t.
@@ -63,7 +66,8 @@ def guide_denoiser(denoiser: Denoiser, guidance: MMDGuidance, refs: Any) -> Guid
     Args:
       denoiser: (params, x, level, cond) -> x0_hat; level's fields are scalars.
       guidance: with at="denoised".
-      refs: an array [m, ...] or Particles, scaled and shaped like the denoiser's samples.
+      refs: an array [m, ...] or Particles, scaled and shaped like the denoiser's samples. None: only avoid something.
+      avoid: samples to keep away from, an array, Particles or `Avoid`; None: nothing.
     Returns:
       A denoiser of the same form, a pytree.
     Raises:
@@ -77,20 +81,40 @@ def guide_denoiser(denoiser: Denoiser, guidance: MMDGuidance, refs: Any) -> Guid
       >>> guided(None, jnp.zeros((3, 2)), VPLinear()(0.5), None).shape
       (3, 2)
     """
-    refs = as_particles(refs)
+    refs, avoid = _as_sets(refs, avoid)
     check_function("denoiser", denoiser, FORM)
-    check_guidance(guidance, refs, refs.cond)
+    cond = refs.cond if refs is not None else avoid.cond
+    _check(guidance, refs, avoid, cond)
     if not guidance.placement.inside:
         raise ValueError(
             f'{guidance.where} moves x after a step, which a denoiser never sees; use guide_sampler, or at="denoised"'
         )
-    kernel, seen = fit_kernel(guidance, refs), see(guidance, refs)
-    return GuidedDenoiser(as_component(denoiser), guidance, kernel, refs, seen)
+    kernel = None if refs is None else fit_kernel(guidance, refs)
+    seen = None if refs is None else see(guidance, refs)
+    avoid = None if avoid is None else fit_avoid(guidance, kernel, avoid)
+    return GuidedDenoiser(as_component(denoiser), guidance, kernel, refs, seen, avoid)
 
 
-def _check_shapes(x, refs):
-    if x.shape[1:] != refs.x.shape[1:]:
-        raise ValueError(f"refs have shape {refs.x.shape} but the samples have {x.shape}; samples must match")
+def _as_sets(refs: Any, avoid: Any) -> tuple[Particles | None, Avoid | None]:
+    avoid = as_avoid(avoid)
+    if refs is None and avoid is None:
+        raise ValueError("refs is None and so is avoid; give references, samples to avoid, or both")
+    return None if refs is None else as_particles(refs), avoid
+
+
+def _check(guidance: MMDGuidance, refs: Particles | None, avoid: Avoid | None, cond: Any) -> None:
+    """The checks of references and of what is avoided; `cond` of the samples."""
+    check_kind(guidance)
+    if refs is not None:
+        check_guidance(guidance, refs, cond)
+    if avoid is not None:
+        check_avoid(avoid, guidance, cond, None if refs is None else np.shape(refs.x)[1:], refs)
+
+
+def _check_shapes(x: Any, bound: BoundGuidance) -> None:
+    for name, held in (("refs have", bound.refs), ("avoid has", bound.avoid and bound.avoid.points)):
+        if held is not None and x.shape[1:] != held.x.shape[1:]:
+            raise ValueError(f"{name} shape {held.x.shape} but the samples have {x.shape}; samples must match")
 
 
 class GuidedCarry(NamedTuple):
@@ -112,7 +136,7 @@ class GuidedSampler:
     @in_own_modes
     def init(self, x):
         """The first `GuidedCarry`."""
-        _check_shapes(x, self.bound.refs)
+        _check_shapes(x, self.bound)
         return GuidedCarry(self.sampler.init(x), self.bound.init(x), jnp.zeros((), jnp.int32))
 
     @in_own_modes
@@ -154,16 +178,18 @@ def guide_sampler(
     cond: Any = None,
     memory: Memory | None = None,
     num_steps: int | None = None,
+    avoid: Any = None,
 ) -> GuidedSampler:
     """A sampler that guides each step, for your own loop; for every placement.
 
     Args:
       sampler: anything with `init` and `step` (see `mmdjax.samplers`).
       guidance: an `MMDGuidance`.
-      refs: an array [m, ...] or Particles, scaled and shaped like the samples.
+      refs: an array [m, ...] or Particles, scaled and shaped like the samples. None: only avoid something.
       cond: conditions of the batch, a pytree of [n, ...], if the kernel compares them.
       memory: finished samples, which count as particles but do not move.
       num_steps: steps of the loop; the window is compared with the fraction of them that is done. None: with 1 − t.
+      avoid: samples to keep away from, an array, Particles or `Avoid`; None: nothing.
     Returns:
       A sampler, a pytree.
     Raises:
@@ -174,12 +200,17 @@ def guide_sampler(
       >>> sampler = guide_sampler(DDIM(), MMDGuidance(kernel=RBF(1.0)), jnp.ones((4, 2)))
       >>> carry = sampler.init(jnp.zeros((3, 2)))
     """
-    refs, cond = as_particles(refs), as_arrays("cond", cond)
-    check_guidance(guidance, refs, cond)
+    (refs, avoid), cond = _as_sets(refs, avoid), as_arrays("cond", cond)
+    _check(guidance, refs, avoid, cond)
     if memory is not None:
         if not isinstance(memory, Memory):
             raise TypeError(f"memory is {type(memory).__name__}; give Memory.empty(capacity, shape) or one from before")
-        check_comparable("memory", memory.particles, "refs", refs, kernel_uses_cond=False)
+        beside = ("refs", refs) if refs is not None else ("avoid", avoid.points)
+        if beside[1] is not None:
+            check_comparable("memory", memory.particles, *beside, kernel_uses_cond=False)
         if guidance.kernel is not None and guidance.kernel.uses_cond and memory.particles.cond is None:
             raise ValueError("the kernel compares conditions but memory has none: Memory.empty(capacity, shape, cond)")
-    return GuidedSampler(as_sampler(sampler), bind(guidance, fit_kernel(guidance, refs), refs, cond, memory), num_steps)
+    kernel = None if refs is None else fit_kernel(guidance, refs)
+    avoid = None if avoid is None else fit_avoid(guidance, kernel, avoid)
+    bound = bind(guidance, kernel, refs, cond, memory, avoid=avoid)
+    return GuidedSampler(as_sampler(sampler), bound, num_steps)
