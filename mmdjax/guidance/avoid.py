@@ -37,6 +37,7 @@ from mmdjax._points.streaming import HostReferences
 from mmdjax.guidance import MMDGuidance, check_cond
 from mmdjax.guidance.sides import Sides
 from mmdjax.kernels import Kernel, Radial, as_kernel
+from mmdjax.schedules import Level
 from mmdjax.tree import are_numbers, check_number, is_concrete, pytree, replace, static
 
 STEP = 0.1  # s; eight inner steps for each network call make 1.1 of it
@@ -335,3 +336,18 @@ def weight_at_reach(kernel: Any, points: Particles) -> Array:
     there = origin.at[(0,) * origin.ndim].set(jnp.asarray(kernel.reach(), origin.dtype))
     cond = jax.tree.map(lambda leaf: jnp.asarray(leaf)[:1], points.cond)
     return kernel.pair_weights(Particles(origin, cond), Particles(there, cond))[0, 0]
+
+
+def widened(kernel: Kernel, square: Any, level: Level, size: int) -> Kernel:
+    """The kernel for x̂0 of a noise level: its reach h widened to √(h² + e²), e² = E|x_0 − x̂0|² as for Gaussian data.
+
+    e² = S r/(S + r), r = D σ²/α², with S the mean squared distance between x̂0 and what is avoided.
+
+    Args:
+      square: S.
+      size: D, how many numbers a sample has.
+    """
+    reach2, alpha2 = jnp.asarray(kernel.reach()) ** 2, jnp.asarray(level.alpha) ** 2
+    noise2 = size * jnp.asarray(level.sigma) ** 2
+    error2 = square * noise2 / jnp.maximum(alpha2 * square + noise2, jnp.finfo(square.dtype).tiny)
+    return kernel.widened(jnp.sqrt((reach2 + error2) / reach2))

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
+from mmdjax._core.numerics import product
 from mmdjax._points.blocks import PLAIN, row_size
 from mmdjax._points.distances import SUBSET, subset_of
 from mmdjax._points.mesh import HERE, Axes, Layout, Shards
-from mmdjax._points.particles import Particles, fill_empty, wide_dtype, widen
+from mmdjax._points.particles import Particles, fill_empty, flat, wide_dtype, widen
 from mmdjax._points.streaming import HostReferences
 from mmdjax.guidance import MMDGuidance
-from mmdjax.guidance.avoid import Avoid, Negatives, weight_at_reach
+from mmdjax.guidance.avoid import Avoid, Negatives, weight_at_reach, widened
 from mmdjax.guidance.coordinates import combinations, fixed_distances, pays
 from mmdjax.guidance.sides import Sides
 from mmdjax.kernels import Kernel, check_fitted
@@ -54,6 +55,7 @@ class BoundGuidance:
       distances: squared distances among all fixed points, if inner steps use them; else None.
       avoid: what is avoided, its kernel fitted; or None.
       avoid_over: the mesh axes that it is split over.
+      around: its mean, and the mean squared distance from it, if its kernel is widened at high noise; else None.
     """
 
     guidance: MMDGuidance
@@ -67,6 +69,7 @@ class BoundGuidance:
     layout: Layout = static(default=HERE, repr=False)
     avoid: Avoid | None = None
     avoid_over: Axes = static(default=(), repr=False)
+    around: Any = dataclasses.field(default=None, repr=False)
 
     def init(self, x: Array) -> GuidanceState:
         """The state before the first step for a batch shaped like x."""
@@ -157,6 +160,11 @@ class BoundGuidance:
         avoid, avoiding, active = (None, False, numbers["active"]) if apart is None else (*apart, numbers["active"])
         if avoid is not None:
             active = avoiding if refs is None else active | avoiding
+            if self.around is not None and numbers["level"] is not None:
+                square = shards.total(jnp.sum((x - self.around[0]) ** 2)) / (x.shape[0] * shards.size)
+                avoid = replace(
+                    avoid, kernel=widened(avoid.kernel, square + self.around[1], numbers["level"], row_size(x))
+                )
             floor = weight_at_reach(avoid.kernel, Particles(x, cond)) if rule.needs == "mass" else None
         if self.distances is not None and pays(x.shape[0], self.distances.shape[0], row_size(x)):
             sets = refs, memory, avoided
@@ -293,9 +301,12 @@ def bind(
         in_blocks = placement.clean and points.n * row_size(points.x) > PLAIN
         return fill_empty(points) if in_blocks else widen(points)  # blocks are cast as they are read: no copy of all
 
+    around = None
     if avoid is not None and avoid.points is not None:
         points = layout.put(prepared(avoid.points, avoid.kernel), P(avoid_over))
         avoid = replace(avoid, x=points.x, cond=points.cond, weight=points.weight)
+        if placement.moves == "x0_hat" and placement.clean and guidance.rule.needs == "mass" and not avoid.one_by_one:
+            around = _around(layout.whole(jax.lax.stop_gradient(widen(subset_of(avoid.points)))))
     if refs is not None:
         refs = layout.references(prepared(refs, kernel))
     refs_term = 0.0 if refs is not None else jnp.nan
@@ -318,7 +329,16 @@ def bind(
         fixed = sum(points.n for points in there)
         distances = fixed_distances(*sets) if pays(0, fixed, row_size(there[0].x)) else None
     seen = see(guidance, refs, layout) if seen is None and refs is not None else seen
-    return BoundGuidance(guidance, kernel, refs, refs_term, seen, cond, held, distances, layout, avoid, avoid_over)
+    return BoundGuidance(
+        guidance, kernel, refs, refs_term, seen, cond, held, distances, layout, avoid, avoid_over, around
+    )
+
+
+def _around(points: Particles) -> tuple[Array, Array]:
+    p = points.probabilities()
+    x = flat(points.x)
+    mean = product(p, x)
+    return mean.reshape(points.x.shape[1:]), product(p, jnp.sum((x - mean) ** 2, axis=1))
 
 
 def see(guidance: MMDGuidance, refs: Particles, layout: Layout = HERE) -> Any:
