@@ -39,8 +39,9 @@ class Trace:
     """What happened at each step.
 
     Args:
-      mmd2: [num_steps] MMD² to the references (without what is avoided) after the step's shift, of x̂0 ("denoised") or x_s ("clean"). For
-        "sample" and "diffused", whose references are noisy, it lacks the references' own term. NaN without references.
+      mmd2: [num_steps] MMD² to the references after the step's shift, of x̂0 ("denoised") or x_s ("clean"), without
+        what is avoided. For "sample" and "diffused", whose references are noisy, it lacks the references' own term. NaN
+        without references.
       shift_norm: [num_steps] mean L2 norm of the samples' shifts, in the data's units. 0 without guidance.
       path: [num_steps, num_samples, *shape] the batch after each step, with `keep_path`; else None.
     """
@@ -322,11 +323,10 @@ def _warn_of_unscaled(name: str, refs: Particles, low: np.ndarray, high: np.ndar
     least, most = float(some.min()), float(some.max())
     if least < 0:
         return
-    lie = "lie" if name == "refs" else "lies"
     for top, remedy in ((1, f"2 * {name} - 1"), (255, f"{name} / 127.5 - 1")):
         if 0.6 * top < most <= top:
             warnings.warn(
-                f"{name} {lie} between {least:.3g} and {most:.3g}, but the model makes samples down to {made_from:.2g}. "
+                f"{name} lie between {least:.3g} and {most:.3g}, but the model makes samples down to {made_from:.2g}. "
                 f"Are they pictures in [0, {top}], and the model's in [-1, 1]? Then give {remedy}",
                 stacklevel=4,
             )

@@ -44,11 +44,6 @@ class Shards:
     refs: Axes = ()
 
     @property
-    def size(self) -> int:
-        """How many devices the batch is split over."""
-        return jax.lax.axis_size(self.batch) if self.batch else 1
-
-    @property
     def without_refs(self) -> Axes:
         """The batch's axes that the references are not split over."""
         return tuple(axis for axis in self.batch if axis not in self.refs)

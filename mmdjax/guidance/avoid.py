@@ -23,6 +23,7 @@ References:
 """
 
 import dataclasses
+import sys
 from typing import Any
 
 import jax
@@ -40,7 +41,7 @@ from mmdjax.kernels import Kernel, Radial, as_kernel
 from mmdjax.schedules import Level
 from mmdjax.tree import are_numbers, check_number, is_concrete, pytree, replace, static
 
-STEP = 0.1  # s; eight inner steps for each network call make 1.1 of it
+STEP = 0.05  # s; the eight inner steps for each network call make a half
 EARLY, ALL = (0.0, 0.5), (0.0, 1.0)
 TIES = 1 + 1e-5  # of squared distances that two programs compute
 
@@ -196,6 +197,7 @@ def check_avoid(avoid: Avoid, guidance: MMDGuidance, cond: Any, shape: tuple[int
         raise ValueError(f"avoid.nearest needs a kernel of the distance, and {own.called()} is none; leave it out")
     points = avoid.points
     if points is None:
+        own.reach()  # raises for a bandwidth that is taken from references
         if own.uses_cond and cond is None:
             raise ValueError("the kernel compares conditions but cond is None; give cond, a row for each sample")
         return
@@ -203,9 +205,7 @@ def check_avoid(avoid: Avoid, guidance: MMDGuidance, cond: Any, shape: tuple[int
     if not hasattr(points.x, "shape"):
         raise TypeError(f"avoid is a {type(points.x).__name__}; give one array [m, ...], Particles or Avoid")
     if isinstance(points.x, HostReferences) and not guidance.placement.clean:
-        raise ValueError(
-            f'{guidance.where} adds noise to what is avoided; HostReferences need at="denoised" or "clean"'
-        )
+        raise ValueError(f'{guidance.where} adds noise to avoid.x; HostReferences need at="denoised" or "clean"')
     if shape is not None and np.shape(points.x)[1:] != tuple(shape):
         raise ValueError(
             f"avoid has shape {np.shape(points.x)} but samples have shape {tuple(shape)}; "
@@ -279,7 +279,7 @@ class Negatives:
         return pulled, mass, jnp.maximum(self.sides.push("mass")[1], self.floor)
 
     def _count_here(self) -> int:
-        return self.sides.refs.n if not self.sides.shards.refs else np.inf
+        return sys.maxsize if self.sides.shards.refs else self.sides.refs.n
 
     def _pull_of_nearest(self, precondition, k):
         sides = self.sides
@@ -350,4 +350,5 @@ def widened(kernel: Kernel, square: Any, level: Level, size: int) -> Kernel:
     reach2, alpha2 = jnp.asarray(kernel.reach()) ** 2, jnp.asarray(level.alpha) ** 2
     noise2 = size * jnp.asarray(level.sigma) ** 2
     error2 = square * noise2 / jnp.maximum(alpha2 * square + noise2, jnp.finfo(square.dtype).tiny)
-    return kernel.widened(jnp.sqrt((reach2 + error2) / reach2))
+    wider = jnp.sqrt((reach2 + error2) / jnp.where(reach2 > 0, reach2, 1.0))
+    return kernel.widened(wider)

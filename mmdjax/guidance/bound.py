@@ -49,7 +49,8 @@ class BoundGuidance:
 
     Args:
       kernel, refs: None where samples only avoid something.
-      refs_term: E k(y, y') over the references, for MMD² in the trace; 0 where they are noisy, NaN where there are none.
+      refs_term: E k(y, y') over the references, for MMD² in the trace; 0 where they are noisy,
+        NaN where there are none.
       seen: what the rule computed from the references; see `see`.
       cond: conditions of the samples, on the devices that hold these.
       distances: squared distances among all fixed points, if inner steps use them; else None.
@@ -131,41 +132,39 @@ class BoundGuidance:
         wide = wide_dtype(x)  # of levels and references x takes no precision
         seen = self.seen if placement.clean else None
         reach = 0.0 if self.kernel is None else self.kernel.reach()
-        numbers = {"scale": scale, "length": length, "level": level, "reach": reach, "seen": seen}
+        around = None if level is None else self.around
+        numbers = {"scale": scale, "length": length, "level": level, "reach": reach, "seen": seen, "around": around}
         numbers = jax.tree.map(lambda v: jnp.asarray(v, wide), numbers) | {"active": self.active(fraction)}
-        apart = None
+        numbers["avoiding"] = False if avoid is None else avoid.active(fraction)
+        avoided, apart = None, avoid
         if avoid is not None:
-            apart = replace(avoid, x=None, cond=None, weight=None), avoid.active(fraction)
+            avoided, apart = avoid.points, replace(avoid, x=None, cond=None, weight=None)
         shards = self.layout.shards
         batch, on_refs, on_avoid = P(shards.batch), P(shards.refs), P(self.avoid_over)
         kernel, refs, memory = compared
         z, transform_state, norm, mmd2 = self.layout.split(
             self._guide_rows,
-            (
-                x.astype(wide), self.cond, state.transform, kernel, refs, memory, numbers,
-                apart, None if avoid is None else avoid.points,
-            ),
+            (x.astype(wide), self.cond, state.transform, kernel, refs, memory, numbers, apart, avoided),
             specs=(batch, batch, batch, P(), on_refs, P(), P(), P(), on_avoid),
             out=(batch, batch, P(), P()),
-        )  # fmt: skip
+        )
         mmd2, norm = (mmd2 + self.refs_term).astype(wide), norm.astype(wide)
         transform_state = jax.tree.map(lambda new, old: new.astype(old.dtype), transform_state, state.transform)
         return z.astype(x.dtype), GuidanceState(transform_state, mmd2, norm, x if placement.keeps_unshifted else ())
 
-    def _guide_rows(self, shards: Shards, x, cond, transform_state, kernel, refs, memory, numbers, apart, avoided):
+    def _guide_rows(self, shards: Shards, x, cond, transform_state, kernel, refs, memory, numbers, avoid: Any, avoided):
         """`_guide` for the rows of one device: moved x, state of the transform, mean norm of the shifts, MMD²."""
         guidance, rule, steps, length = self.guidance, self.guidance.rule, self.guidance.steps, numbers["length"]
         all_cond = shards.everyone(cond)
         first, points = x, lambda z: z
-        avoid, avoiding, active = (None, False, numbers["active"]) if apart is None else (*apart, numbers["active"])
+        pulled, avoiding, floor = numbers["active"] & (refs is not None), numbers["avoiding"], 0.0
         if avoid is not None:
-            active = avoiding if refs is None else active | avoiding
-            if self.around is not None and numbers["level"] is not None:
-                square = shards.total(jnp.sum((x - self.around[0]) ** 2)) / (x.shape[0] * shards.size)
-                avoid = replace(
-                    avoid, kernel=widened(avoid.kernel, square + self.around[1], numbers["level"], row_size(x))
-                )
-            floor = weight_at_reach(avoid.kernel, Particles(x, cond)) if rule.needs == "mass" else None
+            if numbers["around"] is not None:
+                centre, spread = jax.lax.stop_gradient(numbers["around"])
+                square = shards.total(jnp.sum((x - centre) ** 2)) / all_rows(shards, x) + spread
+                avoid = replace(avoid, kernel=widened(avoid.kernel, square, numbers["level"], row_size(x)))
+            if rule.needs == "mass":
+                floor = weight_at_reach(avoid.kernel, Particles(x, cond))
         if self.distances is not None and pays(x.shape[0], self.distances.shape[0], row_size(x)):
             sets = refs, memory, avoided
             between, z, (refs, memory, avoided), points = combinations(Particles(x, cond), *sets, self.distances)
@@ -176,33 +175,27 @@ class BoundGuidance:
         def gather(z):
             return shards.everyone(z) if shards.batch else ()  # to be carried along, and not twice on one device
 
-        def sides(z, gathered, kernel=kernel, refs=refs, shards=shards):
+        def sides(z, gathered, *, kernel: Any = kernel, refs: Any = refs, shards: Shards = shards):
             everyone = Particles(gathered, all_cond) if shards.batch else None
             rows = Particles(z, cond)
             return Sides(kernel, rows, refs, memory, guidance.estimator, numbers["reach"], everyone, shards)
 
         def away(z, gathered):
+            assert avoid is not None
             of_avoided = dataclasses.replace(shards, refs=self.avoid_over)
-            negatives = Negatives(sides(z, gathered, avoid.kernel, avoided, of_avoided), avoid, floor)
-            return (avoid.strength * rule.away(negatives)).astype(z.dtype)
-
-        def direction_of(plan, z, gathered):
-            if refs is not None:
-                direction = rule.direction(sides(z, gathered), plan)
-                if jnp.shape(direction) != z.shape:
-                    raise ValueError(
-                        f"{type(rule).__name__}.direction returned shape {jnp.shape(direction)} for particles of shape "
-                        f"{z.shape}; it must be that of sides.rows.x"
-                    )
-                if avoid is None:
-                    return direction
-                direction = jnp.where(numbers["active"], direction, 0.0)
-            else:
-                direction = jnp.zeros_like(z)
-            return direction + jax.lax.cond(avoiding, away, lambda z, _: jnp.zeros_like(z), z, gathered)
+            beside = sides(z, gathered, kernel=avoid.kernel, refs=avoided, shards=of_avoided)
+            return (avoid.strength * rule.away(Negatives(beside, avoid, floor))).astype(z.dtype)
 
         def move(plan, z, gathered, state):
-            direction = direction_of(plan, z, gathered)
+            direction = jnp.zeros_like(z) if refs is None else rule.direction(sides(z, gathered), plan)
+            if jnp.shape(direction) != z.shape:
+                raise ValueError(
+                    f"{type(rule).__name__}.direction returned shape {jnp.shape(direction)} for particles of shape "
+                    f"{z.shape}; it must be that of sides.rows.x"
+                )
+            if avoid is not None:
+                direction = jnp.where(pulled, direction, 0.0)
+                direction += jax.lax.cond(avoiding, away, lambda z, _: jnp.zeros_like(z), z, gathered)
             if guidance.transform is not None:
                 direction, state = jax.vmap(guidance.transform.update)(direction, state, z)
             z = (z - numbers["scale"] * direction).astype(z.dtype)
@@ -228,11 +221,16 @@ class BoundGuidance:
             return *carry, x, jnp.zeros((), x.dtype)
 
         carry = first, gather(first), transform_state
-        z, gathered, transform_state, there, norm = jax.lax.cond(active, guided, left, *carry)
+        z, gathered, transform_state, there, norm = jax.lax.cond(pulled | avoiding, guided, left, *carry)
         if refs is None:
             return there, transform_state, norm, jnp.full((), jnp.nan, x.dtype)
         kernel, refs, memory, z, gathered = jax.lax.stop_gradient((kernel, refs, memory, z, gathered))
-        return there, transform_state, norm, sides(z, gathered, kernel, refs).mmd2()
+        return there, transform_state, norm, sides(z, gathered, kernel=kernel, refs=refs).mmd2()
+
+
+def all_rows(shards: Shards, x: Array) -> int:
+    """How many rows there are on all devices that the batch is split over."""
+    return x.shape[0] * (jax.lax.axis_size(shards.batch) if shards.batch else 1)
 
 
 def fit_kernel(guidance: MMDGuidance, refs: Particles, layout: Layout = HERE) -> Kernel:
@@ -306,7 +304,7 @@ def bind(
         points = layout.put(prepared(avoid.points, avoid.kernel), P(avoid_over))
         avoid = replace(avoid, x=points.x, cond=points.cond, weight=points.weight)
         if placement.moves == "x0_hat" and placement.clean and guidance.rule.needs == "mass" and not avoid.one_by_one:
-            around = _around(layout.whole(jax.lax.stop_gradient(widen(subset_of(avoid.points)))))
+            around = _around(layout.whole(widen(subset_of(points))))
     if refs is not None:
         refs = layout.references(prepared(refs, kernel))
     refs_term = 0.0 if refs is not None else jnp.nan
@@ -322,16 +320,15 @@ def bind(
         held = held if sees_cond else replace(held, cond=None)
     distances, sets = None, (refs, held, None if avoid is None else avoid.points)
     there = [points for points in sets if points is not None]
-    few = layout == HERE and not any(isinstance(points.x, HostReferences) for points in there)
-    few = (few and refs is not None) or (avoid is not None and avoid.points is not None and few)
+    few = layout == HERE and (refs is not None or sets[2] is not None)
+    few = few and not any(isinstance(points.x, HostReferences) for points in there)
     plain = guidance.transform is None and all(k.is_radial for k in kernels)  # a transform sees points themselves
     if reused and few and plain and placement.clean and guidance.steps > 2:
         fixed = sum(points.n for points in there)
         distances = fixed_distances(*sets) if pays(0, fixed, row_size(there[0].x)) else None
     seen = see(guidance, refs, layout) if seen is None and refs is not None else seen
-    return BoundGuidance(
-        guidance, kernel, refs, refs_term, seen, cond, held, distances, layout, avoid, avoid_over, around
-    )
+    apart = avoid, avoid_over, around
+    return BoundGuidance(guidance, kernel, refs, refs_term, seen, cond, held, distances, layout, *apart)
 
 
 def _around(points: Particles) -> tuple[Array, Array]:

@@ -1,7 +1,8 @@
 """Points as combinations of known ones: inner steps of guidance whose cost does not depend on the dimensions.
 
 Guidance moves particles along differences of points. After any number of shifts a particle is z_i = Σ_k c_ik p_k with
-Σ_k c_ik = 1, the p_k being the batch as it came, the references, the memory and what is avoided; with D_kl = |p_k − p_l|²,
+Σ_k c_ik = 1, the p_k being the batch as it came, the references, the memory and what is avoided; with
+D_kl = |p_k − p_l|²,
 
     |z_i − z_j|² = (C D Cᵀ)_ij − q_i − q_j,   q_i = (C D Cᵀ)_ii / 2.
 
@@ -155,7 +156,7 @@ def combinations(
       refs, memory, avoid: the fixed sets; the first of them that is there is what the gap is measured to.
       fixed: `fixed_distances`.
     Returns:
-      A function kernel -> kernel, for one that `is_radial`; the batch; the fixed sets; a function coefficients -> points.
+      A function of a kernel that `is_radial`; the batch; the fixed sets; a function from coefficients to points.
     """
     n, total = z.n, z.n + fixed.shape[0]
     x = flat(z.x)
@@ -189,7 +190,7 @@ def combinations(
         if held is None:
             corners.append(None)
         elif held is memory:
-            corners.append(replace(memory, x=jnp.eye(memory.n, total, k=start, dtype=x.dtype)))
+            corners.append(replace(held, x=jnp.eye(held.n, total, k=start, dtype=x.dtype)))
         else:
             corners.append(replace(held, x=start + jnp.arange(held.n, dtype=x.dtype)))
         start += 0 if held is None else held.n
