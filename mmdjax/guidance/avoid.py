@@ -14,8 +14,9 @@ With w = −2 ∂k/∂d² and the kernel's reach h they move z_i by
 a part s of the step away from the mean of A around z_i, reduced where A is thinner there than the batch is, or farther
 than the reach. It has the gradient's direction.
 
-With `nearest` or a `radius` it is each sample of A that counts, not their share: a_j is 1, and the batch's mass is left
-out. A radius r has the kernel ½ (r − d)₊², whose w (z − a) leads to the surface of a ball around a and is 0 outside.
+With `nearest` it is each sample of A that counts, not their share: a_j is 1, and the batch's mass is left out. With a
+radius r the kernel is ½ (r − d)₊², so that w (z − a) leads from a to the surface of its ball and is 0 outside. The step
+is along the sum of these over all balls, and as long as the depth in the deepest, λ (r − min_j d_ij)₊.
 
 References:
   Safety-Guided Flow, arXiv 2603.13300 (the cross term of MMD², in the early steps). SPELL, arXiv 2410.06025 (the step
@@ -33,9 +34,10 @@ from jaxtyping import Array, Float
 
 from mmdjax._core.numerics import reciprocal, safe_sqrt
 from mmdjax._points.blocks import Rows, block_beside, num_blocks, rows, sum_over
-from mmdjax._points.particles import Particles, as_particles, check_points, wide_dtype
+from mmdjax._points.particles import Particles, as_particles, check_points, flat, per_sample, wide_dtype
 from mmdjax._points.streaming import HostReferences
 from mmdjax.guidance import MMDGuidance, check_cond
+from mmdjax.guidance.rules import over_larger_mass
 from mmdjax.guidance.sides import Sides
 from mmdjax.kernels import Kernel, Radial, as_kernel
 from mmdjax.schedules import Level
@@ -235,7 +237,7 @@ class Shield(Radial):
         return jnp.maximum(self.radius * reciprocal(safe_sqrt(d2)) - 1, 0.0)
 
     def reach(self):
-        return 0.5 * self.radius  # the weight is 1 there: up to it, the step leads to the ball's surface
+        return 0.5 * self.radius  # where the weight is 1
 
     def length2(self, a):
         return jnp.ones(())  # the gradient is a length already
@@ -255,11 +257,6 @@ class Negatives:
     avoid: Avoid
     floor: Any
 
-    @property
-    def part(self) -> float:
-        """s: which part of a mean-shift step away is made at each inner step."""
-        return 1.0 if self.avoid.radius is not None else STEP
-
     def pull(self, precondition: str = "none") -> tuple[Float[Array, "n ..."], Float[Array, " n"]]:
         """Σ_j a_j ∂k(z_i, a_j)/∂z_i over the samples to avoid, and their kernel mass; as `Sides.pull`."""
         if self.sides.refs is None:
@@ -268,22 +265,27 @@ class Negatives:
             return self.sides.pull(precondition)
         return self._pull_of_nearest(precondition, self.avoid.nearest)
 
-    def masses(self) -> tuple[Float[Array, "n ..."], Float[Array, " n"], Any]:
-        """Σ_j a_j ∂k/∂z_i and its kernel mass; and the least by which it is divided."""
+    def bounded(self) -> Float[Array, "n ..."]:
+        """The bounded step, from the particles to the samples to avoid; the guidance goes the other way."""
         pulled, mass = self.pull("mass")
-        if self.avoid.one_by_one:
+        if self.avoid.radius is not None:
+            depth = jnp.maximum(self.avoid.radius - safe_sqrt(self._limit(1)), 0.0)
+            length = safe_sqrt(jnp.sum(flat(pulled) ** 2, axis=1))
+            return per_sample(depth * reciprocal(length), pulled) * pulled
+        least = self.floor
+        if self.avoid.nearest is not None:
             count = self.sides.shards.sum_over_refs((self.sides.refs.probabilities() > 0).sum()).astype(mass.dtype)
-            return count * pulled, count * mass, self.floor
-        if self.sides.refs is None:
-            return pulled, mass, self.floor
-        return pulled, mass, jnp.maximum(self.sides.push("mass")[1], self.floor)
+            pulled, mass = count * pulled, count * mass
+        elif self.sides.refs is not None:
+            least = jnp.maximum(self.sides.push("mass")[1], least)
+        return -STEP * over_larger_mass(jnp.zeros_like(pulled), jnp.broadcast_to(least, mass.shape), pulled, mass)
 
     def _count_here(self) -> int:
         return sys.maxsize if self.sides.shards.refs else self.sides.refs.n
 
     def _pull_of_nearest(self, precondition, k):
         sides = self.sides
-        limit = TIES * self._limit(k)
+        limit = TIES * jax.lax.stop_gradient(self._limit(k))
         v = sides.shards.probabilities(sides.refs).astype(sides.weights.dtype)
         # the limits ride along as weights, as particles go where the samples to avoid lie
         z = replace(sides.rows, weight=limit)
@@ -324,7 +326,7 @@ class Negatives:
                 return add(least, rows(m, 0, size))
             return jax.lax.scan(lambda c, i: (add(c, rows(m, i, size)), None), least, jnp.arange(count))[0]
 
-        found = jax.lax.stop_gradient(sides.shards.found(smallest, sides.rows, sides.everyone))
+        found = sides.shards.found(smallest, sides.rows, sides.everyone)
         found = jnp.moveaxis(found, 0, 1).reshape(found.shape[1], -1)
         return -jax.lax.top_k(-found, k)[0][:, -1]
 

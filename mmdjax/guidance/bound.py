@@ -321,6 +321,7 @@ def bind(
     distances, sets = None, (refs, held, None if avoid is None else avoid.points)
     there = [points for points in sets if points is not None]
     few = layout == HERE and (refs is not None or sets[2] is not None)
+    few = few and (avoid is None or avoid.radius is None)  # whose step needs the length of a sum
     few = few and not any(isinstance(points.x, HostReferences) for points in there)
     plain = guidance.transform is None and all(k.is_radial for k in kernels)  # a transform sees points themselves
     if reused and few and plain and placement.clean and guidance.steps > 2:

@@ -87,12 +87,12 @@ class Rule(Component):
         """What `Avoid` of strength 1 adds to the direction; see `mmdjax.guidance.avoid`.
 
         Args:
-          negatives: the particles and what they avoid; `negatives.pull` is like `Sides.pull`.
+          negatives: the particles and what they avoid; `negatives.pull` is like `Sides.pull`, and
+            `negatives.bounded` a step that is 0 far from all.
         """
         if self.needs != "mass":
             return 2 * negatives.pull(self.needs or "none")[0]
-        pulled, mass, least = negatives.masses()
-        return -negatives.part * over_larger_mass(jnp.zeros_like(pulled), least, pulled, mass)
+        return negatives.bounded()
 
 
 @pytree
