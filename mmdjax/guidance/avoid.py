@@ -12,7 +12,8 @@ With w = −2 ∂k/∂d² and the kernel's reach h they move z_i by
     λ s Σ_j a_j w(z_i, a_j) (z_i − a_j) / max(Σ_j a_j w(z_i, a_j), Σ_{j≠i} u_j w(z_i, z_j), w(h)):
 
 a part s of the step away from the mean of A around z_i, reduced where A is thinner there than the batch is, or farther
-than the reach. It has the gradient's direction.
+than the reach. It has the gradient's direction. Where x̂0 is moved, h is widened to √(h² + e²), e² the mean squared
+error of x̂0 (`widened`): at high noise all of A may still be near, at the end only what is alike within h.
 
 With `nearest` it is each sample of A that counts, not their share: a_j is 1, and the batch's mass is left out. With a
 radius r the kernel is ½ (r − d)₊², so that w (z − a) leads from a to the surface of its ball and is 0 outside. The step
@@ -70,13 +71,24 @@ class Avoid:
       radius: no sample comes closer to one of the set, in the data's units (L2 norm), as far as the model lets it. With
         at="denoised" or "clean".
       kernel: what makes two samples alike. None: the guidance's own; without references its bandwidth is taken from x.
+        At high noise, when x̂0 does not tell yet what a sample will be, the bandwidth is widened.
     Raises:
       TypeError: x is not floats; strength or radius is not a number.
       ValueError: shapes that differ; NaN; a strength below 0; nearest below 1; a radius and a kernel.
 
     Example:
-      >>> Avoid(jnp.zeros((3, 2)), radius=0.5)
-      Avoid(x=float32[3,2], radius=0.5)
+      >>> from mmdjax import guided_sample
+      >>> from mmdjax.mixtures import mixture, mixture_model
+      >>> left_and_right, model = mixture([[-4.0, 0.0], [4.0, 0.0]], 0.5), mixture_model(2)
+      >>> few = jnp.array([[4.0, 0.0], [4.2, 0.3], [3.9, -0.4]])
+      >>> how = {"model": model, "num_samples": 50, "num_steps": 10}
+      >>> def on_the_right(avoid):
+      ...     x = guided_sample(left_and_right, jax.random.key(0), None, avoid=avoid, **how).x
+      ...     return int((x[:, 0] > 0).sum())
+      >>> on_the_right(None) > 20, on_the_right(Avoid(few, strength=4.0)) < 15
+      (True, True)
+      >>> on_the_right(Avoid(few, radius=5.0)) < 15
+      True
 
     Source: arXiv 2603.13300, 2410.06025, 2310.13102.
     """
