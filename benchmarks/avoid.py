@@ -27,6 +27,7 @@ that let through at most a quarter of the unguided model's share; without such, 
 
 import argparse
 import itertools
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -96,7 +97,7 @@ def attribute(name: str, key: str, value: int) -> Task:
 def protected() -> Task:
     faces = np.random.default_rng(0).permutation(pool("source").images)
     avoid, rest = faces[:1000], faces[1000:1500]
-    share = lambda x: _nearest(x, avoid) < RADIUS
+    share = lambda x: _nearest(x, avoid) < 0.999 * RADIUS  # on the surface is not within
     return Task(*load_faces(), avoid, rest, share, attribute_features, 100, 20, (RADIUS, 7.0), RADIUS)
 
 
@@ -243,8 +244,10 @@ def main() -> None:
         rows += measure(name, args.quick)
     head = ["task", "method", "setting", "share", "energy", "precision", "recall"]
     print("\n" + table(head, [_cells(row) for row in rows]))
-    if not args.quick and args.only == list(TASKS):
-        write_json(OUT, {"rows": rows, "seconds": time.perf_counter() - start, "made_with": provenance()})
+    if not args.quick:
+        kept = json.loads(OUT.read_text())["rows"] if OUT.exists() else []
+        kept = [row for row in kept if row["task"] not in args.only]
+        write_json(OUT, {"rows": kept + rows, "seconds": time.perf_counter() - start, "made_with": provenance()})
 
 
 if __name__ == "__main__":

@@ -215,7 +215,7 @@ class BoundGuidance:
             there = points(moved[0]).astype(x.dtype)
             moved_by = jax.lax.stop_gradient(there - x)  # here: √ has no derivative where a sample stays
             norms = jnp.sqrt(jnp.sum((moved_by**2).reshape(x.shape[0], -1), axis=1))
-            return *moved, there, shards.total(norms.sum()) / sides(*moved[:2]).everyone.n
+            return *moved, there, shards.total(norms.sum()) / all_rows(shards, x)
 
         def left(*carry):
             return *carry, x, jnp.zeros((), x.dtype)
