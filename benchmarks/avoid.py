@@ -10,7 +10,7 @@ radius), the energy distance to what is left of the model's world, precision and
 features of `mmdjax.faces.attribute_features`). Means over 3 seeds, ± the standard error.
 
 Every method but the untouched ones has its numbers chosen on another seed: the least energy distance among the settings
-that let through at most a quarter of the unguided model's share; without such, the least share.
+that let through at most a quarter of the unguided model's share, of protected faces none; else the least share.
 
     Avoid(x)           untouched
     Avoid(x), tuned    its strength and window
@@ -46,7 +46,6 @@ from mmdjax.provenance import provenance
 from mmdjax.tree import pytree
 
 CHOOSE, REPORT = (0,), (100, 101, 102)
-QUARTER = 0.25  # of the unguided share, that a tuned setting may let through
 RADIUS = 6.0
 OUT = Path(__file__).parent / "results" / "avoid.json"
 
@@ -63,6 +62,7 @@ class Task(NamedTuple):
       num_samples, num_steps: of a batch.
       radii: to choose from.
       radius: that no sample should be within; None: there is none.
+      through: how much of the unguided model's share a tuned setting may let through.
     """
 
     model: DiffusionModel
@@ -75,6 +75,7 @@ class Task(NamedTuple):
     num_steps: int
     radii: tuple[float, ...]
     radius: float | None = None
+    through: float = 0.25
 
 
 def ring() -> Task:
@@ -98,7 +99,7 @@ def protected() -> Task:
     faces = np.random.default_rng(0).permutation(pool("source").images)
     avoid, rest = faces[:1000], faces[1000:1500]
     share = lambda x: _nearest(x, avoid) < 0.999 * RADIUS  # on the surface is not within
-    return Task(*load_faces(), avoid, rest, share, attribute_features, 100, 20, (RADIUS, 7.0), RADIUS)
+    return Task(*load_faces(), avoid, rest, share, attribute_features, 100, 20, (RADIUS, 7.0), RADIUS, 0.0)
 
 
 TASKS = {
@@ -211,7 +212,7 @@ def measure(name: str, quick: bool) -> list[dict[str, Any]]:
             key = "energy" if good else "share"
             chosen = min(good or tried, key=lambda said: tried[said][key])
         if method == "unguided":
-            most = QUARTER * _mean(task, settings[chosen], CHOOSE)["share"]
+            most = task.through * _mean(task, settings[chosen], CHOOSE)["share"]
         each = [judged(task, settings[chosen], seed) for seed in REPORT[: 1 if quick else None]]
         scores = {key: [found[key] for found in each] for key in each[0]}
         rows.append({"task": name, "method": method, "setting": chosen} | scores)
