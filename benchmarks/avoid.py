@@ -167,7 +167,7 @@ def repelled(task: Task, rule: Any, end: float) -> dict[str, Any]:
     return {"model": DiffusionModel(denoiser, model.schedule, model.shape)}
 
 
-def methods(task: Task, quick: bool) -> dict[str, dict[str, Callable]]:
+def methods(task: Task, quick: bool) -> dict[str, dict[str, dict[str, Any]]]:
     """By name, the settings to choose from: what `guided_sample` is called with."""
     flat = jnp.asarray(task.avoid).reshape(len(task.avoid), -1)
     few = 1 if quick else None
@@ -175,7 +175,7 @@ def methods(task: Task, quick: bool) -> dict[str, dict[str, Callable]]:
     scales = itertools.islice(itertools.product((3.0, 10.0, 30.0), (0.2, 0.4, 1.0)), few)
     balls = itertools.islice(itertools.product(task.radii, (1.0, 1.6), (0.4, 1.0)), few)
     shields = itertools.islice(itertools.product(task.radii, (1.0, 1.6)), few)
-    found: dict[str, dict[str, Any]] = {"unguided": {"": {}}, "Avoid(x)": {"": {"avoid": Avoid(task.avoid)}}}
+    found: dict[str, dict[str, dict[str, Any]]] = {"unguided": {"": {}}, "Avoid(x)": {"": {"avoid": Avoid(task.avoid)}}}
     found["Avoid(x), tuned"] = {
         f"strength {s:g}, until {end:g}": {"avoid": Avoid(task.avoid, strength=s, window=(0.0, end))} for s, end in ours
     }

@@ -68,8 +68,8 @@ class Avoid:
       window: (start, end): acts while start <= steps done / all steps < end. None: (0, 0.5), the early steps, which
         decide what a sample shows; (0, 1) with a radius. The guidance's own window does not matter.
       nearest: compare each sample with its so many nearest ones of the set only, each of which counts fully.
-      radius: no sample comes closer to one of the set, in the data's units (L2 norm). Where balls overlap, one may stay in
-        a gap among them. With at="denoised" or "clean".
+      radius: no sample comes closer to one of the set, in the data's units (L2 norm), except into a gap between balls
+        that overlap. With at="denoised" or "clean".
       kernel: what makes two samples alike. None: the guidance's own; without references its bandwidth is taken from x.
         At high noise, when x̂0 does not tell yet what a sample will be, the bandwidth is widened.
     Raises:
