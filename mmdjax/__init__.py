@@ -10,6 +10,7 @@ from mmdjax.denoisers import DiffusionModel, cfg, from_model
 from mmdjax.digits import load_digits
 from mmdjax.faces import load_faces
 from mmdjax.guidance import MMDGuidance
+from mmdjax.guidance.avoid import Avoid
 from mmdjax.guidance.wrappers import guide_denoiser, guide_sampler
 from mmdjax.kernels import (
     IMQ,
@@ -41,6 +42,7 @@ __all__ = [
     "DDPM",
     "IMQ",
     "RBF",
+    "Avoid",
     "Cosine",
     "DPMSolverPP2M",
     "Delta",

@@ -97,6 +97,26 @@ def parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="folder of reference pictures, or a pack that `mmdjax encode` wrote (default: none, plain sampling)",
     )
+    group.add_argument(
+        "--avoid",
+        type=Path,
+        metavar="PATH",
+        help="folder or pack of pictures to keep away from, with or without --refs (default: none)",
+    )
+    group.add_argument(
+        "--avoid-strength",
+        type=_real(0.0),
+        default=1.0,
+        metavar="X",
+        help="how strongly; 0 is not at all (default 1)",
+    )
+    group.add_argument(
+        "--avoid-radius",
+        type=_real(0.0),
+        metavar="X",
+        help="no picture comes closer to one of --avoid than this, an L2 norm in latents (default: none; less of what "
+        "the pictures of --avoid have in common)",
+    )
     _picture_options(group)
     group = sample.add_argument_group("prompts")
     group.add_argument(
@@ -288,8 +308,6 @@ def _sample(args: argparse.Namespace) -> None:
     _check_together(args)
     prompts = [*args.prompt, *(_lines(args.prompts) if args.prompts else [])]
     from mmdjax import DDIM, DDPM, DPMSolverPP2M, EulerMaruyama, Heun, MMDGuidance
-    from mmdjax.checkpoint import CheckpointError
-    from mmdjax.sd import load_references
     from mmdjax.sd.models import check_path
     from mmdjax.sd.run import check_out, check_settings, check_writable, sample_to_folder
 
@@ -299,16 +317,8 @@ def _sample(args: argparse.Namespace) -> None:
         return
     check_writable(args.out)
     check_path(args.model)
-    pack, folder = None, None
-    if args.refs is not None and args.refs.is_file():
-        try:
-            pack = load_references(args.refs)
-        except CheckpointError as error:
-            reason = f": {error}" if args.refs.suffix == PACK else " is neither a folder nor a pack"
-            remedy = "a folder of pictures, or a pack that `mmdjax encode` wrote"
-            raise CheckpointError(f"--refs {args.refs}{reason}; give {remedy}") from error
-    elif args.refs is not None:
-        folder = _open_folder(args, captions=args.captions == "use")
+    pack, folder = _open_set(args, "--refs", args.refs)
+    avoided_pack, avoided_folder = _open_set(args, "--avoid", args.avoid)
     samplers = {
         "ddim": DDIM(eta=args.eta),
         "ddpm": DDPM(),
@@ -318,16 +328,13 @@ def _sample(args: argparse.Namespace) -> None:
     }
     size = {"height": args.height, "width": args.width}
     outline = _outline(args)
-    check_settings(outline, pack, num_steps=args.steps, prompts=prompts, negative=args.negative, **size)
-    folder = _large_enough(args, folder, outline)
+    how = {"num_steps": args.steps, "prompts": prompts, "negative": args.negative, **size}
+    check_settings(outline, pack, avoid=avoided_pack, **how)
+    folder, avoided_folder = (_large_enough(args, found, outline) for found in (folder, avoided_folder))
 
     pipeline, params = _load(args)
-    refs = pack
-    if pack is not None:
-        pack.check(pipeline, params)
-        refs = pack if args.captions == "use" else pack.without_prompts()
-    elif folder is not None:
-        refs = _encode_folder(args, folder, pipeline, params)
+    refs = _encoded(args, pack, folder, pipeline, params)
+    avoid = _encoded(args, avoided_pack, avoided_folder, pipeline, params)
     report = sample_to_folder(
         args.out,
         pipeline,
@@ -346,6 +353,9 @@ def _sample(args: argparse.Namespace) -> None:
         compare=not args.no_compare,
         settings=settings,
         progress=not args.quiet,
+        avoid=avoid,
+        avoid_strength=args.avoid_strength,
+        avoid_radius=args.avoid_radius,
         **size,
     )
     lines, distances = [], report["distances"] or {}
@@ -357,16 +367,50 @@ def _sample(args: argparse.Namespace) -> None:
     _say(args, *lines, "", f"{args.num_samples} pictures in {args.out}")
 
 
+def _open_set(args: argparse.Namespace, option: str, path: Path | None) -> tuple[Any, Any]:
+    """(pack, None) or (None, folder) of the pictures that an option names; (None, None) without one."""
+    from mmdjax.checkpoint import CheckpointError
+    from mmdjax.sd import load_references
+
+    if path is None:
+        return None, None
+    if not path.is_file():
+        return None, _open_folder(args, path, captions=args.captions == "use")
+    try:
+        return load_references(path), None
+    except CheckpointError as error:
+        reason = f": {error}" if path.suffix == PACK else " is neither a folder nor a pack"
+        remedy = "a folder of pictures, or a pack that `mmdjax encode` wrote"
+        raise CheckpointError(f"{option} {path}{reason}; give {remedy}") from error
+
+
+def _encoded(args: argparse.Namespace, pack: Any, folder: Any, pipeline: Any, params: Any) -> Any:
+    """The encoded pictures of `_open_set`; None without any."""
+    if folder is not None:
+        return _encode_folder(args, folder, pipeline, params)
+    if pack is not None:
+        pack.check(pipeline, params)
+        return pack if args.captions == "use" else pack.without_prompts()
+    return None
+
+
 def _check_together(args: argparse.Namespace) -> None:
     """Raise ValueError for options of `mmdjax sample` that have no effect beside the others."""
     changed = {"--guidance-scale": args.guidance_scale != 1, "--at": args.at != "denoised"}
     changed |= {"--captions": args.captions != "use", "--unreadable": args.unreadable != "refuse"}
-    if args.refs is None:
+    if args.refs is None and args.avoid is None:
         alone = [name for name, given in changed.items() if given]
         if alone:
             raise ValueError(f"{', '.join(alone)} without --refs; give --refs, or leave {alone[0]} out")
-    elif args.out.resolve() == args.refs.resolve() or args.refs.resolve() in args.out.resolve().parents:
-        raise ValueError(f"--out {args.out} is within --refs {args.refs}; give an --out outside of it")
+    of_avoid = {"--avoid-strength": args.avoid_strength != 1, "--avoid-radius": args.avoid_radius is not None}
+    for name, given in of_avoid.items():
+        if given and args.avoid is None:
+            raise ValueError(f"{name} without --avoid; give --avoid, or leave {name} out")
+    if args.avoid_radius == 0:
+        raise ValueError("--avoid-radius is 0; give a length above 0, or leave it out")
+    for name, path in (("--refs", args.refs), ("--avoid", args.avoid)):
+        if path is not None and (path.resolve() == args.out.resolve() or path.resolve() in args.out.resolve().parents):
+            raise ValueError(f"--out {args.out} is within {name} {path}; give an --out outside of it")
     if args.eta != 1 and args.sampler != "ddim":
         raise ValueError(f"--eta is for --sampler ddim, not {args.sampler}; leave it out")
     if args.negative and args.cfg_scale == 1:
@@ -383,7 +427,7 @@ def _encode(args: argparse.Namespace) -> None:
         raise FileExistsError(f"{args.out} exists; nothing was overwritten. Give another --out")
     check_writable(args.out)
     check_path(args.model)
-    folder = _open_folder(args, captions=args.captions == "use" and args.prompt is None)
+    folder = _open_folder(args, args.refs, captions=args.captions == "use" and args.prompt is None)
     outline = _outline(args)
     outline.latent_shape(args.height, args.width)
     folder = _large_enough(args, folder, outline)
@@ -395,10 +439,10 @@ def _encode(args: argparse.Namespace) -> None:
     _say(args, f"{len(pack.latents)} references, {len(set(captions)) if captions else 'no'} prompts, in {args.out}")
 
 
-def _open_folder(args: argparse.Namespace, *, captions: bool) -> Any:
+def _open_folder(args: argparse.Namespace, path: Path, *, captions: bool) -> Any:
     from mmdjax.sd.pictures import open_pictures
 
-    return open_pictures(args.refs, skip=args.unreadable == "skip", captions=captions)
+    return open_pictures(path, skip=args.unreadable == "skip", captions=captions)
 
 
 def _large_enough(args: argparse.Namespace, folder: Any, pipeline: Any) -> Any:

@@ -52,6 +52,7 @@ from mmdjax._points.particles import Particles, as_particles
 from mmdjax.checkpoint import Checkpoint, CheckpointError, Entry, open_safetensors, write_safetensors
 from mmdjax.denoisers import DiffusionModel
 from mmdjax.guidance import MMDGuidance
+from mmdjax.guidance.avoid import as_avoid
 from mmdjax.memory import Memory
 from mmdjax.provenance import provenance
 from mmdjax.samplers import DDIM, Sampler
@@ -85,6 +86,7 @@ def sample_many(
     progress: bool = False,
     sharding: Any = None,
     checks: bool = False,
+    avoid: Any = None,
 ) -> "SavedSamples":
     """Make any number of samples in batches, into a folder. If a run stops, even by `kill -9`, repeat the call.
 
@@ -103,8 +105,8 @@ def sample_many(
     the first samples.
 
     Args:
-      params, key, refs, model, guidance, sampler, num_steps, times, sharding, checks: as in `guided_sample`. References
-        are an array [m, *model.shape] or `Particles`.
+      params, key, refs, model, guidance, sampler, num_steps, times, sharding, checks, avoid: as in `guided_sample`.
+        References are an array [m, *model.shape] or `Particles`.
       num_samples: N, the number of samples of the whole run.
       out: a folder for this run alone. It is made if it does not exist.
       batch_size: n, samples made at once. They are guided together.
@@ -136,7 +138,7 @@ def sample_many(
       >>> samples, samples[7:9].shape
       (SavedSamples(10 of float32[2]), (2, 2))
     """
-    refs = None if refs is None else as_particles(refs)
+    refs, avoid = None if refs is None else as_particles(refs), as_avoid(avoid)
     check_count("num_samples", num_samples)
     check_count("batch_size", batch_size)
     if not callable(cond):
@@ -145,7 +147,8 @@ def sample_many(
     num_samples, batch_size = int(num_samples), min(int(batch_size), int(num_samples))
     cond = cond if callable(cond) else jax.tree.map(on_host, cond)  # rows are taken there, however it lies on a mesh
     first = _rows(cond, 0, batch_size, num_samples)
-    check_call(key, refs, model, batch_size, first, guidance, sampler, None)
+    check_call(key, refs, model, batch_size, first, guidance, sampler, None, avoid)
+    guided = refs is not None or avoid is not None
     made_with = provenance() | {"devices": 1 if sharding is None else sharding.num_devices}
     given = {
         "num_samples": num_samples,
@@ -157,9 +160,9 @@ def sample_many(
         "refs": refs,
         "cond": cond,
         "model": model,
-        "guidance": None if refs is None else guidance,
+        "guidance": guidance if guided else None,
         "sampler": sampler,
-    }
+    } | ({} if avoid is None else {"avoid": avoid})  # runs of before there was one have none
     settings = {
         "model": model, "num_samples": batch_size, "guidance": guidance, "sampler": sampler, "num_steps": num_steps,
         "times": times, "progress": progress, "sharding": sharding, "checks": checks,
@@ -173,6 +176,7 @@ def sample_many(
         run = _open_run(Path(out), given, made_with)
         if run.definition["format"] == FORMAT:
             refs = _without_equal_weights(refs)  # as they are described: the same bits however they were given
+            avoid = _without_equal_weights(avoid)
         with _bar(num_samples, progress) as bar, _resumable(run):
             for index, (start, stop) in enumerate(run.rows):
                 mine = index % jax.process_count() == process  # with several hosts each writes its share
@@ -181,15 +185,17 @@ def sample_many(
                     lock.check()
                     rows = _rows(cond, start, batch_size, num_samples)
                     key_of_batch, memory = jax.random.fold_in(key, index), _replicated(memory, mesh)
-                    samples = guided_sample(params, key_of_batch, refs, cond=rows, memory=memory, **settings)
-                    memory, arrays = samples.memory, _arrays(samples, guidance, refs, start, stop)
+                    samples = guided_sample(
+                        params, key_of_batch, refs, cond=rows, memory=memory, avoid=avoid, **settings
+                    )
+                    memory, arrays = samples.memory, _arrays(samples, guidance, guided, start, stop)
                     if mine:
                         run.write(index, arrays)
                     lock.check()
                 else:
                     if memory is not None:
                         rows = _rows(cond, start, batch_size, num_samples)
-                        memory = _remember(memory, arrays, rows, batch_size, guidance, refs)
+                        memory = _remember(memory, arrays, rows, batch_size, guidance, guided)
                     if progress:
                         bar.initial += stop - start  # read, not made: no part of the rate
                 if each is not None and mine:
@@ -377,7 +383,9 @@ def _define(given: Mapping[str, Any], made_with: Mapping[str, Any], form: str) -
     used, values = form == FORMAT, dict(given)
     params = f"sha256 {tree_hash(values.pop('params'), used=used)}"
     if used:
-        values["refs"] = _without_equal_weights(values["refs"])
+        for name in ("refs", "avoid"):
+            if name in values:
+                values[name] = _without_equal_weights(values[name])
         held = values["memory"]
         if isinstance(held, Memory) and not on_host(held.particles.weight).any() and not on_host(held.next):
             values["memory"] = held.capacity  # an empty one is made from it
@@ -476,11 +484,11 @@ def _rows(cond: Any, start: int, count: int, num_samples: int) -> Any:
     return cond(rows) if callable(cond) else jax.tree.map(lambda leaf: jnp.asarray(leaf[rows]), cond)
 
 
-def _arrays(samples: Any, guidance: MMDGuidance, refs: Any, start: int, stop: int) -> dict[str, np.ndarray]:
+def _arrays(samples: Any, guidance: MMDGuidance, guided: bool, start: int, stop: int) -> dict[str, np.ndarray]:
     """The arrays for a batch's file."""
     count = stop - start
     arrays = {"x": samples.x, "mmd2": samples.trace.mmd2, "shift_norm": samples.trace.shift_norm}
-    if samples.memory is not None and refs is not None and guidance.placement.keeps_unshifted:
+    if samples.memory is not None and guided and guidance.placement.keeps_unshifted:
         held, size = samples.memory, len(samples.x)
         kept = min(size, held.capacity)
         slots = (int(on_host(held.next)) - kept + np.arange(kept)) % held.capacity
@@ -497,7 +505,7 @@ def _arrays(samples: Any, guidance: MMDGuidance, refs: Any, start: int, stop: in
 
 
 def _remember(
-    memory: Memory, arrays: Mapping[str, np.ndarray], cond: Any, size: int, guidance: MMDGuidance, refs: Any
+    memory: Memory, arrays: Mapping[str, np.ndarray], cond: Any, size: int, guidance: MMDGuidance, guided: bool
 ) -> Memory:
     """The memory after a batch that was read from its file, the same as `guided_sample` left it.
 
@@ -506,7 +514,7 @@ def _remember(
       size: how many samples were made.
     """
     memory, cond = _here(memory), _here(cond)
-    if refs is not None:
+    if guided:
         memory = guidance.placement.begin(memory)
     if "remembered" in arrays:
         last = arrays["remembered"]

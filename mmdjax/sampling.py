@@ -22,7 +22,8 @@ from mmdjax._points.mesh import HERE, layout_of, spread_over
 from mmdjax._points.particles import Particles, as_particles, flat, widen
 from mmdjax.denoisers import DiffusionModel
 from mmdjax.guidance import MMDGuidance, check_guidance, check_kind
-from mmdjax.guidance.bound import bind, fit_kernel
+from mmdjax.guidance.avoid import Avoid, as_avoid, check_avoid
+from mmdjax.guidance.bound import bind, fit_avoid, fit_kernel
 from mmdjax.guidance.wrappers import JOIN, REMEMBER, GuidedSampler, warn_if_alone
 from mmdjax.memory import Memory
 from mmdjax.samplers import DDIM, Sampler, as_sampler, take_step
@@ -38,9 +39,10 @@ class Trace:
     """What happened at each step.
 
     Args:
-      mmd2: [num_steps] MMD² to the references after the step's shift, of x̂0 ("denoised") or x_s ("clean"). For
-        "sample" and "diffused", whose references are noisy, it lacks the references' own term. NaN without references.
-      shift_norm: [num_steps] mean L2 norm of the samples' shifts, in the data's units. 0 without references.
+      mmd2: [num_steps] MMD² to the references after the step's shift, of x̂0 ("denoised") or x_s ("clean"), without
+        what is avoided. For "sample" and "diffused", whose references are noisy, it lacks the references' own term. NaN
+        without references.
+      shift_norm: [num_steps] mean L2 norm of the samples' shifts, in the data's units. 0 without guidance.
       path: [num_steps, num_samples, *shape] the batch after each step, with `keep_path`; else None.
     """
 
@@ -84,6 +86,7 @@ def guided_sample(
     checks: bool = False,
     remat: bool = False,
     keep_path: bool = False,
+    avoid: Any = None,
     axis_name: Any = None,
 ) -> Samples:
     """Sample a diffusion model, guided towards references by the gradient of MMD².
@@ -104,7 +107,8 @@ def guided_sample(
       params: the model's parameters.
       key: a typed PRNG key, `jax.random.key(seed)`.
       refs: references, an array [m, *model.shape] of floats, scaled as the model's training data was. Or Particles:
-        with `cond` for guidance by labels or prompts, with `weight` for unequal weights. None: no guidance.
+        with `cond` for guidance by labels or prompts, with `weight` for unequal weights. None: no guidance, or only
+        away from what is to be avoided.
       model: a `DiffusionModel(denoiser, schedule, shape)`; `load_digits()` gives a small one with its parameters.
       num_samples: n, the size of the batch, all guided together.
       cond: the samples' conditions (labels, embeddings), a pytree of [n, ...], or None.
@@ -126,6 +130,8 @@ def guided_sample(
         is not finite.
       keep_path: keep x after each step as `trace.path`, for pictures; it takes the memory of num_steps batches.
       remat: recompute each step in the backward pass, so that `grad` holds the intermediates of only one step.
+      avoid: samples to keep away from, an array [m, *model.shape], Particles, or an `Avoid` with a strength, a window
+        or a radius. None: nothing.
       axis_name: for a call under `jax.vmap(sample_one, axis_name="batch")` or `shard_map`, that name, or a tuple of
         names: the samples of all calls along the axis are guided together, as one call with all of them would. Each
         call has a key, cond and x_init of its own; the rest is the same in all. So are the memory and the trace's
@@ -155,22 +161,25 @@ def guided_sample(
 
     Source: arXiv 2601.08379.
     """
-    refs = None if refs is None else as_particles(refs)
+    refs, avoid = None if refs is None else as_particles(refs), as_avoid(avoid)
     cond, x_init = as_arrays("cond", cond), as_arrays("x_init", x_init)
-    check_call(key, refs, model, num_samples, cond, guidance, sampler, x_init)
+    check_call(key, refs, model, num_samples, cond, guidance, sampler, x_init, avoid)
     num_samples = int(num_samples)
     times = _check_times(as_arrays("times", times), num_steps)
-    if refs is None and not _is_default(guidance):
+    avoid = avoid if avoid is None or avoid.effective() else None  # the very program of a call without it
+    if refs is None and avoid is None and not _is_default(guidance):
         warnings.warn("guidance does nothing without references; give refs, or leave guidance out", stacklevel=3)
     memory = as_memory(memory, model, cond)
-    if checks and is_traced((params, key, refs, model, cond, guidance, sampler, times, x_init, memory)):
+    if checks and is_traced((params, key, refs, model, cond, guidance, sampler, times, x_init, memory, avoid)):
         raise ValueError(
             "checks=True reads values, and there are none inside jit, vmap or grad; call it outside of them"
         )
 
     placed = spread_over(axis_name)
+    avoid_over = ()
     if not placed.calls:
         placed = layout_of(sharding, num_samples, refs, (params, cond, x_init, memory))
+        avoid_over = () if avoid is None else layout_of(sharding, num_samples, avoid.points).shards.refs
         if refs is not None and memory is None:
             warn_if_alone(num_samples, JOIN, REMEMBER)
     elif sharding is not None:
@@ -179,8 +188,11 @@ def guided_sample(
             "your own, and sharding elsewhere"
         )
     placed.num_calls()  # raises where there is no such axis
-    params, refs, guidance, model, sampler, cond = strong((params, refs, guidance, model, as_sampler(sampler), cond))
+    params, refs, guidance, model, sampler, cond, avoid = strong(
+        (params, refs, guidance, model, as_sampler(sampler), cond, avoid)
+    )
     kernel = None if refs is None else fit_kernel(guidance, refs, placed)
+    avoid = None if avoid is None else fit_avoid(guidance, kernel, avoid, placed)
     if checks:
         held = None if memory is None else widen(memory.particles)  # empty slots may hold anything
         _raise_at_leaf({"params": params, "cond": cond, "model": model, "sampler": sampler, "memory": held})
@@ -196,17 +208,20 @@ def guided_sample(
         strong(times),
         x_init,
         memory,
+        avoid,
         num_samples=num_samples,
         progress=progress,
         placed=placed,
+        avoid_over=avoid_over,
         checks=checks,
         remat=remat,
         keep_path=keep_path,
     )
     if checks:
         _raise_at_first(notes, samples.trace, times)
-    if refs is not None and "low" in notes and is_concrete((notes, refs)):
-        _warn_of_unscaled(refs, np.asarray(notes["low"]), np.asarray(notes["high"]))
+    for name, points in (("refs", refs), ("avoid", avoid and avoid.points)):
+        if points is not None and "low" in notes and is_concrete((notes, points)):
+            _warn_of_unscaled(name, points, np.asarray(notes["low"]), np.asarray(notes["high"]))
     return samples
 
 
@@ -216,7 +231,10 @@ def _is_default(guidance: MMDGuidance) -> bool:
     return structures[0] == structures[1] and (is_traced(leaves) or all(map(np.array_equal, *leaves)))
 
 
-@functools.partial(jax.jit, static_argnames=("num_samples", "progress", "placed", "checks", "remat", "keep_path"))
+CHOICES = ("num_samples", "progress", "placed", "avoid_over", "checks", "remat", "keep_path")
+
+
+@functools.partial(jax.jit, static_argnames=CHOICES)
 def _sample(*operands, placed, **choices):
     batch = P(placed.shards.batch)
     x, memory, mmd2, shift_norm, path, notes = placed.run(
@@ -228,8 +246,8 @@ def _sample(*operands, placed, **choices):
 
 
 def _run(
-    placed, params, key, refs, kernel, model, guidance, sampler, cond, times, x_init, memory,
-    *, num_samples, progress, checks, remat, keep_path,
+    placed, params, key, refs, kernel, model, guidance, sampler, cond, times, x_init, memory, avoid,
+    *, num_samples, progress, avoid_over, checks, remat, keep_path,
 ):  # fmt: skip
     levels = jax.vmap(model.schedule)(times)
     if not all(hasattr(levels, name) for name in ("t", "alpha", "sigma", "log_snr")):
@@ -245,15 +263,16 @@ def _run(
         x = jnp.asarray(x_init, jnp.promote_types(jnp.result_type(x_init), levels.alpha.dtype))
     x, cond = placed.batch((x, cond))
 
-    if checks and (refs is None or guidance.placement.moves != "x0_hat"):
+    guided = refs is not None or avoid is not None
+    if checks and (not guided or guidance.placement.moves != "x0_hat"):
         sampler = _Watched(sampler)
-    if refs is not None:
-        bound = bind(guidance, kernel, refs, cond, memory, placed)
+    if guided:
+        bound = bind(guidance, kernel, refs, cond, memory, placed, avoid=avoid, avoid_over=avoid_over)
         sampler = GuidedSampler(sampler, bound, num_steps)
 
     # what is noted of each step: whether all is finite, and, on one device, between what x̂0 lies before it is guided
     first_notes = dict.fromkeys(("x0_hat", "x"), jnp.ones((), bool)) if checks else {}
-    if refs is not None and placed == HERE and len(model.shape) == 3:
+    if guided and placed == HERE and len(model.shape) == 3:
         first_notes |= {"low": jnp.full((), jnp.inf, x.dtype), "high": jnp.full((), -jnp.inf, x.dtype)}
 
     def denoise(x, level, notes):
@@ -280,7 +299,7 @@ def _run(
         if progress:
             jax.debug.callback(bar, index)
         path = x if keep_path else None
-        if refs is None:
+        if not guided:
             trace = jnp.full((), jnp.nan), jnp.zeros(()), path
         else:
             trace = sampler_carry.guidance.mmd2, sampler_carry.guidance.shift_norm, path
@@ -298,7 +317,7 @@ def _run(
 
     if memory is not None:
         made = x
-        if refs is not None:
+        if guided:
             memory = guidance.placement.begin(memory)
             made = sampler_carry.guidance.unshifted if guidance.placement.keeps_unshifted else x
         made, of_made = placed.whole(placed.join_all((made, cond)))
@@ -306,10 +325,11 @@ def _run(
     return x, memory, *trace, notes
 
 
-def _warn_of_unscaled(refs: Particles, low: np.ndarray, high: np.ndarray) -> None:
+def _warn_of_unscaled(name: str, refs: Particles, low: np.ndarray, high: np.ndarray) -> None:
     """Warn of pictures in [0, 1] or [0, 255] as references of a model of pictures in [−1, 1].
 
     Args:
+      name: of the argument.
       refs: x [m, h, w, c].
       low, high: [num_steps] least and largest number of x̂0 before it is guided. The first steps tell the model's range:
         later ones follow the guidance.
@@ -322,10 +342,10 @@ def _warn_of_unscaled(refs: Particles, low: np.ndarray, high: np.ndarray) -> Non
     least, most = float(some.min()), float(some.max())
     if least < 0:
         return
-    for top, remedy in ((1, "2 * refs - 1"), (255, "refs / 127.5 - 1")):
+    for top, remedy in ((1, f"2 * {name} - 1"), (255, f"{name} / 127.5 - 1")):
         if 0.6 * top < most <= top:
             warnings.warn(
-                f"refs lie between {least:.3g} and {most:.3g}, but the model makes samples down to {made_from:.2g}. "
+                f"{name} lie between {least:.3g} and {most:.3g}, but the model makes samples down to {made_from:.2g}. "
                 f"Are they pictures in [0, {top}], and the model's in [-1, 1]? Then give {remedy}",
                 stacklevel=4,
             )
@@ -347,6 +367,7 @@ def check_call(
     guidance: Any,
     sampler: Any,
     x_init: Any,
+    avoid: Avoid | None = None,
 ) -> None:
     """Raise the TypeError or ValueError of `guided_sample` for arguments that do not fit each other."""
     check_key(key)
@@ -369,6 +390,8 @@ def check_call(
             "mmdjax.schedules.diffuse makes them from pictures"
         )
     check_kind(guidance)
+    if avoid is not None:
+        check_avoid(avoid, guidance, cond, model.shape, refs)
     if refs is None:
         return
     if not hasattr(refs.x, "shape"):

@@ -31,7 +31,7 @@ MORE = {  # beside the one of each class
     "DDPM, large": DDPM("large"),
     "RectifiedFlow, shifted": RectifiedFlow(shift=3.0),
 }
-INSIDE = {"Barycentric", "DiffusedRBF", "Delta"}  # two that the guidance makes of others; labels alone have no gradient
+INSIDE = {"Barycentric", "DiffusedRBF", "Delta", "Shield"}  # three of the guidance; labels alone have no gradient
 WRAPPERS = {"Opaque", "GuidedSampler"}  # samplers around another
 PAPER = {"Published"}  # a placement that only `MMDGuidance.paper` has, with a memory of its own: tests/test_paper.py
 

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from mmdjax import (
     DDIM,
     IMQ,
+    Avoid,
     Delta,
     DiffusionModel,
     DPMSolverPP2M,
@@ -64,9 +65,11 @@ CASES = {
     },
     "transform": {"guidance": MMDGuidance(transform=optax.trace(0.5), estimator="v"), "remat": True},
     "published": {"guidance": MMDGuidance.paper(0.05), "memory": Memory.empty(20, (2,)).push(Particles(REFS[:2]))},
+    "avoiding": {"avoid": Avoid(REFS[:4], strength=0.5)},
+    "shrunk": {"guidance": MMDGuidance(precondition="shrunk")},
     "settled": {"guidance": MMDGuidance(at=Flipped(), inner_steps=2)},
 }
-QUICK = ("denoised", "sample", "by label", "transform")
+QUICK = ("denoised", "sample", "by label", "avoiding")
 
 
 def sample(x_init, cond=None, key=KEY, refs=REFS, **settings):

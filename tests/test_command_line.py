@@ -231,6 +231,39 @@ def test_captions_can_be_ignored(calls, model, refs, tmp_path):
     assert load_references(one).captions() == ["a bird"] * 3
 
 
+def test_avoid(calls, model, refs, tmp_path):
+    """A folder or a pack, with references or without; prompts are compared where there are captions."""
+    pack = tmp_path / "avoid.safetensors"
+    assert run("encode", model, refs, "--batch-size", 2, "--out", pack) == 0
+    how = ("--batch-size", 2, "--steps", 4, "--out", tmp_path / "out")
+    for words in (
+        ("--avoid", refs, "--avoid-strength", 2),
+        ("--avoid", pack, "--refs", refs),
+        ("--avoid", pack, "--avoid-radius", 1.5, "--captions", "ignore"),
+    ):
+        assert run("sample", model, *words, *how) == 130
+    assert [call["refs"] is None for call in calls] == [True, False, True]
+    assert [call["guidance"].kernel is None for call in calls] == [False, False, True]
+    avoid = [call["avoid"] for call in calls]
+    assert [a.cond is None for a in avoid] == [False, False, True]
+    assert [(float(a.strength), a.radius) for a in avoid] == [(2.0, None), (1.0, None), (1.0, 1.5)]
+    assert [call["memory"] for call in calls] == [8, 8, 8]
+    for a in avoid:
+        np.testing.assert_array_equal(a.x, load_file(pack)["latents"])
+
+
+def test_sample_that_only_avoids(model, refs, tmp_path):
+    out = tmp_path / "out"
+    words = ("--avoid", refs, "--captions", "ignore", "-n", 3, "--batch-size", 3, "--steps", 3, "--prompt", "a bird")
+    assert run("sample", model, *words, "--out", out, "--quiet") == 0
+    report = json.loads((out / "run.json").read_text())
+    assert (report["references"], report["avoided"], report["distances"]) == (None, 3, None)
+    assert report["hashes"]["avoided"] is not None
+    assert (out / "comparison.png").exists()
+    latents = load_file(out / "samples.safetensors")
+    assert np.abs(latents["latents"] - latents["unguided"]).max() > 1e-4
+
+
 def test_quiet(calls, model, refs, tmp_path, capsys):
     """No bar in the program, which JAX's persistent cache then keeps; nothing said."""
     words = ["sample", model, "--refs", refs, "--out", tmp_path / "out", "--batch-size", 2, "--steps", 4]
@@ -327,6 +360,12 @@ WRONG = {
     "sample model --out o --height 9": "height is 9; give a multiple of 2, such as 8",
     "sample model --out o --eta 0 --sampler heun": "--eta is for --sampler ddim, not heun; leave it out",
     "sample model --out o --negative a --cfg-scale 1": "--negative needs a --cfg-scale other than 1",
+    "sample model --out refs/o --avoid refs": "--out refs/o is within --avoid refs; give an --out outside of it",
+    "sample model --out o --avoid nowhere": "nowhere: no such folder of pictures",
+    "sample model --out o --avoid no.safetensors": "--avoid no.safetensors: no.safetensors is not a sound safetensors",
+    "sample model --out o --avoid-strength 2": "--avoid-strength without --avoid; give --avoid, or leave",
+    "sample model --out o --avoid refs --avoid-strength -1": "--avoid-strength is -1; give at least 0",
+    "sample model --out o --avoid refs --avoid-radius 0": "--avoid-radius is 0; give a length above 0",
     "sample model --out o --at clean": "--at without --refs; give --refs, or leave --at out",
     "sample model": "the following arguments are required: --out; see mmdjax sample --help",
     "sample model --out o --fast": "unrecognized arguments: --fast",

@@ -180,7 +180,7 @@ def test_published_memory_with_conditions_and_a_cut_last_batch(tmp_path):
     settings = {"model": MODEL, "num_samples": 4, "num_steps": 4, "guidance": how["guidance"], "cond": LABELS[:4]}
     made = guided_sample(0.5, jax.random.fold_in(KEY, 0), REFS, memory=3, **settings).memory
     read = runs._remember(
-        Memory.empty(3, (3,), LABELS), load_samples(tmp_path).batch(0), LABELS[:4], 4, how["guidance"], REFS
+        Memory.empty(3, (3,), LABELS), load_samples(tmp_path).batch(0), LABELS[:4], 4, how["guidance"], True
     )
     jax.tree.map(np.testing.assert_array_equal, read, made)  # in the same slots: sums over them round alike
 

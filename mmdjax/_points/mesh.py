@@ -129,9 +129,18 @@ class Shards:
         """of_refs(z), [n], the least of what the devices that hold references find."""
         if not self.refs:
             return of_refs(z)
-        found = of_refs(self.in_order(z, everyone))
-        found = jax.lax.all_gather(found, self.refs).min(0)  # `pmin` has no derivative
-        return found if not self.batch else jax.lax.dynamic_slice_in_dim(found, self._start(z), z.n)
+        return self.found(of_refs, z, everyone).min(0)  # `pmin` has no derivative
+
+    def found(self, of_refs: Callable, z: Particles, everyone: Particles) -> Float[Array, "devices n ..."]:
+        """of_refs(z), [n, ...], as each of the devices that hold references finds it."""
+        if not self.refs:
+            return of_refs(z)[None]
+        found = jax.lax.all_gather(of_refs(self.in_order(z, everyone)), self.refs)
+        return found if not self.batch else jax.lax.dynamic_slice_in_dim(found, self._start(z), z.n, axis=1)
+
+    def sum_over_refs(self, x: Any) -> Any:
+        """The sum over the devices that hold references."""
+        return jax.lax.psum(x, self.refs) if self.refs else x
 
 
 WHOLE = Shards()

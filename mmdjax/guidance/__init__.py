@@ -10,6 +10,7 @@
     shrunk        P_i for few references, "shrunk"
     sides         the particles and what they are compared with: all that a rule sees
     coordinates   points as combinations of known ones: fast inner steps in many dimensions
+    avoid         samples to keep away from
     bound         the guidance with its references, applied at each step
     wrappers      guide_denoiser, guide_sampler
     paper         the published rule
@@ -257,13 +258,19 @@ def check_guidance(guidance: Any, refs: Particles, cond: Any) -> None:
         raise ValueError(f'{guidance.where} adds noise to the references; HostReferences need at="denoised" or "clean"')
     if guidance.kernel is None or not guidance.kernel.uses_cond:
         return
-    if refs.cond is None:
-        raise ValueError("the kernel compares conditions but refs have none; give refs=Particles(x, cond=...)")
+    check_cond("refs", refs.cond, cond)
+
+
+def check_cond(name: str, theirs: Any, cond: Any) -> None:
+    """Raise ValueError unless the conditions of a point set, named in the message, are like those of the samples."""
+    if theirs is None:
+        have = "have" if name == "refs" else "has"
+        raise ValueError(f"the kernel compares conditions but {name} {have} none; give {name}=Particles(x, cond=...)")
     if cond is None:
         raise ValueError(
             "the kernel compares conditions but cond is None; give cond, a row for each sample, or a kernel on x alone"
         )
-    shapes = [jax.tree.map(lambda leaf: np.shape(leaf)[1:], tree) for tree in (refs.cond, cond)]
-    if shapes[0] != shapes[1] or jax.tree.structure(refs.cond) != jax.tree.structure(cond):
-        shapes = [jax.tree.map(np.shape, tree) for tree in (refs.cond, cond)]
-        raise ValueError(f"refs.cond has shape {shapes[0]} but cond has {shapes[1]}; conditions must match")
+    shapes = [jax.tree.map(lambda leaf: np.shape(leaf)[1:], tree) for tree in (theirs, cond)]
+    if shapes[0] != shapes[1] or jax.tree.structure(theirs) != jax.tree.structure(cond):
+        shapes = [jax.tree.map(np.shape, tree) for tree in (theirs, cond)]
+        raise ValueError(f"{name}.cond has shape {shapes[0]} but cond has {shapes[1]}; conditions must match")

@@ -9,12 +9,14 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
+from mmdjax._core.numerics import product
 from mmdjax._points.blocks import PLAIN, row_size
 from mmdjax._points.distances import SUBSET, subset_of
-from mmdjax._points.mesh import HERE, Layout, Shards
-from mmdjax._points.particles import Particles, fill_empty, wide_dtype, widen
+from mmdjax._points.mesh import HERE, Axes, Layout, Shards
+from mmdjax._points.particles import Particles, fill_empty, flat, wide_dtype, widen
 from mmdjax._points.streaming import HostReferences
 from mmdjax.guidance import MMDGuidance
+from mmdjax.guidance.avoid import Avoid, Negatives, weight_at_reach, widened
 from mmdjax.guidance.coordinates import combinations, fixed_distances, pays
 from mmdjax.guidance.sides import Sides
 from mmdjax.kernels import Kernel, check_fitted
@@ -46,21 +48,29 @@ class BoundGuidance:
     """An `MMDGuidance` with its references and its fitted kernel; made by `bind`.
 
     Args:
-      refs_term: E k(y, y') over the references, for MMD² in the trace; 0 where they are noisy.
+      kernel, refs: None where samples only avoid something.
+      refs_term: E k(y, y') over the references, for MMD² in the trace; 0 where they are noisy,
+        NaN where there are none.
       seen: what the rule computed from the references; see `see`.
       cond: conditions of the samples, on the devices that hold these.
-      distances: squared distances among references and memory, if inner steps use them; else None.
+      distances: squared distances among all fixed points, if inner steps use them; else None.
+      avoid: what is avoided, its kernel fitted; or None.
+      avoid_over: the mesh axes that it is split over.
+      around: its mean, and the mean squared distance from it, if its kernel is widened at high noise; else None.
     """
 
     guidance: MMDGuidance
-    kernel: Kernel
-    refs: Particles
+    kernel: Kernel | None
+    refs: Particles | None
     refs_term: Any = dataclasses.field(repr=False)
     seen: Any = dataclasses.field(repr=False)
     cond: Any
     memory: Particles | None
     distances: Any = dataclasses.field(default=None, repr=False)
     layout: Layout = static(default=HERE, repr=False)
+    avoid: Avoid | None = None
+    avoid_over: Axes = static(default=(), repr=False)
+    around: Any = dataclasses.field(default=None, repr=False)
 
     def init(self, x: Array) -> GuidanceState:
         """The state before the first step for a batch shaped like x."""
@@ -79,23 +89,39 @@ class BoundGuidance:
         self, x0: Array, state: GuidanceState, fraction: Any, level: Level | None = None
     ) -> tuple[Array, GuidanceState]:
         """x̂0 [n, ...] of points at a level, moved against clean references; `fraction` of the steps is done."""
-        return self._guide(x0, state, fraction, level, (self.kernel, self.refs, self.memory), None)
+        return self._guide(x0, state, fraction, level, (self.kernel, self.refs, self.memory), self.avoid, None)
 
     def after_step(
         self, key: Array, x: Array, state: GuidanceState, fraction: Any, t: Level, s: Level
     ) -> tuple[Array, GuidanceState]:
         """x_s [n, ...], just made by a step from t, moved at level s."""
         placement = self.guidance.placement
-        met = placement.meet(self.layout.first(key), self.kernel, self.refs, self.memory, s)
+        compared, avoid = (None, None, self.memory), self.avoid
+        key = self.layout.first(key)
+        if self.refs is not None:
+            kernel, refs, memory = self._meet(key, self.kernel, self.refs, self.memory, s)
+            if not placement.clean:
+                refs = replace(refs, x=self.layout.references(refs.x))
+            compared = kernel, refs, memory
+        if avoid is not None:
+            key = jax.random.fold_in(key, 2)
+            some = Particles(x[:1]) if avoid.x is None else avoid.points  # each other: only kernel and memory count
+            kernel, points, memory = self._meet(key, avoid.kernel, some, self.memory, s)
+            if not placement.clean:
+                points = replace(points, x=self.layout.put(points.x, P(self.avoid_over)))
+            avoid = replace(avoid, kernel=kernel, x=None if avoid.x is None else points.x)
+            compared = compared if self.refs is not None else (None, None, memory)
+        length = None if self.guidance.inner_steps else placement.length(t, s)
+        return self._guide(x, state, fraction, s, compared, avoid, length)
+
+    def _meet(self, key, kernel, refs, memory, s):
+        placement = self.guidance.placement
+        met = placement.meet(key, kernel, refs, memory, s)
         if not (isinstance(met, tuple) and len(met) == 3):
             raise TypeError(f"{type(placement).__name__}.meet returned {shown(met)}; give (kernel, refs, memory)")
-        kernel, refs, memory = met
-        if not placement.clean:
-            refs = replace(refs, x=self.layout.references(refs.x))
-        length = None if self.guidance.inner_steps else placement.length(t, s)
-        return self._guide(x, state, fraction, s, (kernel, refs, memory), length)
+        return met
 
-    def _guide(self, x, state, fraction, level, compared, length):
+    def _guide(self, x, state, fraction, level, compared, avoid, length):
         """Inner steps of x; with a `length` that many unit shifts in ceil(length) equal parts."""
         guidance, placement, layout = self.guidance, self.guidance.placement, self.layout
         layout.num_calls()  # raises outside of the caller's axes
@@ -108,14 +134,21 @@ class BoundGuidance:
 
         wide = wide_dtype(x)  # of levels and references x takes no precision
         seen = self.seen if placement.clean else None
-        numbers = {"scale": scale, "length": length, "level": level, "reach": self.kernel.reach(), "seen": seen}
+        reach = 0.0 if self.kernel is None else self.kernel.reach()
+        around = None if level is None else self.around
+        numbers = {"scale": scale, "length": length, "level": level, "reach": reach, "seen": seen, "around": around}
         numbers = jax.tree.map(lambda v: jnp.asarray(v, wide), numbers) | {"active": self.active(fraction)}
-        batch, on_refs = P(layout.shards.batch), P(layout.shards.refs)
+        numbers["avoiding"] = False if avoid is None else avoid.active(fraction)
+        avoided, apart = None, avoid
+        if avoid is not None:
+            avoided, apart = avoid.points, replace(avoid, x=None, cond=None, weight=None)
+        shards = layout.shards
+        batch, on_refs, on_avoid = P(shards.batch), P(shards.refs), P(self.avoid_over)
         kernel, refs, memory = compared
         z, transform_state, norm, mmd2 = layout.split(
             self._guide_rows,
-            (*layout.join((x.astype(wide), self.cond, state.transform)), kernel, refs, memory, numbers),
-            specs=(batch, batch, batch, P(), on_refs, P(), P()),
+            (*layout.join((x.astype(wide), self.cond, state.transform)), kernel, refs, memory, numbers, apart, avoided),
+            specs=(batch, batch, batch, P(), on_refs, P(), P(), P(), on_avoid),
             out=(batch, batch, P(), P()),
         )
         z, transform_state = layout.own((z, transform_state), x.shape[0])
@@ -123,37 +156,59 @@ class BoundGuidance:
         transform_state = jax.tree.map(lambda new, old: new.astype(old.dtype), transform_state, state.transform)
         return z.astype(x.dtype), GuidanceState(transform_state, mmd2, norm, x if placement.keeps_unshifted else ())
 
-    def _guide_rows(self, shards: Shards, x, cond, transform_state, kernel, refs, memory, numbers):
+    def _guide_rows(self, shards: Shards, x, cond, transform_state, kernel, refs, memory, numbers, avoid: Any, avoided):
         """`_guide` for the rows of one device: moved x, state of the transform, mean norm of the shifts, MMD²."""
         guidance, rule, steps, length = self.guidance, self.guidance.rule, self.guidance.steps, numbers["length"]
         all_cond = shards.everyone(cond)
         first, points = x, lambda z: z
+        pulled, avoiding, floor = numbers["active"] & (refs is not None), numbers["avoiding"], 0.0
+        if avoid is not None:
+            if numbers["around"] is not None:
+                centre, spread = jax.lax.stop_gradient(numbers["around"])
+                square = shards.total(jnp.sum((x - centre) ** 2)) / all_rows(shards, x) + spread
+                avoid = replace(avoid, kernel=widened(avoid.kernel, square, numbers["level"], row_size(x)))
+            if rule.needs == "mass":
+                floor = weight_at_reach(avoid.kernel, Particles(x, cond))
         if self.distances is not None and not shards.batch and pays(x.shape[0], self.distances.shape[0], row_size(x)):
-            kernel, z, refs, memory, points = combinations(kernel, Particles(x, cond), refs, memory, self.distances)
-            first = z.x
+            sets = refs, memory, avoided
+            between, z, (refs, memory, avoided), points = combinations(Particles(x, cond), *sets, self.distances)
+            first, kernel = z.x, None if kernel is None else between(kernel)
+            if avoid is not None:
+                avoid = replace(avoid, kernel=between(avoid.kernel))
 
         def gather(z):
             return shards.everyone(z) if shards.batch else ()  # to be carried along, and not twice on one device
 
-        def sides(z, gathered):
+        def sides(z, gathered, *, kernel: Any = kernel, refs: Any = refs, shards: Shards = shards):
             everyone = Particles(gathered, all_cond) if shards.batch else None
             rows = Particles(z, cond)
             return Sides(kernel, rows, refs, memory, guidance.estimator, numbers["reach"], everyone, shards)
 
+        def away(z, gathered):
+            assert avoid is not None
+            of_avoided = dataclasses.replace(shards, refs=self.avoid_over)
+            beside = sides(z, gathered, kernel=avoid.kernel, refs=avoided, shards=of_avoided)
+            return (avoid.strength * rule.away(Negatives(beside, avoid, floor))).astype(z.dtype)
+
         def move(plan, z, gathered, state):
-            direction = rule.direction(sides(z, gathered), plan)
+            direction = jnp.zeros_like(z) if refs is None else rule.direction(sides(z, gathered), plan)
             if jnp.shape(direction) != z.shape:
                 raise ValueError(
                     f"{type(rule).__name__}.direction returned shape {jnp.shape(direction)} for particles of shape "
                     f"{z.shape}; it must be that of sides.rows.x"
                 )
+            if avoid is not None:
+                direction = jnp.where(pulled, direction, 0.0)
+                direction += jax.lax.cond(avoiding, away, lambda z, _: jnp.zeros_like(z), z, gathered)
             if guidance.transform is not None:
                 direction, state = jax.vmap(guidance.transform.update)(direction, state, z)
             z = (z - numbers["scale"] * direction).astype(z.dtype)
             return z, gather(z), state
 
         def guided(*carry):
-            plan = rule.prepare(sides(*carry[:2]), numbers["level"], numbers["seen"])
+            plan = None
+            if refs is not None:
+                plan = rule.prepare(sides(*carry[:2]), numbers["level"], numbers["seen"])
 
             def inner(carry, index):
                 if length is None:
@@ -164,15 +219,22 @@ class BoundGuidance:
             there = points(moved[0]).astype(x.dtype)
             moved_by = jax.lax.stop_gradient(there - x)  # here: √ has no derivative where a sample stays
             norms = jnp.sqrt(jnp.sum((moved_by**2).reshape(x.shape[0], -1), axis=1))
-            return *moved, there, shards.total(norms.sum()) / sides(*moved[:2]).everyone.n
+            return *moved, there, shards.total(norms.sum()) / all_rows(shards, x)
 
         def left(*carry):
             return *carry, x, jnp.zeros((), x.dtype)
 
         carry = first, gather(first), transform_state
-        z, gathered, transform_state, there, norm = jax.lax.cond(numbers["active"], guided, left, *carry)
+        z, gathered, transform_state, there, norm = jax.lax.cond(pulled | avoiding, guided, left, *carry)
+        if refs is None:
+            return there, transform_state, norm, jnp.full((), jnp.nan, x.dtype)
         kernel, refs, memory, z, gathered = jax.lax.stop_gradient((kernel, refs, memory, z, gathered))
-        return there, transform_state, norm, sides(z, gathered).mmd2()
+        return there, transform_state, norm, sides(z, gathered, kernel=kernel, refs=refs).mmd2()
+
+
+def all_rows(shards: Shards, x: Array) -> int:
+    """How many rows there are on all devices that the batch is split over."""
+    return x.shape[0] * (jax.lax.axis_size(shards.batch) if shards.batch else 1)
 
 
 def fit_kernel(guidance: MMDGuidance, refs: Particles, layout: Layout = HERE) -> Kernel:
@@ -186,6 +248,21 @@ def fit_kernel(guidance: MMDGuidance, refs: Particles, layout: Layout = HERE) ->
     return kernel
 
 
+def fit_avoid(guidance: MMDGuidance, kernel: Kernel | None, avoid: Avoid, layout: Layout = HERE) -> Avoid:
+    """What is avoided with its kernel: the guidance's, already fitted to the references, or fitted to what is avoided.
+
+    Raises:
+      ValueError: as `fit_kernel`; or samples avoid each other by a kernel without a bandwidth.
+    """
+    if avoid.kernel is None and avoid.radius is None and kernel is not None:
+        return replace(avoid, kernel=kernel)
+    own = avoid.kernel_for(guidance)
+    if avoid.points is not None:
+        own = _fit(own, avoid.points, layout=layout)
+        check_fitted(own)
+    return replace(avoid, kernel=own)
+
+
 @functools.partial(jax.jit, static_argnames="layout")
 def _fit(kernel, refs, *, layout):
     def fit(kernel, refs):
@@ -196,28 +273,46 @@ def _fit(kernel, refs, *, layout):
 
 def bind(
     guidance: MMDGuidance,
-    kernel: Kernel,
-    refs: Particles,
+    kernel: Kernel | None,
+    refs: Particles | None,
     cond: Any = None,
     memory: Memory | None = None,
     layout: Layout = HERE,
     reused: bool = True,
     seen: Any = None,
+    avoid: Avoid | None = None,
+    avoid_over: Axes = (),
 ) -> BoundGuidance:
     """The guidance bound to its references (in at least float32), conditions and memory; `kernel` from `fit_kernel`.
 
     Args:
+      kernel, refs: None where samples only avoid something.
       reused: the result serves many network calls, which pays for distances among all references.
       seen: the result of `see` for these references, if it is known.
+      avoid: what is avoided, from `fit_avoid`.
+      avoid_over: the mesh axes that it is split over.
     """
     placement = guidance.placement
-    if not kernel.sees_cond:  # carried along they would have to match in structure for nothing
-        cond, refs = None, replace(refs, cond=None)
-    in_blocks = placement.clean and refs.n * row_size(refs.x) > PLAIN
-    refs = fill_empty(refs) if in_blocks else widen(refs)  # blocks are cast as they are read: no copy of all references
-    refs = layout.references(refs)
-    refs_term = 0.0
-    if placement.clean:
+    kernels = [k for k in (kernel, None if avoid is None else avoid.kernel) if k is not None]
+    sees_cond = any(k.sees_cond for k in kernels)
+    if not sees_cond:  # carried along they would have to match in structure for nothing
+        cond = None
+
+    def prepared(points, kernel):
+        points = points if kernel.sees_cond else replace(points, cond=None)
+        in_blocks = placement.clean and points.n * row_size(points.x) > PLAIN
+        return fill_empty(points) if in_blocks else widen(points)  # blocks are cast as they are read: no copy of all
+
+    around = None
+    if avoid is not None and avoid.points is not None:
+        points = layout.put(prepared(avoid.points, avoid.kernel), P(avoid_over))
+        avoid = replace(avoid, x=points.x, cond=points.cond, weight=points.weight)
+        if placement.moves == "x0_hat" and placement.clean and guidance.rule.needs == "mass" and not avoid.one_by_one:
+            around = _around(layout.whole(widen(subset_of(points))))
+    if refs is not None:
+        refs = layout.references(prepared(refs, kernel))
+    refs_term = 0.0 if refs is not None else jnp.nan
+    if placement.clean and refs is not None:
         looked_at = layout.whole(jax.lax.stop_gradient(subset_of(refs)))
         refs_term = layout.split(
             functools.partial(_refs_term, guidance.estimator), (kernel, looked_at), specs=(P(), P()), out=P()
@@ -226,15 +321,27 @@ def bind(
     held = None
     if memory is not None:
         held = widen(layout.whole(placement.begin(memory).particles))
-        held = held if kernel.sees_cond else replace(held, cond=None)
-    fixed, distances = refs.n + (0 if held is None else held.n), None
-    few = pays(0, fixed, row_size(refs.x)) and not isinstance(refs.x, HostReferences) and layout.mesh is None
-    # a transform sees points, not their coefficients, and so do some rules
-    plain = guidance.transform is None and kernel.is_radial and not guidance.rule.reads_points
+        held = held if sees_cond else replace(held, cond=None)
+    distances, sets = None, (refs, held, None if avoid is None else avoid.points)
+    there = [points for points in sets if points is not None]
+    few = layout.mesh is None and (refs is not None or sets[2] is not None)
+    few = few and (avoid is None or avoid.radius is None)  # whose step needs the length of a sum
+    few = few and not any(isinstance(points.x, HostReferences) for points in there)
+    # a transform sees points themselves, and so do some rules
+    plain = guidance.transform is None and all(k.is_radial for k in kernels) and not guidance.rule.reads_points
     if reused and few and plain and placement.clean and guidance.steps > 2:
-        distances = fixed_distances(refs, held)
-    seen = see(guidance, refs, layout) if seen is None else seen
-    return BoundGuidance(guidance, kernel, refs, refs_term, seen, cond, held, distances, layout)
+        fixed = sum(points.n for points in there)
+        distances = fixed_distances(*sets) if pays(0, fixed, row_size(there[0].x)) else None
+    seen = see(guidance, refs, layout) if seen is None and refs is not None else seen
+    apart = avoid, avoid_over, around
+    return BoundGuidance(guidance, kernel, refs, refs_term, seen, cond, held, distances, layout, *apart)
+
+
+def _around(points: Particles) -> tuple[Array, Array]:
+    p = points.probabilities()
+    x = flat(points.x)
+    mean = product(p, x)
+    return mean.reshape(points.x.shape[1:]), product(p, jnp.sum((x - mean) ** 2, axis=1))
 
 
 def see(guidance: MMDGuidance, refs: Particles, layout: Layout = HERE) -> Any:

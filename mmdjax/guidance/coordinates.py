@@ -1,7 +1,8 @@
 """Points as combinations of known ones: inner steps of guidance whose cost does not depend on the dimensions.
 
 Guidance moves particles along differences of points. After any number of shifts a particle is z_i = Σ_k c_ik p_k with
-Σ_k c_ik = 1, the p_k being the batch as it came, the references and the memory; with D_kl = |p_k − p_l|²,
+Σ_k c_ik = 1, the p_k being the batch as it came, the references, the memory and what is avoided; with
+D_kl = |p_k − p_l|²,
 
     |z_i − z_j|² = (C D Cᵀ)_ij − q_i − q_j,   q_i = (C D Cᵀ)_ii / 2.
 
@@ -126,15 +127,15 @@ class Barycentric(Radial, autodiff=True):
         return to_known, 0.5 * jnp.sum(to_known * c, axis=1)
 
 
-def fixed_distances(refs: Particles, memory: Particles | None) -> Float[Array, "k k"]:
-    """Squared distances among references and memory, in this order."""
-    x = flat(refs.x)
-    among = squared_distance(x, x, same=True, accurate=True)
-    if memory is None:
-        return among
-    z = flat(memory.x)
-    across = squared_distance(z, x, accurate=True)
-    return jnp.block([[among, across.T], [across, squared_distance(z, z, same=True, accurate=True)]])
+def fixed_distances(*sets: Particles | None) -> Float[Array, "k k"]:
+    """Squared distances among references, memory and what is avoided, in this order, without those that are None."""
+    points = [flat(p.x) for p in sets if p is not None]
+    rows = []
+    for i, x in enumerate(points):
+        own = squared_distance(x, x, same=True, accurate=True)
+        rows.append([*(squared_distance(x, y, accurate=True) for y in points[:i]), own])
+    blocks = [[rows[i][j] if j <= i else rows[j][i].T for j in range(len(rows))] for i in range(len(rows))]
+    return blocks[0][0] if len(blocks) == 1 else jnp.block(blocks)
 
 
 def pays(n: int, fixed: int, d: int) -> bool:
@@ -143,19 +144,26 @@ def pays(n: int, fixed: int, d: int) -> bool:
 
 
 def combinations(
-    kernel: Kernel, z: Particles, refs: Particles, memory: Particles | None, fixed: Float[Array, "k k"]
-) -> tuple[Kernel, Particles, Particles, Particles | None, Callable]:
-    """Kernel, batch, references and memory in terms of known points, and what makes points of the batch again.
+    z: Particles,
+    refs: Particles | None,
+    memory: Particles | None,
+    avoid: Particles | None,
+    fixed: Float[Array, "k k"],
+) -> tuple[Callable, Particles, list[Particles | None], Callable]:
+    """Kernels, batch and fixed sets in terms of known points, and what makes points of the batch again.
 
     Args:
-      kernel: one that `is_radial`.
+      refs, memory, avoid: the fixed sets; the first of them that is there is what the gap is measured to.
       fixed: `fixed_distances`.
+    Returns:
+      A function of a kernel that `is_radial`; the batch; the fixed sets; a function from coefficients to points.
     """
-    n, m, total = z.n, refs.n, z.n + fixed.shape[0]
+    n, total = z.n, z.n + fixed.shape[0]
     x = flat(z.x)
-    fixed_sets = [p.x for p in (refs, memory) if p is not None]
-    centre = middle(refs.x)
-    gap, far = _gap(x, refs.x)
+    fixed_sets = [p.x for p in (refs, memory, avoid) if p is not None]
+    first = fixed_sets[0]
+    centre = middle(first)
+    gap, far = _gap(x, first)
     at_refs = x - gap
     own = squared_distance(x, x, same=True, accurate=True)
     to_fixed = jnp.concatenate([squared_distance(at_refs, y, accurate=True) for y in fixed_sets], axis=1)
@@ -169,19 +177,29 @@ def combinations(
     known = jnp.eye(n, total, dtype=x.dtype)
 
     def points(c: Array) -> Array:
-        moved = product(c[:, :n] - known[:, :n], at_refs - centre) + _combine(c[:, n : n + m], refs.x, centre)
+        m = n + first.shape[0]
+        moved = product(c[:, :n] - known[:, :n], at_refs - centre) + _combine(c[:, n:m], first, centre)
         moved -= c[:, n:].sum(1, keepdims=True) * gap
-        if memory is not None:
-            moved += _combine(c[:, n + m :], memory.x, centre)
+        for y in fixed_sets[1:]:
+            moved += _combine(c[:, m : m + y.shape[0]], y, centre)
+            m += y.shape[0]
         return z.x + moved.reshape(z.x.shape)
 
-    corners, remembered = replace(refs, x=n + jnp.arange(m, dtype=x.dtype)), None
-    if memory is not None:
-        memory_rows = jnp.eye(memory.n, total, k=n + m, dtype=x.dtype)
-        remembered = replace(memory, x=memory_rows)
+    start, corners = n, []
+    for held in (refs, memory, avoid):
+        if held is None:
+            corners.append(None)
+        elif held is memory:
+            corners.append(replace(held, x=jnp.eye(held.n, total, k=start, dtype=x.dtype)))
+        else:
+            corners.append(replace(held, x=start + jnp.arange(held.n, dtype=x.dtype)))
+        start += 0 if held is None else held.n
     gap2 = squares(gap[None])[0]
-    between = kernel.map_radial(lambda part: Barycentric(part, distances, aside, gap2))
-    return between, replace(z, x=known), corners, remembered, points
+
+    def between(kernel: Kernel) -> Kernel:
+        return kernel.map_radial(lambda part: Barycentric(part, distances, aside, gap2))
+
+    return between, replace(z, x=known), corners, points
 
 
 def _gap(x: Float[Array, "n d"], refs: Any) -> tuple[Float[Array, " d"], Array]:

@@ -86,6 +86,17 @@ class Rule(Component):
         """
         raise NotImplementedError(f"{type(self).__name__} has no direction(sides, plan); write it")
 
+    def away(self, negatives: Any) -> Float[Array, "n ..."]:
+        """What `Avoid` of strength 1 adds to the direction; see `mmdjax.guidance.avoid`.
+
+        Args:
+          negatives: the particles and what they avoid; `negatives.pull` is like `Sides.pull`, and
+            `negatives.bounded` a step that is 0 far from all.
+        """
+        if self.needs != "mass":
+            return 2 * negatives.pull(self.needs or "none")[0]
+        return negatives.bounded()
+
 
 @pytree
 class Plain(Rule):
@@ -102,6 +113,10 @@ class Raw(Rule):
     def direction(self, sides, plan):
         pushed = sides.push()[0]
         return per_sample(2 * sides.weights[: sides.rows.n], pushed) * (pushed - sides.pull()[0])
+
+    def away(self, negatives):
+        pulled, _ = negatives.pull()
+        return per_sample(2 * negatives.sides.weights[: negatives.sides.rows.n], pulled) * pulled
 
 
 @pytree

@@ -36,7 +36,7 @@ class Sides:
       kernel: for all pairs; or two, among the batch and between the batch and fixed points (references, memory).
       rows: z, the n particles of this device. In many dimensions their `x` may be coefficients [n, N] of N known
         points: take distances from the methods here, not from `x`.
-      refs: m references.
+      refs: m references, `Particles`; None where samples only avoid each other.
       memory: past samples of weight 0 or 1, which count on the particles' side but do not move; or None.
       estimator: "u" leaves the self-pair out, "v" keeps it.
       reach: `Kernel.reach` of the kernel between clean points.
@@ -46,7 +46,7 @@ class Sides:
 
     kernel: Kernel | tuple[Kernel, Kernel]
     rows: Particles
-    refs: Particles
+    refs: Any
     memory: Particles | None = None
     estimator: str = "u"
     reach: Any = 0.0

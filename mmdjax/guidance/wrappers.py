@@ -17,8 +17,9 @@ from mmdjax._points.mesh import HERE, Layout, spread_over
 from mmdjax._points.particles import Particles, as_particles
 from mmdjax.denoisers import FORM, Denoiser
 from mmdjax.fit import check_comparable
-from mmdjax.guidance import MMDGuidance, check_guidance
-from mmdjax.guidance.bound import BoundGuidance, GuidanceState, bind, fit_kernel, see
+from mmdjax.guidance import MMDGuidance, check_guidance, check_kind
+from mmdjax.guidance.avoid import Avoid, as_avoid, check_avoid
+from mmdjax.guidance.bound import BoundGuidance, GuidanceState, bind, fit_avoid, fit_kernel, see
 from mmdjax.memory import Memory
 from mmdjax.samplers import Sampler, as_sampler, take_step
 from mmdjax.schedules import Level
@@ -50,25 +51,32 @@ class GuidedDenoiser:
     denoiser: Any
     guidance: MMDGuidance
     kernel: Any
-    refs: Particles
+    refs: Particles | None
     seen: Any = dataclasses.field(repr=False)
+    avoid: Avoid | None = None
     layout: Layout = static(default=HERE, repr=False)
 
     @in_own_modes
     def __call__(self, params, x, level, cond):
         of_all, alike = _one_level(level)
-        _check_shapes(x, self.refs)
-        if not self.layout.calls:
+        if self.refs is not None and not self.layout.calls:
             warn_if_alone(x.shape[0], JOIN)
-        reused = self.refs.n <= 8 * x.shape[0] * self.layout.num_calls()  # at once: here all is made anew at each call
-        bound = bind(self.guidance, self.kernel, self.refs, cond, None, self.layout, reused, self.seen)
+        sets = [p for p in (self.refs, self.avoid and self.avoid.points) if p is not None]
+        # distances among all of them pay if many samples share them: here all is made anew at each call
+        reused = sum(p.n for p in sets) <= 8 * x.shape[0] * self.layout.num_calls()
+        bound = bind(
+            self.guidance, self.kernel, self.refs, cond, None, self.layout, reused, self.seen, avoid=self.avoid
+        )
+        _check_shapes(x, bound)
         x0 = self.denoiser(params, x, level, cond)
         moved = bound.denoised(x0, bound.init(x0), steps_done(1 - of_all.t), of_all)[0]
         return moved if alike is True else jnp.where(alike, moved, jnp.nan)
 
 
 @in_own_modes
-def guide_denoiser(denoiser: Denoiser, guidance: MMDGuidance, refs: Any, *, axis_name: Any = None) -> GuidedDenoiser:
+def guide_denoiser(
+    denoiser: Denoiser, guidance: MMDGuidance, refs: Any, *, avoid: Any = None, axis_name: Any = None
+) -> GuidedDenoiser:
     """A denoiser whose x̂0 is moved towards the references: "denoised" guidance for your own loop or solver.
 
     It keeps no state: the transform's state starts anew at each call. The window is compared with 1 − t.
@@ -76,7 +84,8 @@ def guide_denoiser(denoiser: Denoiser, guidance: MMDGuidance, refs: Any, *, axis
     Args:
       denoiser: (params, x, level, cond) -> x0_hat. The level's fields are scalars, or [n, ...] with equal numbers.
       guidance: with at="denoised".
-      refs: an array [m, ...] or Particles, scaled and shaped like the denoiser's samples.
+      refs: an array [m, ...] or Particles, scaled and shaped like the denoiser's samples. None: only avoid something.
+      avoid: samples to keep away from, an array, Particles or `Avoid`; None: nothing.
       axis_name: for a loop under `jax.vmap(..., axis_name="batch")` or `shard_map`, that name: the rows of all calls
         are guided together. The steps must be the same for all. References are whole in each call.
     Returns:
@@ -96,15 +105,18 @@ def guide_denoiser(denoiser: Denoiser, guidance: MMDGuidance, refs: Any, *, axis
       >>> guided(None, jnp.zeros((3, 2)), VPLinear()(0.5), None).shape
       (3, 2)
     """
-    refs = as_particles(refs)
+    refs, avoid = _as_sets(refs, avoid)
     check_function("denoiser", denoiser, FORM)
-    check_guidance(guidance, refs, refs.cond)
+    cond = refs.cond if refs is not None else avoid.cond
+    _check(guidance, refs, avoid, cond)
     if not guidance.placement.inside:
         raise ValueError(
             f'{guidance.where} moves x after a step, which a denoiser never sees; use guide_sampler, or at="denoised"'
         )
-    kernel, seen = fit_kernel(guidance, refs), see(guidance, refs)
-    return GuidedDenoiser(as_component(denoiser), guidance, kernel, refs, seen, spread_over(axis_name))
+    kernel = None if refs is None else fit_kernel(guidance, refs)
+    seen = None if refs is None else see(guidance, refs)
+    avoid = None if avoid is None else fit_avoid(guidance, kernel, avoid)
+    return GuidedDenoiser(as_component(denoiser), guidance, kernel, refs, seen, avoid, spread_over(axis_name))
 
 
 def warn_if_alone(num_samples: int, *remedies: str, stacklevel: int = 4) -> None:
@@ -132,9 +144,26 @@ def _one_level(level: Level) -> tuple[Level, Any]:
     return first, alike
 
 
-def _check_shapes(x, refs):
-    if x.shape[1:] != refs.x.shape[1:]:
-        raise ValueError(f"refs have shape {refs.x.shape} but the samples have {x.shape}; samples must match")
+def _as_sets(refs: Any, avoid: Any) -> tuple[Particles | None, Avoid | None]:
+    avoid = as_avoid(avoid)
+    if refs is None and avoid is None:
+        raise ValueError("refs is None and so is avoid; give references, samples to avoid, or both")
+    return None if refs is None else as_particles(refs), avoid
+
+
+def _check(guidance: MMDGuidance, refs: Particles | None, avoid: Avoid | None, cond: Any) -> None:
+    """The checks of references and of what is avoided; `cond` of the samples."""
+    check_kind(guidance)
+    if refs is not None:
+        check_guidance(guidance, refs, cond)
+    if avoid is not None:
+        check_avoid(avoid, guidance, cond, None if refs is None else np.shape(refs.x)[1:], refs)
+
+
+def _check_shapes(x: Any, bound: BoundGuidance) -> None:
+    for name, held in (("refs have", bound.refs), ("avoid has", bound.avoid and bound.avoid.points)):
+        if held is not None and x.shape[1:] != held.x.shape[1:]:
+            raise ValueError(f"{name} shape {held.x.shape} but the samples have {x.shape}; samples must match")
 
 
 class GuidedCarry(NamedTuple):
@@ -156,13 +185,13 @@ class GuidedSampler:
     @in_own_modes
     def init(self, x):
         """The first `GuidedCarry`."""
-        if self.bound.memory is None and not self.bound.layout.calls:
+        if self.bound.refs is not None and self.bound.memory is None and not self.bound.layout.calls:
             warn_if_alone(x.shape[0], JOIN, REMEMBER)
         return self.start(x)
 
     def start(self, x):
         """As `init`, without a warning."""
-        _check_shapes(x, self.bound.refs)
+        _check_shapes(x, self.bound)
         return GuidedCarry(self.sampler.init(x), self.bound.init(x), jnp.zeros((), jnp.int32))
 
     @in_own_modes
@@ -204,6 +233,7 @@ def guide_sampler(
     cond: Any = None,
     memory: Memory | None = None,
     num_steps: int | None = None,
+    avoid: Any = None,
     axis_name: Any = None,
 ) -> GuidedSampler:
     """A sampler that guides each step, for your own loop; for every placement.
@@ -211,10 +241,11 @@ def guide_sampler(
     Args:
       sampler: anything with `init` and `step` (see `mmdjax.samplers`).
       guidance: an `MMDGuidance`.
-      refs: an array [m, ...] or Particles, scaled and shaped like the samples.
+      refs: an array [m, ...] or Particles, scaled and shaped like the samples. None: only avoid something.
       cond: conditions of the batch, a pytree of [n, ...], if the kernel compares them.
       memory: finished samples, which count as particles but do not move.
       num_steps: steps of the loop; the window is compared with the fraction of them that is done. None: with 1 − t.
+      avoid: samples to keep away from, an array, Particles or `Avoid`; None: nothing.
       axis_name: for a loop under `jax.vmap(..., axis_name="batch")` or `shard_map`, that name: the rows of all calls
         are guided together. The steps must be the same for all; `refs` and `memory` are whole in each call.
     Returns:
@@ -229,13 +260,17 @@ def guide_sampler(
       >>> sampler = guide_sampler(DDIM(), MMDGuidance(kernel=RBF(1.0)), jnp.ones((4, 2)))
       >>> carry = sampler.init(jnp.zeros((3, 2)))
     """
-    refs, cond = as_particles(refs), as_arrays("cond", cond)
-    check_guidance(guidance, refs, cond)
+    (refs, avoid), cond = _as_sets(refs, avoid), as_arrays("cond", cond)
+    _check(guidance, refs, avoid, cond)
     if memory is not None:
         if not isinstance(memory, Memory):
             raise TypeError(f"memory is {type(memory).__name__}; give Memory.empty(capacity, shape) or one from before")
-        check_comparable("memory", memory.particles, "refs", refs, kernel_uses_cond=False)
+        beside = ("refs", refs) if refs is not None else ("avoid", avoid.points)
+        if beside[1] is not None:
+            check_comparable("memory", memory.particles, *beside, kernel_uses_cond=False)
         if guidance.kernel is not None and guidance.kernel.uses_cond and memory.particles.cond is None:
             raise ValueError("the kernel compares conditions but memory has none: Memory.empty(capacity, shape, cond)")
-    bound = bind(guidance, fit_kernel(guidance, refs), refs, cond, memory, spread_over(axis_name))
+    kernel = None if refs is None else fit_kernel(guidance, refs)
+    avoid = None if avoid is None else fit_avoid(guidance, kernel, avoid)
+    bound = bind(guidance, kernel, refs, cond, memory, spread_over(axis_name), avoid=avoid)
     return GuidedSampler(as_sampler(sampler), bound, num_steps)

@@ -32,7 +32,8 @@ from mmdjax._files.lock import NAME as LOCK
 from mmdjax._files.lock import locked
 from mmdjax._points.particles import Particles, num_present
 from mmdjax.checkpoint import Entry, write_safetensors
-from mmdjax.guidance import MMDGuidance
+from mmdjax.guidance import MMDGuidance, default_kernel
+from mmdjax.guidance.avoid import Avoid
 from mmdjax.guidance.bound import fit_kernel
 from mmdjax.metrics import energy_distance
 from mmdjax.mmd import mmd2
@@ -50,7 +51,13 @@ IN_GRID, IN_COMPARISON = 64, 16  # pictures
 SMALL = 64  # pixels: smaller pictures are enlarged in grids
 PARTS, REPORT = "parts", "run.json"
 REMEMBERED = 1000  # samples of earlier batches that the later ones are guided around, unless told otherwise
-AS_BEFORE = {"memory": REMEMBERED, "captions": "use"}  # options that a run.json of before them does not name
+AS_BEFORE = {  # options that a run.json of before them does not name
+    "memory": REMEMBERED,
+    "captions": "use",
+    "avoid": None,
+    "avoid_strength": 1.0,
+    "avoid_radius": None,
+}
 
 
 def sample_to_folder(
@@ -74,6 +81,9 @@ def sample_to_folder(
     compare: bool = True,
     settings: Mapping[str, Any] | None = None,
     progress: bool = True,
+    avoid: ReferencePack | None = None,
+    avoid_strength: float = 1.0,
+    avoid_radius: float | None = None,
 ) -> dict[str, Any]:
     """Sample a pipeline guided by references and write pictures and figures; see the top of this module.
 
@@ -92,6 +102,9 @@ def sample_to_folder(
       compare: also make unguided samples from the same noise, in twice the time.
       settings: further entries of run.json. A folder with a finished run of equal settings is left as it is.
       progress: show bars. JAX's persistent compilation cache keeps the sampling program only without them.
+      avoid: encoded pictures to keep away from, or None. They keep away the samples of prompts like their captions; all
+        samples where either has none.
+      avoid_strength, avoid_radius: as in `Avoid`, in latents.
     Returns:
       The contents of run.json.
     Raises:
@@ -107,7 +120,8 @@ def sample_to_folder(
     for name, value, least in (("num_samples", num_samples, 1), ("batch_size", batch_size, 1), ("memory", memory, 0)):
         if value < least:
             raise ValueError(f"{name} is {value}; give at least {least}")
-    check_settings(pipeline, refs, num_steps=num_steps, prompts=prompts, negative=negative, height=height, width=width)
+    how = {"num_steps": num_steps, "prompts": prompts, "negative": negative, "height": height, "width": width}
+    check_settings(pipeline, refs, avoid=avoid, **how)
     started = time.perf_counter()
     if pipeline.conditional:
         prompts = prompts or (refs.captions() if refs is not None else None) or [""]
@@ -122,8 +136,15 @@ def sample_to_folder(
     scale = {} if null_cond is None else {"guidance_scale": cfg_scale, "null_cond": null_cond}
     model = pipeline.model(height=height, width=width, **scale)
     particles = None if refs is None else refs.particles()
-    if particles is not None and guidance.kernel is None and particles.cond is not None and cond is not None:
+    avoided = None if avoid is None else avoid.particles()
+    first = particles if particles is not None else avoided
+    if first is not None and guidance.kernel is None and first.cond is not None and cond is not None:
         guidance = replace(guidance, kernel=pipeline.kernel())
+    kept_off = None
+    if avoided is not None:
+        unlike = avoided.cond is None and avoid_radius is None and guidance.base_kernel.uses_cond
+        kernel = default_kernel(guidance.at) if unlike else None
+        kept_off = Avoid(avoided.x, avoided.cond, strength=avoid_strength, radius=avoid_radius, kernel=kernel)
 
     index = np.arange(num_samples) % max(len(prompts), 1)
     call = {
@@ -135,7 +156,7 @@ def sample_to_folder(
         "times": pipeline.times(num_steps),
         "progress": progress,
     }
-    capacity = min(num_samples, memory) if particles is not None and batches > 1 else 0
+    capacity = min(num_samples, memory) if first is not None and batches > 1 else 0
     key, parts = jax.random.key(seed), out / PARTS
 
     def save_pictures(start, latents):
@@ -145,12 +166,13 @@ def sample_to_folder(
 
     with locked(out):
         how = {"guidance": guidance, "memory": capacity or None, "each": save_pictures, "out": parts / "guided"}
-        arrays = {"latents": np.asarray(sample_many(params, key, particles, **how, **call))}
-        if compare and particles is not None:
+        arrays = {"latents": np.asarray(sample_many(params, key, particles, avoid=kept_off, **how, **call))}
+        if compare and first is not None:
             arrays["unguided"] = np.asarray(sample_many(params, key, None, out=parts / "unguided", **call))
         arrays["prompt"] = index.astype(np.int32)
         pictures = np.stack([_read_picture(out / f"{i:05d}.png") for i in range(min(num_samples, IN_GRID))])
-        _save_grids(out, pipeline, params, refs, pictures, arrays.get("unguided"), progress)
+        shown = {"references": refs, "avoided": avoid}
+        _save_grids(out, pipeline, params, shown, pictures, arrays.get("unguided"), progress)
         entries = {name: Entry(x.shape, x.dtype, lambda x=x: x) for name, x in arrays.items()}
         write_safetensors(out / "samples.safetensors", entries, {"format": "mmdjax samples 1"})
         report = {
@@ -158,10 +180,12 @@ def sample_to_folder(
             "prompts": list(prompts),
             "batch_size": batch_size,
             "references": None if refs is None else len(refs.latents),
+            "avoided": None if avoid is None else len(avoid.latents),
             "distances": None if particles is None else _distances(guidance, particles, arrays, cond),
             "hashes": {
                 "weights": tree_hash(params),
                 "references": None if refs is None else refs.content,
+                "avoided": None if avoid is None else avoid.content,
                 "samples.safetensors": hashlib.sha256((out / "samples.safetensors").read_bytes()).hexdigest(),
             },
             "made_with": provenance(),
@@ -181,6 +205,7 @@ def check_settings(
     negative: str = "",
     height: int | None = None,
     width: int | None = None,
+    avoid: ReferencePack | None = None,
 ) -> None:
     """The checks of `sample_to_folder` that need no weights; its arguments.
 
@@ -188,7 +213,8 @@ def check_settings(
       ValueError: a size that the autoencoder does not divide, or that is not the references'; a scheduler that has no
         grid of so many steps; prompts for an unconditional model, or for text encoders without a vocabulary.
     """
-    _check_size(refs, pipeline.latent_shape(height, width), pipeline.autoencoder.config.downscale)
+    for name, pack in (("references", refs), ("pictures to avoid", avoid)):
+        _check_size(name, pack, pipeline.latent_shape(height, width), pipeline.autoencoder.config.downscale)
     pipeline.times(num_steps)
     said = [*prompts, *([negative] if negative else [])]
     if said and not pipeline.conditional:
@@ -267,11 +293,11 @@ def _read_picture(path: Path) -> np.ndarray:
         return np.asarray(picture, np.float32) / 127.5 - 1
 
 
-def _check_size(refs: ReferencePack | None, shape: tuple[int, ...], down: int) -> None:
+def _check_size(name: str, refs: ReferencePack | None, shape: tuple[int, ...], down: int) -> None:
     if refs is not None and tuple(refs.latents.shape[1:]) != shape:
         theirs, ours = ([side * down for side in sides[:2]] for sides in (refs.latents.shape[1:], shape))
         raise ValueError(
-            f"the references have {theirs[0]} × {theirs[1]} pixels but the samples {ours[0]} × {ours[1]}; encode the "
+            f"the {name} have {theirs[0]} × {theirs[1]} pixels but the samples {ours[0]} × {ours[1]}; encode the "
             "pictures again in the samples' size, or sample in theirs"
         )
 
@@ -281,14 +307,14 @@ def _decode(pipeline: Pipeline, params: Any, latents: Any, progress: bool) -> li
     return [np.asarray(pipeline.decode(params, latents[i : i + 1]))[0] for i in one_by_one]
 
 
-def _save_grids(out, pipeline, params, refs, pictures, unguided, progress) -> None:
+def _save_grids(out, pipeline, params, packs, pictures, unguided, progress) -> None:
     columns = math.ceil(math.sqrt(len(pictures)))
     scale = max(1, SMALL // pictures.shape[2])
     with written_whole(out / "grid.png") as partial:
         image_grid(pictures, columns=columns, scale=scale, margin=2).save(partial, format="PNG")
     if unguided is None:
         return
-    pairs = {"references": refs.latents, "unguided": unguided}
+    pairs = {title: pack.latents for title, pack in packs.items() if pack is not None} | {"unguided": unguided}
     grids = {title: np.stack(_decode(pipeline, params, x[:IN_COMPARISON], progress)) for title, x in pairs.items()}
     save_labelled_grids(out / "comparison.png", {**grids, "guided": pictures[:IN_COMPARISON]}, columns=4, scale=scale)
 

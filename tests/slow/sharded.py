@@ -25,6 +25,7 @@ from mmdjax import (
     DDPM,
     IMQ,
     RBF,
+    Avoid,
     Cosine,
     Delta,
     DiffusionModel,
@@ -44,6 +45,7 @@ from mmdjax import (
 )
 from mmdjax.distributed import batch_mesh, batch_sharding, initialize, local_rows, replicate, shard_params
 from mmdjax.schedules import VPLinear
+from mmdjax.tree import replace
 
 D, N, M, STEPS = 6, 16, 24, 3
 RUN = 9 * N + 5  # samples of a long run
@@ -62,6 +64,7 @@ LABELS = np.arange(N) % 3
 KNOWN = Particles(REFS, np.arange(M) % 3, np.where(np.arange(M) % 5 == 0, 0.0, 1.0).astype(np.float32))
 TIMES = np.linspace(0.9, 0.0, STEPS + 1)
 BY_LABEL = Product(x=IMQ(), cond=Delta())
+AVOIDED = DRAW.standard_normal((M, D), np.float32) - 0.5
 CASES = {
     "denoised": {"memory": 10},
     "sample": {"guidance": MMDGuidance(at="sample"), "sampler": Heun(), "memory": 10},
@@ -74,6 +77,18 @@ CASES = {
         "guidance": MMDGuidance(Mapped(jnp.tanh, RBF()), precondition="length", estimator="v"),
         "sampler": DDIM(eta=0.5),
         "checks": True,
+    },
+    "avoid": {"memory": 10, "avoid": Avoid(AVOIDED, strength=3.0)},
+    "only avoid": {"refs": None, "avoid": Avoid(AVOIDED, nearest=3, window=(0, 1), kernel=IMQ(2.0)), "memory": 10},
+    "avoid at sample": {
+        "guidance": MMDGuidance(at="sample"),
+        "avoid": Avoid(AVOIDED, weight=np.arange(M) % 4 != 0, strength=3.0),
+    },
+    "avoid by label": {
+        "guidance": MMDGuidance(BY_LABEL),
+        "refs": KNOWN,
+        "cond": LABELS,
+        "avoid": Avoid(AVOIDED, np.arange(M) % 3, radius=3.0),
     },
 }
 
@@ -110,7 +125,8 @@ def agree_in(*, auto, refs=REFS, **settings):
     alone = sample(refs, **settings)
     mesh = mesh_of(8)
     sharding = batch_sharding(mesh)
-    split = sample(put(refs, mesh, "batch"), shard_params(PARAMS, mesh), sharding=sharding, **settings)
+    there = put_avoided(settings, mesh)
+    split = sample(put(refs, mesh, "batch"), shard_params(PARAMS, mesh), sharding=sharding, **there)
     assert split.x.sharding.is_equivalent_to(sharding, 2), split.x.sharding
     assert_equal(alone, split)
     if not auto:
@@ -119,6 +135,15 @@ def agree_in(*, auto, refs=REFS, **settings):
     whole = sample(refs, replicate(PARAMS, mesh), sharding=batch_sharding(mesh), **settings)
     assert whole.x.sharding.is_equivalent_to(batch_sharding(mesh), 2), whole.x.sharding
     assert_equal(alone, whole)
+
+
+def put_avoided(settings, mesh):
+    """What is avoided, split by rows."""
+    if "avoid" not in settings:
+        return settings
+    avoid = settings["avoid"]
+    rows = {name: put(getattr(avoid, name), mesh, "batch") for name in ("x", "cond", "weight")}
+    return settings | {"avoid": replace(avoid, **rows)}
 
 
 def counts():
