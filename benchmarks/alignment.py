@@ -5,7 +5,7 @@ method of `methods.py` is scored by `scores.py` on seeds that nothing was chosen
 on others. `targets.py` adds other numbers of references, fewer steps and small batches with a memory, and holds all of
 it against thresholds.
 
-    python benchmarks/alignment.py                       # the core tasks, a quarter of an hour on two cores
+    python benchmarks/alignment.py                       # the core: five tasks, half an hour on two busy cores
     python benchmarks/alignment.py --all                 # everything: results/alignment.json and the pictures
     python benchmarks/alignment.py --only ring grid      # these tasks anew, the others kept
     python benchmarks/alignment.py --quick               # one seed, few methods, two tasks, into out/

@@ -136,8 +136,8 @@ def test_tasks_draw_disjoint_sets_of_their_target():
         task = make()
         draw = [as_particles(part) for part in task.draw(0)]
         rows = np.concatenate([flat(part.x) for part in draw])
-        # two people of a pool may look alike: .3% of the faces do
-        assert len(np.unique(rows, axis=0)) >= (0.99 if "face" in task.name else 1) * len(rows), task.name
+        alike = 2 if task.name.startswith("portraits") else 0  # two drawn people may look alike
+        assert len(np.unique(rows, axis=0)) >= len(rows) - alike, task.name
         refs, fresh = draw[:2]
         assert records.NUM_REFS - 1 <= refs.n <= records.NUM_REFS  # 99 of three groups
         if task.wanted is not None:
