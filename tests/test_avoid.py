@@ -238,8 +238,16 @@ def test_only_those_of_the_same_condition_repel(how):
 # --- the ways to compute it ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["plain", "nearest"])
-@pytest.mark.parametrize("refs", [True, False])
+@pytest.mark.parametrize(
+    ("how", "refs"),
+    [
+        ("plain", False),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("plain", True), ("nearest", True), ("nearest", False))
+        ),
+    ],
+)
 def test_combinations_of_points_are_the_points(how, refs):
     """Few points in many dimensions: inner steps among known distances, with their derivative; float64."""
     with jax.enable_x64(True):
@@ -293,7 +301,9 @@ def test_nearest_of_all_is_all_and_of_one_is_the_nearest_alone():
         )
 
 
-@pytest.mark.parametrize("at", ["denoised", "sample", "clean", "diffused"])
+@pytest.mark.parametrize(
+    "at", ["denoised", "sample", *(pytest.param(at, marks=pytest.mark.slow) for at in ("clean", "diffused"))]
+)
 @pytest.mark.parametrize("refs", [True, False])
 def test_every_placement(at, refs):
     """Finite, moved, and away: on average farther from what is avoided than without it."""

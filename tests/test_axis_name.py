@@ -69,7 +69,7 @@ CASES = {
     "shrunk": {"guidance": MMDGuidance(precondition="shrunk")},
     "settled": {"guidance": MMDGuidance(at=Flipped(), inner_steps=2)},
 }
-QUICK = ("denoised", "sample", "by label", "avoiding")
+QUICK = ("denoised", "by label", "avoiding")
 
 
 def sample(x_init, cond=None, key=KEY, refs=REFS, **settings):
@@ -132,6 +132,7 @@ def test_keys_do_not_depend_on_the_axis():
     assert_equal(jax.vmap(one, axis_name="batch")(keys), jnp.stack([plain(key) for key in keys]))
 
 
+@pytest.mark.slow
 def test_another_number_of_calls_is_another_batch():
     """The program of a call knows how many there are; equal calls compile nothing."""
     compiled = []
