@@ -30,7 +30,8 @@ def picture(path: Path, task: Task, record: dict[str, Any], seed: int) -> None:
     else:
         rng = np.random.default_rng(0)
         some = {title: x[np.sort(rng.permutation(len(x))[:NUM_IMAGES])] for title, x in panels.items()}
-        save_labelled_grids(path, some, scale=3)
+        width = next(iter(some.values())).shape[2]
+        save_labelled_grids(path, some, scale=max(1, 48 // width))
 
 
 def _scatter(path, panels, target):
