@@ -134,8 +134,9 @@ def guided_sample(
         or a radius. None: nothing.
       axis_name: for a call under `jax.vmap(sample_one, axis_name="batch")` or `shard_map`, that name, or a tuple of
         names: the samples of all calls along the axis are guided together, as one call with all of them would. Each
-        call has a key, cond and x_init of its own; the rest is the same in all. So are the memory and the trace's
-        numbers that they return (`out_axes=None`); the memory holds the samples of all calls. Noise for the references
+        call has a key, cond and x_init of its own; the rest is the same in all. So are the trace and the memory that
+        they return, which holds the samples of all calls: with `return made.x[0], made.memory` give `vmap`
+        out_axes=(0, None). Noise for the references
         ("sample") is drawn from the first call's key. In a `shard_map` with check_vma=False devices share the work of
         the guidance; with JAX's default, True, each does all of it.
     Returns:

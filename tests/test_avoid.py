@@ -420,6 +420,7 @@ BY_LABEL = MMDGuidance(Product(x=IMQ(1.0), cond=Delta()))
 SOME = np.zeros((3, 2), np.float32)
 MISTAKES = {
     "shape": (ValueError, r"avoid has shape \(3, 4\) but samples have shape \(2,\)", lambda: sample(np.zeros((3, 4)))),
+    "without its first axis": (ValueError, r"avoid has the shape of one sample, \(2,\)", lambda: sample(np.zeros(2))),
     "dtype": (TypeError, "avoid has dtype uint8; give floats", lambda: sample(np.zeros((3, 2), np.uint8))),
     "nan": (ValueError, "avoid is NaN or infinite in rows", lambda: sample(np.full((3, 2), np.nan))),
     "empty": (ValueError, "avoid is empty", lambda: sample(np.zeros((0, 2)))),

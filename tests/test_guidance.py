@@ -188,6 +188,13 @@ def test_shrunk_without_evidence_is_the_default():
     np.testing.assert_allclose(*steps, rtol=1e-4, atol=1e-5)  # float32, two ways of summing
 
 
+def test_evidence_is_a_number_that_is_not_negative():
+    with pytest.raises(ValueError, match="evidence is -1; give at least 0"):
+        Shrunk(evidence=-1)
+    with pytest.raises(TypeError, match="evidence is 'much'; give a number"):
+        Shrunk(evidence="much")
+
+
 def test_shrunk_leaves_chance_alone():
     """Of 20 references from the batch's own Gaussian little is followed; of references elsewhere nearly all."""
     z, y = (jax.random.normal(jax.random.key(i), (n, 8)) for i, n in ((0, 40), (1, 20)))

@@ -144,7 +144,7 @@ def pool(name: str) -> Faces:
 
 
 def faces_with(attribute: str) -> Faces:
-    """All faces of the package that share an attribute of `ATTRIBUTES`, such as "glasses" or "long-hair".
+    """All faces that share an attribute of `ATTRIBUTES`: "glasses", or of the pool "source" those with "long-hair".
 
     Raises:
       ValueError: another attribute.

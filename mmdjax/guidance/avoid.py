@@ -64,7 +64,9 @@ class Avoid:
       cond: their conditions, a pytree of [m, ...], where the kernel compares these: a sample then avoids those of a
         condition like its own.
       weight: [m], not negative; only ratios matter. 0 leaves one out.
-      strength: λ, at least 0; 0 is no effect. Under "none", "raw" and "length" λ = 1 weighs them as the references.
+      strength: λ, at least 0; 0 is no effect. Raise it by steps of 2 and look at samples: too much drives them off the
+        data. References that show what is to be avoided pull to it; leave these out first. Under "none", "raw" and
+        "length" λ = 1 weighs the samples to avoid as the references.
       window: (start, end): acts while start <= steps done / all steps < end. None: (0, 0.5), the early steps, which
         decide what a sample shows; (0, 1) with a radius. The guidance's own window does not matter.
       nearest: compare each sample with its so many nearest ones of the set only, each of which counts fully.
@@ -220,6 +222,8 @@ def check_avoid(avoid: Avoid, guidance: MMDGuidance, cond: Any, shape: tuple[int
         raise TypeError(f"avoid is a {type(points.x).__name__}; give one array [m, ...], Particles or Avoid")
     if isinstance(points.x, HostReferences) and not guidance.placement.clean:
         raise ValueError(f'{guidance.where} adds noise to avoid.x; HostReferences need at="denoised" or "clean"')
+    if shape is not None and np.shape(points.x) == tuple(shape):
+        raise ValueError(f"avoid has the shape of one sample, {tuple(shape)}; give it a first axis, avoid[None]")
     if shape is not None and np.shape(points.x)[1:] != tuple(shape):
         raise ValueError(
             f"avoid has shape {np.shape(points.x)} but samples have shape {tuple(shape)}; "

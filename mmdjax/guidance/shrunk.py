@@ -18,13 +18,14 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from mmdjax._core.numerics import product, reciprocal, unit_of
 from mmdjax._points.particles import flat
 from mmdjax.guidance.field import LARGE, Field, surplus_share
 from mmdjax.guidance.sides import Sides
-from mmdjax.tree import pytree
+from mmdjax.tree import check_number, is_concrete, pytree
 
 
 @pytree
@@ -33,11 +34,18 @@ class Shrunk(Field):
 
     Args:
       evidence: multiplies the sampling variance; more moves less, 0 is "field" but for rounding.
+    Raises:
+      TypeError, ValueError: an evidence that is not a number, or below 0.
     """
 
     reads_points: ClassVar[bool] = True
 
     evidence: Any = 1.0
+
+    def __post_init__(self):
+        check_number("Shrunk.evidence", self.evidence)
+        if is_concrete(self.evidence) and not np.all(np.asarray(self.evidence) >= 0):
+            raise ValueError(f"Shrunk.evidence is {self.evidence}; give at least 0; 1 is usual")
 
     def prepare(self, sides, level, seen):
         """b, the average over neighbours [n, all], and evidence · b · near [n]."""
