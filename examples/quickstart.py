@@ -37,7 +37,7 @@ def read_folder(folder: Path) -> np.ndarray:
     Raises:
       SystemExit: there are fewer than two, or one cannot be read.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     if not folder.is_dir():
         raise SystemExit(f"--refs {folder}: no such folder")
@@ -45,7 +45,7 @@ def read_folder(folder: Path) -> np.ndarray:
     for path in sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")):
         try:
             with Image.open(path) as picture:
-                picture = picture.convert("RGBA")
+                picture = ImageOps.exif_transpose(picture).convert("RGBA")
         except (UnidentifiedImageError, OSError) as error:
             raise SystemExit(f"--refs: {path} is no picture that can be read ({error}); remove it") from None
         white = Image.new("RGBA", picture.size, "white")

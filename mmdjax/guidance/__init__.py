@@ -96,7 +96,7 @@ class MMDGuidance:
         "field": "mass", with steps averaged over neighbours in the batch, so that few references are not copied, and
         the push between particles weakened at low noise.
         "shrunk": "field", less what the references' sampling error could explain: for fewer than 50 references, or
-        where they differ little from what the model makes. It takes more time in many dimensions.
+        where they differ little from what the model makes. Attributes of few pixels may be taken for chance, too.
         "mass": a mean-shift step, which is bounded. Like "field" it needs a kernel of the distance: `IMQ`, `RBF`,
         `Laplacian`, `Matern32`, `Matern52`, `RationalQuadratic`, `Energy`, a `Sum` or `Product` of these on samples.
         "length": the kernel's length squared, such as its bandwidth squared, so that the shift is a length. For kernels
