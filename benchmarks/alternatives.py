@@ -1,6 +1,6 @@
 """What one would do with references in place of MMD Guidance: other guidance, or more training.
 
-Compute is counted in calls of the denoiser on one sample. Guided sampling makes `evaluations` of them; training gets as
+Compute is counted in calls of the denoiser on one sample. Guided sampling makes one a step of each; training gets as
 many again on top of its own sampling, an example counting 3 (forward and backward). The classifier has a tenth of the
 digits network's parameters, so its examples count a tenth; the unguided samples that it learns from are not counted.
 """

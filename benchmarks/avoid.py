@@ -37,9 +37,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from common import table, write_json
+from task import nearest
 
 from mmdjax import Avoid, DiffusionModel, guided_sample, load_faces
-from mmdjax.faces import attribute_features, faces_with, pool, read_attributes
+from mmdjax.faces import ATTRIBUTES, attribute_features, faces_with, pool, read_attributes
 from mmdjax.metrics import energy_distance, precision_recall
 from mmdjax.mixtures import mixture, mixture_model
 from mmdjax.provenance import provenance
@@ -87,8 +88,9 @@ def ring() -> Task:
     return Task(mixture_model(2), mixture(means, 0.35), avoid, rest, share, np.asarray, 200, 50, (2.0, 3.0))
 
 
-def attribute(name: str, key: str, value: int) -> Task:
-    faces, rng = pool("source"), np.random.default_rng(0)
+def attribute(name: str) -> Task:
+    sheet, key, value = ATTRIBUTES[name]
+    faces, rng = pool(sheet), np.random.default_rng(0)
     having = rng.permutation(faces_with(name).images)[:30]
     rest = rng.permutation(faces.images[faces.attributes[key] != value])[:500]
     share = lambda x: read_attributes(x)[key] == value
@@ -98,22 +100,16 @@ def attribute(name: str, key: str, value: int) -> Task:
 def protected() -> Task:
     faces = np.random.default_rng(0).permutation(pool("source").images)
     avoid, rest = faces[:1000], faces[1000:1500]
-    share = lambda x: _nearest(x, avoid) < 0.999 * RADIUS  # on the surface is not within
+    share = lambda x: nearest(x, avoid)[0] < 0.999 * RADIUS  # on the surface is not within
     return Task(*load_faces(), avoid, rest, share, attribute_features, 100, 20, (RADIUS, 7.0), RADIUS, 0.0)
 
 
 TASKS = {
     "ring": ring,
-    "long hair": lambda: attribute("long-hair", "hair", 2),
-    "black hair": lambda: attribute("black-hair", "hair_colour", 2),
+    "long hair": lambda: attribute("long-hair"),
+    "black hair": lambda: attribute("black-hair"),
     "protected": protected,
 }
-
-
-def _nearest(x: Any, avoid: Any) -> np.ndarray:
-    x, a = (np.asarray(v, np.float64).reshape(len(v), -1) for v in (x, avoid))
-    d2 = (x**2).sum(1)[:, None] + (a**2).sum(1) - 2 * x @ a.T
-    return np.sqrt(np.maximum(d2, 0).min(1))
 
 
 # --- the published rules ---
