@@ -134,7 +134,11 @@ class Sides:
         return self.shards.pull(summed, self.rows, self.everyone)
 
     def nearest2(self) -> Float[Array, " n"]:
-        """The squared distance of each particle to the nearest reference of positive weight."""
+        """The squared distance of each particle to the nearest reference of positive weight; computed once."""
+        return self._nearest2
+
+    @functools.cached_property
+    def _nearest2(self):
         present = self.refs.probabilities() > 0
 
         def nearest(z):
