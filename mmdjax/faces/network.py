@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from mmdjax.faces import CLASSES, CONDITIONS, VALUES
 from mmdjax.sd.layers import timestep_embedding
-from mmdjax.sd.transformer import AdaLNZeroBlock, PlainNorm, modulate, patchify, sincos_positions, unpatchify
+from mmdjax.sd.transformers.blocks import AdaLNZeroBlock, PlainNorm, modulate, patchify, sincos_positions, unpatchify
 
 
 class FacesNetwork(nn.Module):

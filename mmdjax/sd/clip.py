@@ -13,6 +13,7 @@ import dataclasses
 from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -81,6 +82,9 @@ class CLIPText(Block):
     """A CLIP text encoder: ids [n, l] -> `TextOutput`. The mask is causal; padding is not masked, as in training."""
 
     config: CLIPTextConfig
+
+    def inputs(self):
+        return (jax.ShapeDtypeStruct((1, 2), jnp.int32),)
 
     @nn.compact
     def __call__(self, ids: Int[Array, "n l"]) -> TextOutput:

@@ -3,7 +3,7 @@
 Conversion is a rule, not a table. The modules are named by the checkpoint's own paths, so a parameter's path joined by
 dots is its key, up to the leaf,
 
-    kernel, scale, embedding ↔ weight        bias ↔ bias,
+    kernel, scale, embedding ↔ weight        others keep their names,
 
 and only kernels change their layout: [out, in, h, w] ↔ [h, w, in, out], [out, in] ↔ [in, out]. The keys and shapes must
 be those of the module's `init` (by `jax.eval_shape`, which takes no memory); an error lists all differences.
@@ -22,7 +22,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mmdjax.checkpoint import Checkpoint, CheckpointError, Entry
 from mmdjax.sd.clip import CLIPText
-from mmdjax.sd.unet import UNet2D, UNet2DCondition
 
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 
@@ -70,12 +69,12 @@ def abstract(module: nn.Module, param_dtype: Any = None) -> dict:
 @functools.lru_cache(maxsize=64)
 def _init(module: nn.Module) -> Any:
     # equal modules have equal trees; tracing one takes half a second, and loading asks twice
-    return jax.eval_shape(module.init, jax.random.key(0), *_inputs(module))["params"]
+    return jax.eval_shape(module.init, jax.random.key(0), *module.inputs())["params"]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def keys(tree: Mapping) -> dict[str, tuple[str, ...]]:
     """PyTorch's key of each parameter, and its path in the tree."""
-    return {".".join((*path[:-1], LEAVES[path[-1]])): path for path in flat(tree)}
+    return {".".join((*path[:-1], LEAVES.get(path[-1], path[-1]))): path for path in flat(tree)}
 
 
 def flat(tree: Mapping) -> dict[tuple[str, ...], Any]:
@@ -212,26 +211,3 @@ def refuse_foreign(found: Checkpoint) -> None:
 def _same(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
     # CompVis files hold linear maps as convolutions of size 1
     return found == wanted or (len(wanted) == 2 and found == wanted + (1,) * (len(found) - 2))
-
-
-def _inputs(module: Any) -> tuple:
-    """Arguments to trace `init` with; the parameters do not depend on their sizes."""
-    cfg = module.config
-    if isinstance(module, CLIPText):
-        return (jax.ShapeDtypeStruct((1, 2), jnp.int32),)
-    side = 2 ** len(cfg.block_out_channels)
-    x = jax.ShapeDtypeStruct((1, side, side, cfg.in_channels), jnp.float32)
-    t = jax.ShapeDtypeStruct((1,), jnp.float32)
-    if isinstance(module, UNet2D):
-        return (x, t)
-    if not isinstance(module, UNet2DCondition):
-        return (x,)
-    context = jax.ShapeDtypeStruct((1, 2, cfg.cross_attention_dim), jnp.float32)
-    if cfg.addition_embed_type is None:
-        return (x, t, context)
-    pooled = cfg.projection_class_embeddings_input_dim - 6 * cfg.addition_time_embed_dim
-    added = {
-        "pooled": jax.ShapeDtypeStruct((1, pooled), jnp.float32),
-        "time_ids": jax.ShapeDtypeStruct((1, 6), jnp.float32),
-    }
-    return (x, t, {"context": context, **added})

@@ -14,6 +14,7 @@ import math
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
@@ -34,6 +35,10 @@ class Block(nn.Module, kw_only=True):
     param_dtype: Any = jnp.float32
     flash: bool = False
     remat: bool = False
+
+    def inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Of a whole network: arguments to trace `init` with. The parameters do not depend on sizes of the input."""
+        raise NotImplementedError
 
     @property
     def compute_dtype(self) -> Any:

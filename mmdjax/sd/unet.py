@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
@@ -144,6 +145,11 @@ class UNet(Block):
 
     config: Any
 
+    def inputs(self):
+        side = 2 ** len(self.config.block_out_channels)
+        x = jax.ShapeDtypeStruct((1, side, side, self.config.in_channels), jnp.float32)
+        return (x, jax.ShapeDtypeStruct((1,), jnp.float32))
+
     def part(self, cls, name, *args, **kwargs):
         """A submodule with this one's dtypes and settings; with `remat` it is recomputed in the backward pass."""
         return super().part(nn.remat(cls) if self.remat else cls, name, *args, **kwargs)
@@ -212,6 +218,18 @@ class UNet2DCondition(UNet):
     """
 
     config: UNet2DConditionConfig
+
+    def inputs(self):
+        cfg = self.config
+        context = jax.ShapeDtypeStruct((1, 2, cfg.cross_attention_dim), jnp.float32)
+        if cfg.addition_embed_type is None:
+            return (*super().inputs(), context)
+        pooled = cfg.projection_class_embeddings_input_dim - 6 * cfg.addition_time_embed_dim
+        added = {
+            "pooled": jax.ShapeDtypeStruct((1, pooled), jnp.float32),
+            "time_ids": jax.ShapeDtypeStruct((1, 6), jnp.float32),
+        }
+        return (*super().inputs(), {"context": context, **added})
 
     @nn.compact
     def __call__(

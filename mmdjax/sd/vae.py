@@ -95,6 +95,10 @@ class Autoencoder(Block):
 
     config: Any
 
+    def inputs(self):
+        side = 2 ** len(self.config.block_out_channels)
+        return (jax.ShapeDtypeStruct((1, side, side, self.config.in_channels), jnp.float32),)
+
     @property
     def compute_dtype(self):
         """float32 in place of float16 if the config asks for it: SDXL's activations exceed float16's largest number."""

@@ -1,0 +1,1 @@
+"""Diffusion transformers: one file for each family, all of the blocks in `blocks.py`."""
