@@ -45,7 +45,8 @@ def describe(path: str | Path, *, batch_size: int | None = None, dtype: Any = jn
     lines += _properties(pipeline)
     if batch_size is not None:
         params = {name: component.params for name, component in found.items()}
-        lines.append(f"U-Net, {batch_size} pictures at once: {_activations(pipeline, params, batch_size, dtype)}")
+        needed = _activations(pipeline, params, batch_size, dtype)
+        lines.append(f"{pipeline.family.said}, {batch_size} pictures at once: {needed}")
     return "\n".join(lines)
 
 
@@ -91,11 +92,8 @@ def _activations(pipeline: Pipeline, params: Any, batch_size: int, dtype: Any) -
     x = jax.ShapeDtypeStruct((batch_size, *shape), jnp.float32)
     cond = None
     if pipeline.conditional:
-        config = pipeline.modules["unet"].config
-        width, pooled = config.cross_attention_dim, config.projection_class_embeddings_input_dim or 0
-        pooled -= 6 * (config.addition_time_embed_dim or 0)
-        sizes = {"context": (batch_size, 77, width), "pooled": (batch_size, max(pooled, 1))}
-        cond = {name: jax.ShapeDtypeStruct(size, jnp.float32) for name, size in sizes.items()}
+        shapes = pipeline.family.cond_shapes()
+        cond = {k: jax.ShapeDtypeStruct((batch_size, *leaf.shape), leaf.dtype) for k, leaf in shapes.items()}
 
     def call(params, x, cond):
         return pipeline.model().denoise(params, x, pipeline.schedule(0.5), cond)

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from mmdjax._core.extras import optional
 from mmdjax.checkpoint import read_json
 from mmdjax.sd.convert import to_device
+from mmdjax.sd.families import ENCODERS, TOKENIZERS
 from mmdjax.sd.models import Component, load_models, local_path
-from mmdjax.sd.pipeline import TOKENIZERS, Pipeline
-from mmdjax.sd.prompts import ENCODERS
+from mmdjax.sd.pipeline import Pipeline
 from mmdjax.sd.scheduler import Scheduler
 from mmdjax.sd.tokenizer import Tokenizer, load_tokenizer
 

@@ -13,7 +13,7 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Int
@@ -45,6 +45,7 @@ class Tokenizer:
     end: int
     pad: int
     length: int = LENGTH
+    kind: ClassVar[str] = "CLIPTokenizer"  # its class in transformers
 
     __repr__ = short_repr
 
