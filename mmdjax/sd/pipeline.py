@@ -18,7 +18,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -26,15 +25,17 @@ from jaxtyping import Array, Float
 from mmdjax._core.numerics import all_finite
 from mmdjax._files.atomic import write_json
 from mmdjax.denoisers import Clipped, DiffusionModel, cfg, from_model
+from mmdjax.guidance import MMDGuidance
 from mmdjax.kernels import Product
+from mmdjax.samplers import DDIM
 from mmdjax.schedules import Schedule
+from mmdjax.sd.decoding import Decoder, decode_whole, encode_whole
 from mmdjax.sd.families import ENCODERS, TOKENIZERS, Embedded, Family, Network, encode, family_of
 from mmdjax.sd.models import Component, export, save
 from mmdjax.sd.prompts import rows
 from mmdjax.sd.scheduler import Scheduler
-from mmdjax.sd.tiling import decode_sliced, decode_tiled
 from mmdjax.sd.tokenizer import FILES, Tokenizer
-from mmdjax.tree import is_concrete, pytree, static
+from mmdjax.tree import is_concrete
 
 AUTOENCODERS = ("vae", "vqvae")
 
@@ -157,7 +158,7 @@ class Pipeline:
             low, high = float(np.min(images)), float(np.max(images))
             if not (low >= -1.001 and high <= 1.001):
                 raise ValueError(f"images lie in [{low:g}, {high:g}]; give them in [-1, 1]: 8-bit ones / 127.5 - 1")
-        latents = _encode(self.autoencoder, params[self._autoencoder_name], jnp.asarray(images), batch_size)
+        latents = encode_whole(self.autoencoder, params[self._autoencoder_name], jnp.asarray(images), batch_size)
         return self._finite("the latents", latents)
 
     def decode(
@@ -183,7 +184,7 @@ class Pipeline:
         if latents.shape[3] != channels or 0 in latents.shape:
             raise ValueError(f"latents have shape {latents.shape}; give [n, h, w, {channels}]")
         self._finite("the latents to decode", latents)
-        images = _decode(self.autoencoder, params[self._autoencoder_name], jnp.asarray(latents), batch_size, tile)
+        images = decode_whole(self.autoencoder, params[self._autoencoder_name], jnp.asarray(latents), batch_size, tile)
         return self._finite("the pictures", images)
 
     def decoder(self, params: Any) -> "Decoder":
@@ -301,6 +302,75 @@ class Pipeline:
             )
         return DiffusionModel(cfg(denoiser, guidance_scale, null_cond), self.schedule, shape)
 
+    def sample(
+        self,
+        params: Any,
+        key: Array,
+        prompts: str | Sequence[str] = (),
+        *,
+        refs: Any = None,
+        avoid: Any = None,
+        num_samples: int | None = None,
+        negative: str = "",
+        guidance_scale: float | None = None,
+        embedded_guidance: float | None = None,
+        num_steps: int = 50,
+        sampler: Any = DDIM(eta=1.0),
+        guidance: MMDGuidance = MMDGuidance(),
+        height: int | None = None,
+        width: int | None = None,
+        batch_size: int = 4,
+        memory: int = 1000,
+        progress: bool = True,
+    ) -> Float[np.ndarray, "n h w c"]:
+        """From prompts to pictures in one call, for notebooks: [n, h, w, c] in [−1, 1]. It cannot be traced.
+
+            pictures = pipeline.sample(params, jax.random.key(0), "a red cat", refs="pictures/", num_samples=8)
+
+        For samples in a folder, that survive a crash: `mmdjax.sd.run.sample_to_folder`. Within `jit`, or with more
+        settings: `guided_sample(params, key, refs, model=pipeline.model(...), ...)`.
+
+        Args:
+          prompts: sample i takes prompt i modulo their number. (): the references' prompts in turn, else "".
+          refs: what the samples shall be like: a `ReferencePack`, its file, a folder of pictures, with captions or
+            without, or pictures [m, h, w, c] in [−1, 1]. None: plain sampling.
+          avoid: what the samples shall keep away from, likewise.
+          num_samples: n; None: one for each prompt.
+          negative: the negative prompt.
+          guidance_scale: of classifier-free guidance; 1 is none. None: the usual one of this model's family.
+          embedded_guidance, height, width: as in `model`.
+          num_steps, sampler, guidance: as in `guided_sample`.
+          batch_size: the most samples made at once.
+          memory: how many samples of earlier batches count as particles in the guidance of a batch; 0: none.
+          progress: show bars.
+        Raises:
+          ValueError: see `model`, `encode_prompts` and `guided_sample`; references of another size or another model.
+          FileNotFoundError, CheckpointError, PictureError: references that cannot be read.
+          FloatingPointError: samples or pictures are not finite.
+        """
+        from mmdjax.sd.sample import sample  # it stands on this module
+
+        return sample(
+            self,
+            params,
+            key,
+            prompts,
+            refs=refs,
+            avoid=avoid,
+            num_samples=num_samples,
+            negative=negative,
+            guidance_scale=guidance_scale,
+            embedded_guidance=embedded_guidance,
+            num_steps=num_steps,
+            sampler=sampler,
+            guidance=guidance,
+            height=height,
+            width=width,
+            batch_size=batch_size,
+            memory=memory,
+            progress=progress,
+        )
+
     # Files
 
     def save(self, path: str | Path, params: Any) -> None:
@@ -343,30 +413,3 @@ class Pipeline:
                 "dtype=jnp.float32 or jnp.bfloat16, which have a larger range"
             )
         return x
-
-
-@pytree
-class Decoder:
-    """Latents [n, h, w, k] -> pictures [n, h2, w2, c], not clipped; made by `Pipeline.decoder`."""
-
-    module: Any = static()
-    params: Any
-
-    def __call__(self, latents: Float[Array, "n h w k"]) -> Float[Array, "n h2 w2 c"]:
-        return self.module.apply({"params": self.params}, latents, method="from_latents").astype(jnp.float32)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def _encode(module: Any, params: Any, images: Array, batch_size: int | None) -> Array:
-    encode = functools.partial(module.apply, {"params": params}, method="to_latents")
-    latents = encode(images) if batch_size is None else decode_sliced(encode, images, size=batch_size)
-    return latents.astype(jnp.float32)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 3, 4))
-def _decode(module: Any, params: Any, latents: Array, batch_size: int | None, tile: int | None) -> Array:
-    decode = functools.partial(module.apply, {"params": params}, method="from_latents")
-    if tile is not None:
-        decode = functools.partial(decode_tiled, decode, tile=tile, overlap=tile // 4)
-    images = decode(latents) if batch_size is None else decode_sliced(decode, latents, size=batch_size)
-    return jnp.clip(images.astype(jnp.float32), -1.0, 1.0)
