@@ -134,9 +134,15 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--cfg-scale",
         type=_real(),
-        default=7.5,
         metavar="X",
-        help="strength of classifier-free guidance by the prompts; 1 is none (default 7.5)",
+        help="strength of classifier-free guidance by the prompts; 1 is none (default: the usual one of the model's "
+        "family, 7.5 for Stable Diffusion 1, 2 and XL)",
+    )
+    group.add_argument(
+        "--embedded-guidance",
+        type=_real(),
+        metavar="X",
+        help="strength of guidance that is an input of the network (FLUX.1 dev; default 3.5)",
     )
     group = sample.add_argument_group("guidance by the references")
     group.add_argument(
@@ -345,6 +351,7 @@ def _sample(args: argparse.Namespace) -> None:
         prompts=prompts,
         negative=args.negative,
         cfg_scale=args.cfg_scale,
+        embedded_guidance=args.embedded_guidance,
         num_steps=args.steps,
         sampler=samplers[args.sampler],
         guidance=MMDGuidance(scale=args.guidance_scale, at=args.at),
@@ -524,7 +531,8 @@ def _load(args: argparse.Namespace) -> Any:
     return load(
         args.model,
         dtype=dtype,
-        param_dtype=None if args.dtype == "float32" else {"unet": dtype},  # the encoders' stay: packs depend on them
+        # the encoders' stay: packs depend on them
+        param_dtype=None if args.dtype == "float32" else {"unet": dtype, "transformer": dtype},
         variant=args.variant,
         ema=args.ema,
         progress=not args.quiet,

@@ -53,6 +53,7 @@ AS_BEFORE = {  # options that a run.json of before them does not name
     "avoid": None,
     "avoid_strength": 1.0,
     "avoid_radius": None,
+    "embedded_guidance": None,
 }
 
 
@@ -220,7 +221,10 @@ def check_out(out: str | Path, settings: Mapping[str, Any] | None = None) -> dic
         return None
     if settings is not None and (out / REPORT).is_file():
         report = json.loads((out / REPORT).read_text(encoding="utf-8"))
-        if AS_BEFORE | report["settings"] == AS_BEFORE | json.loads(json.dumps(dict(settings))):
+        before, now = (AS_BEFORE | said for said in (report["settings"], json.loads(json.dumps(dict(settings)))))
+        if "cfg_scale" not in report and now.get("cfg_scale", 0) is None:  # written when the default had a number
+            now["cfg_scale"] = 7.5
+        if before == now:
             shutil.rmtree(out / PARTS, ignore_errors=True)  # left where it was interrupted in doing so itself
             return report
     elif settings is not None and (out / PARTS).is_dir():

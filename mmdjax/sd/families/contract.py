@@ -168,3 +168,12 @@ class Embedded:
 def encode(params: Mapping[str, Any], tokens: Mapping[str, Any], *, family: Family) -> dict[str, Array]:
     """The condition of tokenized prompts, by `Family.encode`; only the text encoders' parameters are given."""
     return family.encode(params, tokens)
+
+
+def check_width(family: Family, name: str, wanted: int) -> None:
+    """Raise ValueError unless a text encoder's states have this width; it may be absent."""
+    module = dict(family.modules).get(name)
+    if module is not None and module.config.hidden_size != wanted:
+        raise ValueError(
+            f"the {family.component} takes prompts of width {wanted} but {name} gives {module.config.hidden_size}"
+        )
