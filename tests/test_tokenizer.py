@@ -81,7 +81,11 @@ def test_tokens_that_training_added(tmp_path, where):
         special = {str(START): token("<|startoftext|>", special=True), str(END): token("<|endoftext|>", special=True)}
         config(folder, added_tokens_decoder=special | {"518": token("<Toy>"), "519": token("<toy>_1")})
     tokenizer = load_tokenizer(folder)
-    toy = {"a <toy> cat": [256 + BYTES.index("a"), 518, 513], "cat<TOY>cat": [513, 518, 513], "<toy>_1 <": [519, 256 + 27]}
+    toy = {
+        "a <toy> cat": [256 + BYTES.index("a"), 518, 513],
+        "cat<TOY>cat": [513, 518, 513],
+        "<toy>_1 <": [519, 256 + 27],
+    }
     for prompt, ids in toy.items():
         assert tokenizer([prompt])[0, 1 : 2 + len(ids)].tolist() == [*ids, END]
     tokenizer.save(tmp_path / "b")
