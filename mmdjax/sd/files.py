@@ -9,8 +9,9 @@ import re
 from pathlib import Path
 
 from mmdjax._core.extras import optional
-from mmdjax.checkpoint import Checkpoint, CheckpointError, open_safetensors, read_json
+from mmdjax.checkpoint import Checkpoint, CheckpointError, open_safetensors, read_json, refuse_pointer
 from mmdjax.sd.archive import open_archive
+from mmdjax.sd.quantised import scaled
 
 WEIGHTS = re.compile(
     r"(?P<stem>diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>\w+))?"
@@ -19,19 +20,27 @@ WEIGHTS = re.compile(
 
 
 def open_file(path: str | Path) -> Checkpoint:
-    """A `.safetensors`, `.ckpt`, `.bin`, `.pt` or `.pth` file; the format is known from its first bytes.
+    """A `.safetensors`, `.ckpt`, `.bin`, `.pt` or `.pth` file; the format is known from its first bytes, not its name.
+
+    Weights that were stored with a scale, in 8 bits, are read as value × scale: see `mmdjax.sd.quantised`.
 
     Raises:
       FileNotFoundError: no such file.
       CheckpointError: it is damaged, of another format, or a pickle that names more than tensors.
     """
-    path = Path(path)
+    return scaled(_open(Path(path)))
+
+
+def _open(path: Path) -> Checkpoint:
+    refuse_pointer(path)
     with path.open("rb") as file:
-        magic = file.read(2)
-    if magic == b"PK":
+        magic = file.read(9)
+    if magic[:2] == b"PK":
         return open_archive(path)
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" or magic[8:] == b"{":  # after the length of a JSON
         return open_safetensors(path)
+    if magic[:4] == b"GGUF":
+        raise CheckpointError(f"{path.name} is in the format GGUF, which is not read; take the model's safetensors")
     if magic[:1] == b"\x80":
         raise CheckpointError(
             f"{path.name} is in the format of PyTorch before 1.6, a bare pickle; save it again with a newer PyTorch, "
@@ -90,7 +99,7 @@ def open_folder(folder: str | Path, variant: str | None = None) -> Checkpoint:
         there = sorted(name or "plain" for name in found)
         raise FileNotFoundError(f"{folder.name}: no {variant or 'plain'} weights; there are: {', '.join(there)}")
     best = min(found[variant], key=lambda m: (m["format"] != "safetensors", m["index"] is not None))
-    return _open_shards(folder / best.string) if best["index"] else open_file(folder / best.string)
+    return scaled(_open_shards(folder / best.string)) if best["index"] else open_file(folder / best.string)
 
 
 def _open_shards(index: Path) -> Checkpoint:
@@ -104,7 +113,7 @@ def _open_shards(index: Path) -> Checkpoint:
     if missing:
         count = f"{len(missing)} of {len(files)}"
         raise FileNotFoundError(f"{index.parent.name}: {count} shards are missing: {', '.join(missing)}")
-    shards = {name: open_file(index.parent / name).stored for name in files}
+    shards = {name: _open(index.parent / name).stored for name in files}
     absent = [key for key, name in places.items() if key not in shards[name]]
     if absent:
         raise CheckpointError(f"{index.name} places {absent[:5]} ({len(absent)} in all) in shards that lack them")
