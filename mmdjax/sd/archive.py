@@ -37,17 +37,22 @@ STORAGES = {
 }
 # What the training scripts' checkpoints carry beside tensors. Read as inert objects: neither imported nor called.
 INERT = {
+    ("argparse", "Namespace"),
     ("numpy", "dtype"),
     ("numpy.core.multiarray", "scalar"),
     ("numpy._core.multiarray", "scalar"),
     ("_codecs", "encode"),
     ("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint"),
 }
+GROUPS = ("state_dict", "ema", "model")  # where the tensors of a training's checkpoint lie; the average before the last
 COMPRESSED = "the archive is compressed; torch.save writes it plain. Unpack and repack it"
 
 
 def open_archive(path: str | Path) -> Checkpoint:
-    """A file of `torch.save`, read without torch; the tensors may lie under "state_dict". See `open_file`."""
+    """A file of `torch.save`, read without torch. See `open_file`.
+
+    The tensors lie at the top or in one of `GROUPS`, whose name is then the metadata's "group".
+    """
     path = Path(path)
     try:
         with zipfile.ZipFile(path) as archive:
@@ -72,12 +77,13 @@ def open_archive(path: str | Path) -> Checkpoint:
         raise
     except Exception as error:  # a pickle is a program: it can fail in any way
         raise CheckpointError(f"{path.name} holds a pickle that cannot be read: {error}") from error
-    if isinstance(tree, dict) and isinstance(tree.get("state_dict"), dict):
-        tree = tree["state_dict"]
     tree = tree if isinstance(tree, dict) else {}
+    group = next((name for name in GROUPS if isinstance(tree.get(name), dict)), None)
+    tree = tree if group is None else tree[group]
     tensors = {key: value for key, value in tree.items() if isinstance(value, _Tensor)}
     if not tensors:
-        raise CheckpointError(f'{path.name} holds no tensors, neither at the top nor under "state_dict"')
+        where = ", ".join(f'"{name}"' for name in GROUPS)
+        raise CheckpointError(f"{path.name} holds no tensors, neither at the top nor under {where}")
     prefix = pickles[0].removesuffix("data.pkl")
     with path.open("rb") as file:
         mapped = map_file(file)
@@ -86,7 +92,7 @@ def open_archive(path: str | Path) -> Checkpoint:
     if order is not None and mapped[start : start + 3] == b"big":
         raise CheckpointError(f"{path.name} was written on a big-endian machine, which is not supported")
     stored = {key: _locate(path.name, key, value, prefix, entries, mapped) for key, value in tensors.items()}
-    return Checkpoint(stored, path.name)
+    return Checkpoint(stored, path.name, None if group is None else {"group": group})
 
 
 @dataclasses.dataclass(frozen=True)

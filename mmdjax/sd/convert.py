@@ -11,7 +11,7 @@ be those of the module's `init` (by `jax.eval_shape`, which takes no memory); an
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -188,7 +188,7 @@ def canonical(checkpoint: Checkpoint, module: nn.Module) -> Checkpoint:
 
 def check(found: Checkpoint, shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
     """Raise one CheckpointError that lists all keys missing, unused or of another shape."""
-    refuse_foreign(found)
+    refuse_foreign(found, shapes)
     missing = sorted(shapes.keys() - found.keys())
     unused = sorted(found.keys() - shapes.keys())
     other = [key for key in sorted(shapes.keys() & found.keys()) if not _same(found.shape(key), shapes[key])]
@@ -201,10 +201,11 @@ def check(found: Checkpoint, shapes: Mapping[str, tuple[int, ...]], what: str) -
     raise CheckpointError("\n".join(lines))
 
 
-def refuse_foreign(found: Checkpoint) -> None:
-    """Raise CheckpointError if the keys are those of a LoRA, a ControlNet or the like."""
+def refuse_foreign(found: Checkpoint, wanted: Iterable[str] = ()) -> None:
+    """Raise CheckpointError if the keys are those of a LoRA, a ControlNet or the like, and the wanted ones are not."""
+    wanted = list(wanted)
     for pattern, name in FOREIGN:
-        if any(pattern.search(key) for key in found):
+        if any(pattern.search(key) for key in found) and not any(pattern.search(key) for key in wanted):
             raise CheckpointError(f"{found.source} is {name}")
 
 
