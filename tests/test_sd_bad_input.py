@@ -224,7 +224,8 @@ def test_damaged_archives(tmp_path):
     refused(path, "x.ckpt is not a whole zip archive", "cut off")
     refused(archive(tmp_path / "y.ckpt", None, program=b"\x80\x02}"), "y.ckpt holds a pickle that cannot be read")
     refused(
-        archive(tmp_path / "y.ckpt", {"a": 1}), 'y.ckpt holds no tensors, neither at the top nor under "state_dict"'
+        archive(tmp_path / "y.ckpt", {"a": 1}),
+        'y.ckpt holds no tensors, neither at the top nor under "state_dict" or ema, model',
     )
     refused(archive(tmp_path / "y.ckpt", {"epoch": 3, "opt": {}}), "there are 'epoch', 'opt'")
     refused(archive(tmp_path / "y.ckpt", [1]), "y.ckpt holds no tensors")

@@ -8,6 +8,8 @@ from mmdjax.sd.pipeline import Pipeline
 from mmdjax.sd.pretrained import load
 from mmdjax.sd.prompts import prompt_kernel
 from mmdjax.sd.tiling import decode_sliced, decode_tiled
+from mmdjax.sd.transformers.dit import DiT, DiTConfig, SiT, SiTConfig
+from mmdjax.sd.transformers.pixart import PixArt, PixArtConfig
 from mmdjax.sd.unet import UNet2D, UNet2DCondition, UNet2DConditionConfig, UNet2DConfig
 from mmdjax.sd.vae import AutoencoderKL, AutoencoderKLConfig, VQModel, VQModelConfig
 
@@ -18,8 +20,14 @@ __all__ = [
     "CLIPTextConfig",
     "CheckpointError",
     "Component",
+    "DiT",
+    "DiTConfig",
     "Pipeline",
+    "PixArt",
+    "PixArtConfig",
     "ReferencePack",
+    "SiT",
+    "SiTConfig",
     "TextOutput",
     "UNet2D",
     "UNet2DCondition",

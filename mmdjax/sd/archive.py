@@ -56,20 +56,16 @@ INERT = re.compile(
     r"|numpy\.(dtype|ndarray|_?core\.multiarray\.(scalar|_reconstruct))|pathlib\.(Posix|Windows)Path"
     r"|pytorch_lightning\.callbacks\.model_checkpoint\.ModelCheckpoint"
 )
-NESTED = (
-    "state_dict",
-    "model",
-    "module",
-    "params_ema",
-    "params",
-    "ema",
-    "generator",
-)  # where tensors lie, if not on top
+# where tensors lie, if not on top; an average before the last step's
+NESTED = ("state_dict", "ema", "model", "module", "params_ema", "params", "generator")
 COMPRESSED = "the archive is compressed; torch.save writes it plain. Unpack and repack it"
 
 
 def open_archive(path: str | Path) -> Checkpoint:
-    """A file of `torch.save`, read without torch; the tensors may lie under "state_dict" and the like. See `open_file`."""
+    """A file of `torch.save`, read without torch. See `open_file`.
+
+    The tensors lie at the top or under one of `NESTED`, whose name is then the metadata's "group".
+    """
     path = Path(path)
     try:
         with zipfile.ZipFile(path) as archive:
@@ -94,7 +90,7 @@ def open_archive(path: str | Path) -> Checkpoint:
         raise
     except Exception as error:  # a pickle is a program: it can fail in any way
         raise CheckpointError(f"{path.name} holds a pickle that cannot be read: {error}") from error
-    tensors = _tensors(tree, path.name)
+    group, tensors = _tensors(tree, path.name)
     prefix = pickles[0].removesuffix("data.pkl")
     with path.open("rb") as file:
         mapped = map_file(file)
@@ -103,7 +99,7 @@ def open_archive(path: str | Path) -> Checkpoint:
     if order is not None and mapped[start : start + 3] == b"big":
         raise CheckpointError(f"{path.name} was written on a big-endian machine, which is not supported")
     stored = {key: _locate(path.name, key, value, prefix, entries, mapped) for key, value in tensors.items()}
-    return Checkpoint(stored, path.name)
+    return Checkpoint(stored, path.name, None if group is None else {"group": group})
 
 
 # Tuples, which a pickle cannot alter once they are made.
@@ -127,16 +123,17 @@ class _Tensor(NamedTuple):
     strides: tuple[int, ...]
 
 
-def _tensors(tree: Any, source: str) -> dict[str, _Tensor]:
-    """The tensors at the top of what a pickle holds, else those of the first of NESTED that has any."""
+def _tensors(tree: Any, source: str) -> tuple[str | None, dict[str, _Tensor]]:
+    """The tensors at the top of what a pickle holds, else those of the first of NESTED that has any, and its name."""
     tree = tree if isinstance(tree, dict) else {}
-    for inner in (tree.get("state_dict"), tree, *map(tree.get, NESTED)):
+    places = {"state_dict": tree.get("state_dict"), None: tree} | {name: tree.get(name) for name in NESTED}
+    for group, inner in places.items():
         found = inner if isinstance(inner, dict) else {}
         if isinstance(found.get("state_dict"), dict):
             found = found["state_dict"]
         tensors = {key: value for key, value in found.items() if isinstance(value, _Tensor)}
         if tensors:
-            return tensors
+            return group, tensors
     there = [repr(key) for key in tree]
     beside = f"; there are {', '.join(there[:10])}" if there else ""
     raise CheckpointError(
@@ -172,7 +169,7 @@ class _Unpickler(pickle._Unpickler):
             case "torch._tensor", "_rebuild_from_type_v2":
                 return lambda function, cls, args, state: function(*args)
         if INERT.fullmatch(f"{module}.{name}"):
-            return type(name, (), {method: _nothing for method in _METHODS} | {"__new__": _made})
+            return type(name, (), dict.fromkeys(_METHODS, _nothing) | {"__new__": _made})
         raise CheckpointError(
             f"{self.source} asks for {module}.{name}, which is not a tensor; it was refused and nothing in it was run. "
             "Files with code in them can harm you: use a safetensors version of this checkpoint"

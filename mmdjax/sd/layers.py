@@ -27,8 +27,9 @@ class Block(nn.Module, kw_only=True):
     Args:
       dtype: of the computation.
       param_dtype: of the parameters that `init` makes.
-      flash: use cuDNN's fused attention if possible (a GPU, half precision, heads of at most 128, no upcast).
-      remat: in a U-Net, keep only the inputs of each block for the backward pass, and compute the rest again.
+      flash: use cuDNN's fused attention if possible (a GPU, half precision, heads of at most 128, no upcast, no mask).
+      remat: in a U-Net or a transformer, keep only the inputs of each block for the backward pass, and compute the rest
+        again.
     """
 
     dtype: Any = jnp.float32
@@ -64,9 +65,11 @@ class Block(nn.Module, kw_only=True):
             name=name,
         )
 
-    def dense(self, name: str, features: int, bias: bool = True) -> nn.Dense:
-        """A linear map."""
-        return nn.Dense(features, use_bias=bias, dtype=self.compute_dtype, param_dtype=self.param_dtype, name=name)
+    def dense(self, name: str, features: int, bias: bool = True, *, zero: bool = False) -> nn.Dense:
+        """A linear map; with `zero` it starts at zero."""
+        init = nn.initializers.zeros if zero else nn.linear.default_kernel_init
+        how = {"dtype": self.compute_dtype, "param_dtype": self.param_dtype, "kernel_init": init}
+        return nn.Dense(features, use_bias=bias, **how, name=name)
 
     def embed(self, name: str, num: int, features: int) -> nn.Embed:
         """A table of embeddings."""
@@ -82,13 +85,13 @@ class Block(nn.Module, kw_only=True):
         how = {"dtype": self.compute_dtype, "param_dtype": self.param_dtype, "use_fast_variance": False}
         return nn.LayerNorm(epsilon=eps, **how, name=name)
 
-    def attention(self, x, context, heads: int, *, bias: bool = False, upcast: bool = False):
-        """softmax(q kᵀ/√d) v with its four projections: x [n, l, c], context [n, m, d] -> [n, l, c]."""
+    def attention(self, x, context, heads: int, *, bias: bool = False, upcast: bool = False, mask: Any = None):
+        """softmax(q kᵀ/√d) v with its four projections: x [n, l, c], context [n, m, d], mask [n, m] -> [n, l, c]."""
         n, length, channels = x.shape
         q = self.dense("to_q", channels, bias)(x).reshape(n, length, heads, -1)
         k = self.dense("to_k", channels, bias)(context).reshape(n, context.shape[1], heads, -1)
         v = self.dense("to_v", channels, bias)(context).reshape(n, context.shape[1], heads, -1)
-        y = attend(q, k, v, upcast=upcast, flash=self.flash).astype(self.compute_dtype)
+        y = attend(q, k, v, mask=mask, upcast=upcast, flash=self.flash).astype(self.compute_dtype)
         return self.dense("to_out.0", channels)(y.reshape(n, length, channels))
 
 

@@ -1,7 +1,8 @@
 """Loading and saving whole models: the architecture from the configurations, the parameters by `mmdjax.sd.convert`.
 
 A model is one of: a folder of diffusers (with a subfolder for each network), one of these subfolders, a single
-`.safetensors` or `.ckpt` in CompVis's naming, a folder that `save` wrote (in Flax's names and layout), or a hub id.
+`.safetensors` or `.ckpt` in CompVis's naming, a `.pt` of DiT or SiT, a folder that `save` wrote (in Flax's names and
+layout), or a hub id.
 """
 
 import contextlib
@@ -18,10 +19,12 @@ from flax.traverse_util import unflatten_dict
 from mmdjax._core.progress import progress_bar
 from mmdjax._files.atomic import write_json
 from mmdjax.checkpoint import Checkpoint, CheckpointError, Entry, read_json, write_safetensors
-from mmdjax.sd import compvis, convert, single
+from mmdjax.sd import compvis, convert, published, single
 from mmdjax.sd.clip import CLIPText, CLIPTextConfig
 from mmdjax.sd.config import class_name
 from mmdjax.sd.files import download, open_file, open_folder
+from mmdjax.sd.transformers.dit import DiT, DiTConfig, PublishedDiTConfig, SiT, SiTConfig
+from mmdjax.sd.transformers.pixart import PixArt, PixArtConfig
 from mmdjax.sd.unet import UNet2D, UNet2DCondition, UNet2DConditionConfig, UNet2DConfig
 from mmdjax.sd.vae import AutoencoderKL, AutoencoderKLConfig, VQModel, VQModelConfig
 
@@ -31,8 +34,12 @@ MODULES = (
     (AutoencoderKLConfig, AutoencoderKL),
     (VQModelConfig, VQModel),
     (CLIPTextConfig, CLIPText),
+    (DiTConfig, DiT),
+    (PublishedDiTConfig, DiT),
+    (SiTConfig, SiT),
+    (PixArtConfig, PixArt),
 )
-COMPONENTS = ("unet", "vae", "vqvae", "text_encoder", "text_encoder_2")
+COMPONENTS = ("unet", "transformer", "vae", "vqvae", "text_encoder", "text_encoder_2")
 MANIFEST, FORMAT = "mmdjax.json", 1
 
 
@@ -103,7 +110,8 @@ def load_models(
     configs: Mapping[str, Mapping] | None = None,
     progress: bool = False,
 ) -> dict[str, Component]:
-    """The networks of a model by component: "unet", "vae" or "vqvae", "text_encoder", "text_encoder_2".
+    """The networks of a model by component: "unet" or "transformer", "vae" or "vqvae", "text_encoder",
+    "text_encoder_2".
 
     Args:
       path: see the top of this module.
@@ -112,8 +120,10 @@ def load_models(
       param_dtype: cast parameters to this dtype, all or by component, such as {"unet": jnp.bfloat16}; None: as stored.
       flash, remat: see `mmdjax.sd.layers.Block`.
       put: a function for each array of parameters, such as a `jax.device_put` to a sharding.
-      ema: take the moving average of a single file's U-Net instead of the last step's weights.
-      configs: config.json of a single file's components, in place of what its shapes say.
+      ema: take the moving average of a single file's U-Net instead of the last step's weights. Of a DiT or a SiT it is
+        taken wherever there is one.
+      configs: config.json of a single file's components, in place of what its shapes say. A DiT or a SiT needs
+        {"transformer": {"_class_name": "DiT"}} or "SiT", and its other settings may stand there, too.
       progress: show a bar for each network.
     Raises:
       FileNotFoundError: no such file, config, weights, variant or shard.
@@ -239,6 +249,8 @@ def _load_folder(folder: Path, variant: str | None, how: _How) -> Component:
 
 def _load_single(file: Checkpoint, how: _How, ema: bool, configs: Mapping[str, Mapping] | None) -> dict[str, Component]:
     convert.refuse_foreign(file)
+    if published.is_published(file):
+        return {"transformer": _load_published(file, how.of("transformer"), ema, configs)}
     found = {}
     for name, part in single.parts(file, configs).items():
         mine_how = how.of(name)
@@ -249,6 +261,13 @@ def _load_single(file: Checkpoint, how: _How, ema: bool, configs: Mapping[str, M
         sources = compvis.sources(module, convert.keys(convert.abstract(module)), openclip=part.openclip)
         found[name] = mine_how.component(name, part.config, compvis.translate(mine, sources), module)
     return found
+
+
+def _load_published(file: Checkpoint, how: _How, ema: bool, configs: Mapping[str, Mapping] | None) -> Component:
+    if ema and file.metadata.get("group") != "ema":
+        raise CheckpointError(f'{file.source} holds no averaged weights under "ema"; use ema=False')
+    raw, mine = published.translate(file, (configs or {}).get("transformer"))
+    return how.component("transformer", raw, mine, how.module(raw))
 
 
 def _moving_average(unet: Checkpoint, prefix: str, file: Checkpoint) -> Checkpoint:

@@ -51,6 +51,22 @@ KL = {
     "sample_size": 16,
 }
 VQ = KL | {"latent_channels": 3, "num_vq_embeddings": 64, "scaling_factor": 1.0}
+DIT = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "out_channels": 8,
+    "num_layers": 2,
+    "sample_size": 8,
+    "num_embeds_ada_norm": 7,
+}
+PIXART = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "num_layers": 2,
+    "cross_attention_dim": 24,
+    "caption_channels": 20,
+    "sample_size": 8,
+}
 TEXT = {
     "vocab_size": 100,
     "hidden_size": 64,
