@@ -45,10 +45,7 @@ FOREIGN = (
     ),
     (re.compile(r"^(control_model\.|controlnet_|input_hint_block)"), "a ControlNet, which needs a model of its own"),
     (re.compile(r"^(string_to_param|emb_params)"), "a textual inversion: an embedding, not a model"),
-    (
-        re.compile(r"^(double_blocks|joint_blocks|transformer_blocks)\."),
-        "a diffusion transformer (Flux, SD 3), not a U-Net",
-    ),
+    (re.compile(r"^double_blocks\."), "a diffusion transformer (Flux), not a U-Net"),
 )
 
 
