@@ -93,7 +93,9 @@ class FlowScheduler:
         if self._number("base_image_seq_len") == self._number("max_image_seq_len"):
             raise ValueError("the scheduler's base_image_seq_len and max_image_seq_len are equal; they must differ")
         if self._shift_type not in ("exponential", "linear"):
-            raise ValueError(f"the scheduler's time_shift_type is {self._shift_type!r}; implemented: exponential, linear")
+            raise ValueError(
+                f"the scheduler's time_shift_type is {self._shift_type!r}; implemented: exponential, linear"
+            )
         chosen = [key for key in SPACINGS if self.raw.get(key)]
         if len(chosen) > 1:
             raise ValueError(f"the scheduler's {' and '.join(chosen)} exclude each other; keep one")

@@ -174,7 +174,7 @@ def t5_config(text: Checkpoint) -> dict[str, Any]:
 
 
 def renamed(tensors: Checkpoint) -> Checkpoint:
-    """The transformer's tensors under diffusers' names. Those that have none keep theirs, and are reported as unused."""
+    """The transformer's tensors under diffusers' names. Others keep theirs, and are reported as unused."""
     return Checkpoint(dict(_renamed(tensors)), tensors.source)
 
 
@@ -205,5 +205,3 @@ def _swapped(stored: Any) -> Entry:
     # layers without a gate have shift and scale here, scale and shift in diffusers
     half = stored.shape[0] // 2
     return Entry(stored.shape, stored.dtype, lambda: np.roll(stored.read(), half, axis=0))
-
-

@@ -162,7 +162,9 @@ class JointAttention(Block):
         n, length, channels = x.shape
 
         def project(tokens, *names):
-            q, k, v = (self.dense(name, channels)(tokens).reshape(n, -1, self.heads, channels // self.heads) for name in names)
+            q, k, v = (
+                self.dense(name, channels)(tokens).reshape(n, -1, self.heads, channels // self.heads) for name in names
+            )
             return q, k, v
 
         def normed(name, a):

@@ -8,8 +8,8 @@ Each block modulates both streams by c, the embedding of time and pooled prompt,
 The last block leaves y behind. In 3.5's first blocks x also attends to itself alone ("dual attention"), and in 3.5
 queries and keys are normalised.
 
-The positions are the middle of a table for larger pictures. The checkpoint holds the table, and the files of the
-published models do not say how theirs was made, so it is read as a parameter; `init` makes the fixed sines of diffusers.
+The positions are the middle of a table for larger pictures. The checkpoint holds the table, and nothing in the
+published models says how theirs was made, so it is read as a parameter; `init` makes the fixed sines of diffusers.
 
 References:
   Esser et al. 2024 (SD 3, fig. 2 and section 5.3), Peebles & Xie 2023 (adaLN-Zero).
@@ -119,7 +119,9 @@ class SD3(Block):
         cfg = self.config
         widths = {"context": cfg.joint_attention_dim, "pooled": cfg.pooled_projection_dim}
         if skip_layers is not None or (isinstance(cond, Mapping) and "skip_layers" in cond):
-            raise ValueError("skip_layers: skip-layer guidance is not implemented; use classifier-free guidance, cfg(...)")
+            raise ValueError(
+                "skip_layers: skip-layer guidance is not implemented; use classifier-free guidance, cfg(...)"
+            )
         if not isinstance(cond, Mapping) or set(cond) != set(widths):
             found = sorted(cond) if isinstance(cond, Mapping) else type(cond).__name__
             raise ValueError(f'cond is {found}; this model takes "context" [n, l, d] and "pooled" [n, p]')
@@ -129,7 +131,7 @@ class SD3(Block):
         most = cfg.patch_size * cfg.pos_embed_max_size
         if any(side % cfg.patch_size or not 0 < side <= most for side in x.shape[1:3]):
             raise ValueError(
-                f"the latent is {x.shape[1]} × {x.shape[2]}; give multiples of {cfg.patch_size} up to {most}, the largest "
+                f"the latent is {x.shape[1]} × {x.shape[2]}; give multiples of {cfg.patch_size} up to {most}, the most "
                 "that this model has positions for"
             )
 
