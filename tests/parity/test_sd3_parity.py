@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 torch = pytest.importorskip("torch", reason="parity needs the extra mmdjax[parity]")
 diffusers = pytest.importorskip("diffusers", reason="parity needs the extra mmdjax[parity]")
@@ -212,7 +212,7 @@ def test_single_file(tmp_path, family):
 
 @pytest.mark.parametrize("family", tm.SD3)
 def test_single_file_says_what_it_is(tmp_path, family):
-    """The configurations from shapes alone; without norms of queries nothing says the heads, which are the published."""
+    """The configurations from shapes alone. Without norms of queries nothing says the heads: the published ones'."""
     model, vae, file = whole_file(family)
     save_file(file, tmp_path / "model.safetensors")
     found = single_sd3.parts(open_file(tmp_path / "model.safetensors"))
@@ -282,21 +282,13 @@ def test_eight_steps_of_the_real_pipeline(tmp_path):
 
 # Full size
 
-MEDIUM = {
-    "num_layers": 24,
-    "num_attention_heads": 24,
-    "caption_projection_dim": 1536,
-    "pos_embed_max_size": 192,
-}
-FULL = {  # with the number of parameters, the table of positions among them, in millions
+MEDIUM = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 192}
+RMS = {"qk_norm": "rms_norm"}
+FULL = {  # with the number of parameters in millions, the table of positions among them
     "medium": (MEDIUM, 0),
-    "medium35": (
-        MEDIUM | {"dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm", "pos_embed_max_size": 384}, 0,
-    ),
-    "large35": (
-        MEDIUM | {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "qk_norm": "rms_norm"}, 0,
-    ),
-}  # fmt: skip
+    "medium35": (MEDIUM | RMS | {"dual_attention_layers": (*range(13),), "pos_embed_max_size": 384}, 0),
+    "large35": (MEDIUM | RMS | {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432}, 0),
+}
 
 
 @pytest.mark.slow
