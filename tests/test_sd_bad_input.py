@@ -372,7 +372,7 @@ def test_shape_with_ones_is_another_shape(unet):
         (["controlnet_cond_embedding.conv_in.weight"], "is a ControlNet, which needs a model of its own"),
         (["control_model.input_blocks.0.0.weight"], "is a ControlNet"),
         (["emb_params"], "is a textual inversion"),
-        (["double_blocks.0.img_attn.qkv.weight"], "is a diffusion transformer (Flux, SD 3)"),
+        (["double_blocks.0.img_attn.qkv.weight"], "is a diffusion transformer (Flux)"),
         (["layer.weight"], "holds no U-Net, autoencoder or text encoder"),
     ],
 )

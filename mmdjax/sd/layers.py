@@ -85,6 +85,10 @@ class Block(nn.Module, kw_only=True):
         how = {"dtype": self.compute_dtype, "param_dtype": self.param_dtype, "use_fast_variance": False}
         return nn.LayerNorm(epsilon=eps, **how, name=name)
 
+    def rms_norm(self, name: str, eps: float = 1e-6) -> nn.RMSNorm:
+        """x over the root of its mean square, times a scale; along the last axis.  Zhang & Sennrich 2019."""
+        return nn.RMSNorm(epsilon=eps, dtype=self.compute_dtype, param_dtype=self.param_dtype, name=name)
+
     def attention(self, x, context, heads: int, *, bias: bool = False, upcast: bool = False, mask: Any = None):
         """softmax(q kᵀ/√d) v with its four projections: x [n, l, c], context [n, m, d], mask [n, m] -> [n, l, c]."""
         n, length, channels = x.shape

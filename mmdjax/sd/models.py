@@ -1,8 +1,13 @@
 """Loading and saving whole models: the architecture from the configurations, the parameters by `mmdjax.sd.convert`.
 
 A model is one of: a folder of diffusers (with a subfolder for each network), one of these subfolders, a single
+<<<<<<< HEAD
 `.safetensors` or `.ckpt` in CompVis's naming, a `.pt` of DiT or SiT, a folder that `save` wrote (in Flax's names and
 layout), or a hub id.
+=======
+`.safetensors` or `.ckpt` in CompVis's naming or that of Stable Diffusion 3, a folder that `save` wrote (in Flax's names
+and layout), or a hub id.
+>>>>>>> sd3
 """
 
 import contextlib
@@ -19,12 +24,20 @@ from flax.traverse_util import unflatten_dict
 from mmdjax._core.progress import progress_bar
 from mmdjax._files.atomic import write_json
 from mmdjax.checkpoint import Checkpoint, CheckpointError, Entry, read_json, write_safetensors
+<<<<<<< HEAD
 from mmdjax.sd import compvis, convert, published, single
 from mmdjax.sd.clip import CLIPText, CLIPTextConfig
 from mmdjax.sd.config import class_name
 from mmdjax.sd.files import download, open_file, open_folder
 from mmdjax.sd.transformers.dit import DiT, DiTConfig, PublishedDiTConfig, SiT, SiTConfig
 from mmdjax.sd.transformers.pixart import PixArt, PixArtConfig
+=======
+from mmdjax.sd import compvis, convert, single, single_sd3
+from mmdjax.sd.clip import CLIPText, CLIPTextConfig
+from mmdjax.sd.config import class_name
+from mmdjax.sd.files import download, open_file, open_folder
+from mmdjax.sd.transformers.sd3 import SD3, SD3Config
+>>>>>>> sd3
 from mmdjax.sd.unet import UNet2D, UNet2DCondition, UNet2DConditionConfig, UNet2DConfig
 from mmdjax.sd.vae import AutoencoderKL, AutoencoderKLConfig, VQModel, VQModelConfig
 
@@ -34,12 +47,19 @@ MODULES = (
     (AutoencoderKLConfig, AutoencoderKL),
     (VQModelConfig, VQModel),
     (CLIPTextConfig, CLIPText),
+<<<<<<< HEAD
     (DiTConfig, DiT),
     (PublishedDiTConfig, DiT),
     (SiTConfig, SiT),
     (PixArtConfig, PixArt),
 )
 COMPONENTS = ("unet", "transformer", "vae", "vqvae", "text_encoder", "text_encoder_2")
+=======
+    (SD3Config, SD3),
+)
+COMPONENTS = ("unet", "transformer", "vae", "vqvae", "text_encoder", "text_encoder_2", "text_encoder_3")
+LAYOUTS = (single_sd3,)  # of single files, beside CompVis's
+>>>>>>> sd3
 MANIFEST, FORMAT = "mmdjax.json", 1
 
 
@@ -110,8 +130,12 @@ def load_models(
     configs: Mapping[str, Mapping] | None = None,
     progress: bool = False,
 ) -> dict[str, Component]:
+<<<<<<< HEAD
     """The networks of a model by component: "unet" or "transformer", "vae" or "vqvae", "text_encoder",
     "text_encoder_2".
+=======
+    """The networks of a model by component: "unet" or "transformer", "vae" or "vqvae", "text_encoder", and so on.
+>>>>>>> sd3
 
     Args:
       path: see the top of this module.
@@ -249,12 +273,23 @@ def _load_folder(folder: Path, variant: str | None, how: _How) -> Component:
 
 def _load_single(file: Checkpoint, how: _How, ema: bool, configs: Mapping[str, Mapping] | None) -> dict[str, Component]:
     convert.refuse_foreign(file)
+<<<<<<< HEAD
     if published.is_published(file):
         return {"transformer": _load_published(file, how.of("transformer"), ema, configs)}
     found = {}
     for name, part in single.parts(file, configs).items():
+=======
+    layout = next((layout for layout in LAYOUTS if layout.found_in(file)), single)
+    found, parts = {}, layout.parts(file, configs)
+    if ema and "unet" not in parts:
+        raise CheckpointError(f"{file.source} has no moving average of its weights; use ema=False")
+    for name, part in parts.items():
+>>>>>>> sd3
         mine_how = how.of(name)
         module = mine_how.module(part.config)
+        if part.tensors is not None:
+            found[name] = mine_how.component(name, part.config, part.tensors, module)
+            continue
         mine = single.used(part, module.config, file)
         if ema and name == "unet":
             mine = _moving_average(mine, part.prefix, file)

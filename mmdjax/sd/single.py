@@ -33,11 +33,19 @@ IGNORED = re.compile(
 
 
 class Part(NamedTuple):
-    """A network in a single file: where its keys begin, its configuration, and whether its names are OpenCLIP's."""
+    """A network in a single file.
+
+    Args:
+      prefix: where its keys begin.
+      config: its configuration.
+      openclip: whether its names are OpenCLIP's.
+      tensors: under diffusers' names, if its layout was read already; None: those of the prefix, in CompVis's names.
+    """
 
     prefix: str
     config: dict[str, Any]
     openclip: bool = False
+    tensors: Checkpoint | None = None
 
 
 def parts(file: Checkpoint, configs: Mapping[str, Mapping] | None = None) -> dict[str, Part]:
@@ -67,8 +75,19 @@ def parts(file: Checkpoint, configs: Mapping[str, Mapping] | None = None) -> dic
         raise CheckpointError(
             f"{file.source} holds no U-Net, autoencoder or text encoder in the naming of single-file checkpoints"
         )
+    return checked(file, found, configs)
+
+
+def checked(
+    file: Checkpoint, found: Mapping[str, Part], configs: Mapping[str, Mapping] | None, ignored: re.Pattern = IGNORED
+) -> dict[str, Part]:
+    """The networks with the caller's configurations.
+
+    Raises:
+      CheckpointError: keys that belong to no network and are not to be ignored.
+    """
     known = tuple(part.prefix for part in found.values())
-    stray = sorted(key for key in file if not key.startswith(known) and not IGNORED.match(key))
+    stray = sorted(key for key in file if not key.startswith(known) and not ignored.match(key))
     if stray:
         raise CheckpointError(
             "\n".join([f"{file.source}: {len(stray)} keys unused", *(f"  unused: {key}" for key in stray)])
@@ -135,7 +154,7 @@ def unet_config(unet: Checkpoint) -> dict[str, Any]:
 
 def vae_config(vae: Checkpoint, scale: float) -> dict[str, Any]:
     """config.json of an autoencoder, from the tensors under `first_stage_model.`."""
-    levels = _count(vae, "encoder.down.{}.block.0.conv1.weight")
+    levels = count(vae, "encoder.down.{}.block.0.conv1.weight")
     config: dict[str, Any] = {
         "_class_name": "AutoencoderKL",
         "in_channels": vae.shape("encoder.conv_in.weight")[1],
@@ -143,7 +162,7 @@ def vae_config(vae: Checkpoint, scale: float) -> dict[str, Any]:
         "block_out_channels": [vae.shape(f"encoder.down.{i}.block.0.conv1.weight")[0] for i in range(levels)],
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "layers_per_block": _count(vae, "encoder.down.0.block.{}.conv1.weight"),
+        "layers_per_block": count(vae, "encoder.down.0.block.{}.conv1.weight"),
         "latent_channels": vae.shape("decoder.conv_in.weight")[1],
         "scaling_factor": scale,
     }
@@ -162,7 +181,7 @@ def clip_config(text: Checkpoint, second: bool = False) -> dict[str, Any]:
         "vocab_size": vocabulary,
         "hidden_size": width,
         "max_position_embeddings": text.shape(embeddings.format("position"))[0],
-        "num_hidden_layers": _count(text, "text_model.encoder.layers.{}.mlp.fc1.weight"),
+        "num_hidden_layers": count(text, "text_model.encoder.layers.{}.mlp.fc1.weight"),
         "intermediate_size": text.shape("text_model.encoder.layers.0.mlp.fc1.weight")[0],
         "num_attention_heads": width // 64,
         "hidden_act": "quick_gelu",
@@ -175,7 +194,7 @@ def openclip_config(text: Checkpoint, second: bool) -> dict[str, Any]:
     layer.
     """
     vocabulary, width = text.shape("token_embedding.weight")
-    layers = _count(text, "transformer.resblocks.{}.mlp.c_fc.weight")
+    layers = count(text, "transformer.resblocks.{}.mlp.c_fc.weight")
     return {
         "architectures": ["CLIPTextModelWithProjection" if second else "CLIPTextModel"],
         "vocab_size": vocabulary,
@@ -193,13 +212,14 @@ def openclip_config(text: Checkpoint, second: bool) -> dict[str, Any]:
 def _depths(unet: Checkpoint, levels: int, per_level: int) -> list[int]:
     # a level that does not attend takes 1, a number that nothing reads; the middle has the last level's
     depths = [
-        _count(unet, f"input_blocks.{1 + i * per_level}.1.transformer_blocks.{{}}.norm1.weight") for i in range(levels)
+        count(unet, f"input_blocks.{1 + i * per_level}.1.transformer_blocks.{{}}.norm1.weight") for i in range(levels)
     ]
-    middle = _count(unet, "middle_block.1.transformer_blocks.{}.norm1.weight")
+    middle = count(unet, "middle_block.1.transformer_blocks.{}.norm1.weight")
     return [depth or 1 for depth in depths[:-1]] + [middle]
 
 
-def _count(tensors: Checkpoint, pattern: str) -> int:
+def count(tensors: Checkpoint, pattern: str) -> int:
+    """How many of pattern.format(0), pattern.format(1), … there are."""
     n = 0
     while pattern.format(n) in tensors:
         n += 1

@@ -67,6 +67,25 @@ PIXART = {
     "caption_channels": 20,
     "sample_size": 8,
 }
+SD3 = {
+    "medium": {
+        "sample_size": 8,
+        "num_layers": 3,
+        "attention_head_dim": 16,
+        "num_attention_heads": 4,
+        "joint_attention_dim": 24,
+        "caption_projection_dim": 64,
+        "pooled_projection_dim": 20,
+        "pos_embed_max_size": 12,
+    },
+}
+SD3["medium35"] = SD3["medium"] | {"dual_attention_layers": (0, 1), "qk_norm": "rms_norm"}
+SD3["large35"] = SD3["medium"] | {
+    "num_layers": 4,
+    "attention_head_dim": 8,
+    "num_attention_heads": 8,
+    "qk_norm": "rms_norm",
+}
 TEXT = {
     "vocab_size": 100,
     "hidden_size": 64,

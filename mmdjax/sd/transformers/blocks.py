@@ -1,7 +1,7 @@
 """The blocks of diffusion transformers: patches, positions, and attention modulated by adaptive layer norm.
 
 References:
-  Dosovitskiy et al. 2021 (patches), Peebles & Xie 2023 (DiT: adaLN-Zero).
+  Dosovitskiy et al. 2021 (patches), Peebles & Xie 2023 (DiT: adaLN-Zero), Esser et al. 2024 (joint attention).
 """
 
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from mmdjax.sd.layers import Block
+from mmdjax.sd.primitives import attend
 
 
 def patchify(x: Float[Array, "n h w c"], size: int) -> Float[Array, "n l d"]:
@@ -158,3 +159,62 @@ class AdaLNZeroBlock(Block):
         x = x + gate[:, None] * attention(y)
         y = modulate(self.part(PlainNorm, "norm3", eps=self.eps)(x), shift_mlp, scale_mlp)
         return x + gate_mlp[:, None] * self.part(FeedForward, "ff", hidden=int(self.mlp_ratio * channels))(y)
+
+
+class Embedder(Block):
+    """W₂ silu(W₁ x), of times or pooled prompts: [n, d] -> [n, features]."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x):
+        h = self.dense("linear_1", self.features)(x.astype(self.compute_dtype))
+        return self.dense("linear_2", self.features)(nn.silu(h))
+
+
+class AdaLNOut(Block):
+    """The last layers of a transformer: modulated norm x, with scale and shift linear in silu(c), in this order."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n l c"], c: Float[Array, "n e"]) -> Float[Array, "n l c"]:
+        scale, shift = jnp.split(self.dense("linear", 2 * x.shape[-1])(nn.silu(c)), 2, axis=-1)
+        return modulate(self.part(PlainNorm, "norm")(x), shift, scale)
+
+
+class JointAttention(Block):
+    """One attention over two streams of tokens, each with its own projections: ([n, l, c], [n, m, d]) -> the same.
+
+    Without a context it is self-attention, and the context's output is None. So it is with `context_out` false, where
+    the context is only looked at. With `qk_norm` each head's queries and keys have a mean square of 1 before a learned
+    scale.  Esser et al. 2024, fig. 2.
+    """
+
+    heads: int
+    qk_norm: bool = False
+    context_out: bool = True
+    eps: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x, context=None):
+        n, length, channels = x.shape
+
+        def project(tokens, *names):
+            q, k, v = (
+                self.dense(name, channels)(tokens).reshape(n, -1, self.heads, channels // self.heads) for name in names
+            )
+            return q, k, v
+
+        def normed(name, a):
+            return self.rms_norm(name, self.eps)(a) if self.qk_norm else a
+
+        q, k, v = project(x, "to_q", "to_k", "to_v")
+        q, k = normed("norm_q", q), normed("norm_k", k)
+        if context is not None:
+            p, j, u = project(context, "add_q_proj", "add_k_proj", "add_v_proj")
+            p, j = normed("norm_added_q", p), normed("norm_added_k", j)
+            q, k, v = (jnp.concatenate(pair, axis=1) for pair in ((q, p), (k, j), (v, u)))
+        y = attend(q, k, v, flash=self.flash).astype(self.compute_dtype).reshape(n, -1, channels)
+        out = self.dense("to_out.0", channels)(y[:, :length])
+        if context is None or not self.context_out:
+            return out, None
+        return out, self.dense("to_add_out", context.shape[-1])(y[:, length:])
