@@ -39,7 +39,7 @@ def draw(key, shape):
     """
     rng = np.random.RandomState(zlib.crc32(key.encode()))
     noise = rng.standard_normal(shape)
-    if "norm" in key and key.endswith("weight"):
+    if "norm" in key and key.endswith("weight") and len(shape) == 1:
         noise = 1 + 0.3 * noise
     elif len(shape) == 1:
         noise = 0.2 * noise

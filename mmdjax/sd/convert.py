@@ -11,7 +11,7 @@ be those of the module's `init` (by `jax.eval_shape`, which takes no memory); an
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -36,7 +36,7 @@ RENAMED = (
         r"text_model.\1.",
     ),  # transformers 5; text encoders only
 )
-DROPPED = re.compile(r"(^|\.)embeddings\.position_ids$")
+DROPPED = re.compile(r"(^|\.)embeddings\.position_ids$|(^|\.)bn\.num_batches_tracked$")
 # Other things that come in the same file formats, by what only they have.
 FOREIGN = (
     (
@@ -45,10 +45,8 @@ FOREIGN = (
     ),
     (re.compile(r"^(control_model\.|controlnet_|input_hint_block)"), "a ControlNet, which needs a model of its own"),
     (re.compile(r"^(string_to_param|emb_params)"), "a textual inversion: an embedding, not a model"),
-    (
-        re.compile(r"^(double_blocks|joint_blocks|transformer_blocks)\."),
-        "a diffusion transformer (Flux, SD 3), not a U-Net",
-    ),
+    (re.compile(r"^double_blocks\."), "a diffusion transformer of FLUX, not a U-Net"),
+    (re.compile(r"^(joint_blocks|transformer_blocks)\."), "a diffusion transformer (Flux, SD 3), not a U-Net"),
 )
 
 
@@ -188,7 +186,7 @@ def canonical(checkpoint: Checkpoint, module: nn.Module) -> Checkpoint:
 
 def check(found: Checkpoint, shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
     """Raise one CheckpointError that lists all keys missing, unused or of another shape."""
-    refuse_foreign(found)
+    refuse_foreign(found, shapes)
     missing = sorted(shapes.keys() - found.keys())
     unused = sorted(found.keys() - shapes.keys())
     other = [key for key in sorted(shapes.keys() & found.keys()) if not _same(found.shape(key), shapes[key])]
@@ -201,10 +199,10 @@ def check(found: Checkpoint, shapes: Mapping[str, tuple[int, ...]], what: str) -
     raise CheckpointError("\n".join(lines))
 
 
-def refuse_foreign(found: Checkpoint) -> None:
-    """Raise CheckpointError if the keys are those of a LoRA, a ControlNet or the like."""
+def refuse_foreign(found: Checkpoint, wanted: Iterable[str] = ()) -> None:
+    """Raise CheckpointError if the keys are those of a LoRA, a ControlNet or the like, unless such keys are wanted."""
     for pattern, name in FOREIGN:
-        if any(pattern.search(key) for key in found):
+        if any(pattern.search(key) for key in found) and not any(pattern.search(key) for key in wanted):
             raise CheckpointError(f"{found.source} is {name}")
 
 

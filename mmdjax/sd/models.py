@@ -1,7 +1,8 @@
 """Loading and saving whole models: the architecture from the configurations, the parameters by `mmdjax.sd.convert`.
 
 A model is one of: a folder of diffusers (with a subfolder for each network), one of these subfolders, a single
-`.safetensors` or `.ckpt` in CompVis's naming, a folder that `save` wrote (in Flax's names and layout), or a hub id.
+`.safetensors` or `.ckpt` in CompVis's or FLUX's naming, a folder that `save` wrote (in Flax's names and layout), or a
+hub id.
 """
 
 import contextlib
@@ -18,21 +19,27 @@ from flax.traverse_util import unflatten_dict
 from mmdjax._core.progress import progress_bar
 from mmdjax._files.atomic import write_json
 from mmdjax.checkpoint import Checkpoint, CheckpointError, Entry, read_json, write_safetensors
-from mmdjax.sd import compvis, convert, single
+from mmdjax.sd import compvis, convert, single, single_flux
 from mmdjax.sd.clip import CLIPText, CLIPTextConfig
 from mmdjax.sd.config import class_name
 from mmdjax.sd.files import download, open_file, open_folder
+from mmdjax.sd.transformers.flux import Flux, FluxConfig
+from mmdjax.sd.transformers.flux2 import Flux2, Flux2Config
 from mmdjax.sd.unet import UNet2D, UNet2DCondition, UNet2DConditionConfig, UNet2DConfig
 from mmdjax.sd.vae import AutoencoderKL, AutoencoderKLConfig, VQModel, VQModelConfig
+from mmdjax.sd.vae_flux2 import AutoencoderKLFlux2, AutoencoderKLFlux2Config
 
 MODULES = (
     (UNet2DConditionConfig, UNet2DCondition),
     (UNet2DConfig, UNet2D),
+    (FluxConfig, Flux),
+    (Flux2Config, Flux2),
     (AutoencoderKLConfig, AutoencoderKL),
+    (AutoencoderKLFlux2Config, AutoencoderKLFlux2),
     (VQModelConfig, VQModel),
     (CLIPTextConfig, CLIPText),
 )
-COMPONENTS = ("unet", "vae", "vqvae", "text_encoder", "text_encoder_2")
+COMPONENTS = ("unet", "transformer", "vae", "vqvae", "text_encoder", "text_encoder_2")
 MANIFEST, FORMAT = "mmdjax.json", 1
 
 
@@ -103,7 +110,7 @@ def load_models(
     configs: Mapping[str, Mapping] | None = None,
     progress: bool = False,
 ) -> dict[str, Component]:
-    """The networks of a model by component: "unet", "vae" or "vqvae", "text_encoder", "text_encoder_2".
+    """The networks of a model by component: "unet" or "transformer", "vae" or "vqvae", and text encoders.
 
     Args:
       path: see the top of this module.
@@ -238,21 +245,21 @@ def _load_folder(folder: Path, variant: str | None, how: _How) -> Component:
 
 
 def _load_single(file: Checkpoint, how: _How, ema: bool, configs: Mapping[str, Mapping] | None) -> dict[str, Component]:
-    convert.refuse_foreign(file)
+    convert.refuse_foreign(file, wanted=(single_flux.MARKER,))
     found = {}
     for name, part in single.parts(file, configs).items():
         mine_how = how.of(name)
         module = mine_how.module(part.config)
         mine = single.used(part, module.config, file)
-        if ema and name == "unet":
+        if ema and name in ("unet", "transformer"):
             mine = _moving_average(mine, part.prefix, file)
         sources = compvis.sources(module, convert.keys(convert.abstract(module)), openclip=part.openclip)
         found[name] = mine_how.component(name, part.config, compvis.translate(mine, sources), module)
     return found
 
 
-def _moving_average(unet: Checkpoint, prefix: str, file: Checkpoint) -> Checkpoint:
-    places = {key: compvis.ema_key(prefix + key) for key in unet}
+def _moving_average(network: Checkpoint, prefix: str, file: Checkpoint) -> Checkpoint:
+    places = {key: compvis.ema_key(prefix + key) for key in network}
     missing = [place for place in places.values() if place not in file]
     if missing:
         raise CheckpointError(

@@ -150,7 +150,9 @@ def rotary_tables(places: Float[np.ndarray, "l axes"], dims: Sequence[int], thet
       [[0.0, 0.0, 0.0], [0.0, 0.8399999737739563, 0.009999999776482582]]
     """
     if places.shape[1] != len(dims) or any(dim % 2 for dim in dims):
-        raise ValueError(f"places have {places.shape[1]} axes and dims are {tuple(dims)}; give an even one for each axis")
+        raise ValueError(
+            f"places have {places.shape[1]} axes and dims are {tuple(dims)}; give an even one for each axis"
+        )
     angles = [
         places[:, axis : axis + 1] * float(theta) ** (-np.arange(0, dim, 2) / dim) for axis, dim in enumerate(dims)
     ]

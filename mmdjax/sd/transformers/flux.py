@@ -80,7 +80,9 @@ def check_flux(config: Any, axes: int) -> None:
     check_size(config, config.num_layers + config.num_single_layers)
     dims, size = config.axes_dims_rope, config.attention_head_dim
     if len(dims) != axes or sum(dims) != size or any(dim % 2 for dim in dims):
-        raise ValueError(f"axes_dims_rope is {dims}; give {axes} even numbers that add up to attention_head_dim, {size}")
+        raise ValueError(
+            f"axes_dims_rope is {dims}; give {axes} even numbers that add up to attention_head_dim, {size}"
+        )
 
 
 class FluxNetwork(Block):
@@ -116,10 +118,10 @@ class FluxNetwork(Block):
     def out(self, x: Array, c: Array, features: int, eps: float, bias: bool) -> Array:
         """The prediction of each token, [n, l, c] -> [n, l, features]."""
         scale, shift = jnp.split(self.dense("norm_out.linear", 2 * x.shape[-1], bias)(nn.silu(c)), 2, axis=-1)
-        y = modulate(Block.part(self, PlainNorm, "norm_out.norm", eps), shift, scale)
+        y = modulate(self.part(PlainNorm, "norm_out.norm", eps)(x), shift, scale)
         return self.dense("proj_out", features, bias)(y)
 
-    def context(self, cond: Mapping[str, Array] | Array) -> Array:
+    def prompt(self, cond: Mapping[str, Array] | Array) -> Array:
         """The prompt's tokens in a condition.
 
         Raises:
@@ -168,13 +170,12 @@ class Flux(FluxNetwork):
         cfg = self.config
         if not isinstance(cond, Mapping) or "pooled" not in cond:
             raise ValueError('FLUX.1 is conditioned on a mapping of "context", [n, l, d], and "pooled", [n, p]')
-        if cond["pooled"].shape[-1] != cfg.pooled_projection_dim:
-            raise ValueError(
-                f"the pooled prompt has width {cond['pooled'].shape[-1]}; this network takes {cfg.pooled_projection_dim}"
-            )
+        given, wanted = cond["pooled"].shape[-1], cfg.pooled_projection_dim
+        if given != wanted:
+            raise ValueError(f"the pooled prompt has width {given}; this network takes {wanted}")
         c = self.embedded("time_text_embed", t, guidance, TIMES, bias=True)
         c = c + self.embedding("time_text_embed.text_embedder", cond["pooled"], bias=True)
-        context = self.dense("context_embedder", cfg.width)(self.context(cond))
+        context = self.dense("context_embedder", cfg.width)(self.prompt(cond))
         tokens = pack(x.astype(self.dtype))
         n, height, width, _ = tokens.shape
         places = np.concatenate([np.zeros((context.shape[1], 3)), grid_places(height, width)])
@@ -232,7 +233,9 @@ class DoubleBlock(Streams):
     """FLUX.1's block on two streams; each has a modulation of its own."""
 
     @nn.compact
-    def __call__(self, x: Float[Array, "n l c"], context: Float[Array, "n m c"], c: Float[Array, "n c"], rotary: Rotary):
+    def __call__(
+        self, x: Float[Array, "n l c"], context: Float[Array, "n m c"], c: Float[Array, "n c"], rotary: Rotary
+    ):
         six, six_context = (
             self.dense(f"{name}.linear", 6 * x.shape[-1])(nn.silu(c)) for name in ("norm1", "norm1_context")
         )

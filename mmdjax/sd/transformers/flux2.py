@@ -97,7 +97,7 @@ class Flux2(FluxNetwork):
             name: self.dense(f"{name}.linear", times * cfg.width, bias=False)(nn.silu(c))
             for name, times in MODULATIONS.items()
         }
-        context = self.dense("context_embedder", cfg.width, bias=False)(self.context(cond))
+        context = self.dense("context_embedder", cfg.width, bias=False)(self.prompt(cond))
         rotary = rotary_tables(places(context.shape[1], height, width), cfg.axes_dims_rope, cfg.rope_theta)
         h = self.dense("x_embedder", cfg.width, bias=False)(x.astype(self.dtype).reshape(n, height * width, -1))
         picture, prompt, single = (modulation[name] for name in MODULATIONS)
