@@ -196,12 +196,12 @@ def published(width=64, head=32, *, guidance=False):
     keys = {key: convert.torch_shape(path[-1], leaves[path].shape) for key, path in convert.keys(tree).items()}
     rows = {}
     for key, place in single_flux.sources(keys, width).items():
-        rows[place.key] = rows.get(place.key, 0) + keys[key][0], *keys[key][1:]
-    return module, {key: sd_tiny.draw(key, shape) for key, shape in rows.items()}
+        rows.setdefault(place.key, []).append(keys[key])
+    shapes = {key: (sum(shape[0] for shape in pieces), *pieces[0][1:]) for key, pieces in rows.items()}
+    return module, {key: sd_tiny.draw(key, shape) for key, shape in shapes.items()}
 
 
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-@pytest.mark.parametrize("guidance", [True, False])
+@pytest.mark.parametrize(("prefix", "guidance"), [("", True), ("model.diffusion_model.", False)])
 def test_single_file(tmp_path, prefix, guidance):
     module, file = published(guidance=guidance)
     save_file({prefix + key: value for key, value in file.items()}, tmp_path / "flux.safetensors")

@@ -157,10 +157,10 @@ def source(key: str, width: int) -> Rows:
 
 
 def _common(flux: Checkpoint, head: int) -> dict[str, Any]:
-    width, channels = _matrix(flux, "img_in.weight")
+    (width, channels), (features, _) = (_matrix(flux, f"{name}.weight") for name in ("img_in", "final_layer.linear"))
     return {
         "in_channels": channels,
-        "out_channels": _matrix(flux, "final_layer.linear.weight")[0],
+        "out_channels": None if features == channels else features,
         "num_layers": _count(flux, MARKER),
         "num_single_layers": _count(flux, "single_blocks."),
         "attention_head_dim": head,

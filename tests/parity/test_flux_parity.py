@@ -1,4 +1,4 @@
-"""FLUX's transformers and FLUX.2's autoencoder against diffusers, float32, on checkpoints that it wrote; single files."""
+"""FLUX's transformers, FLUX.2's autoencoder and FLUX's single files against diffusers, float32."""
 
 import jax
 import jax.numpy as jnp
@@ -253,7 +253,7 @@ def test_single_file_of_flux2(tmp_path, prefix):
 
 @pytest.mark.parametrize("guidance", [True, False], ids=["dev", "schnell"])
 def test_single_file_of_flux(tmp_path, guidance):
-    """The file that holds the parameters of a tiny model of diffusers, at that width, against the model's own folder."""
+    """The file with the parameters of a tiny model of diffusers against that model's own folder."""
     model = tm.randomise(FluxTransformer2DModel(**tm.FLUX | {"guidance_embeds": guidance}))
     model.save_pretrained(tmp_path / "transformer")
     file = published(False, 64, channels=16, context=24, pooled=12, head=32, hidden=4 * 64, guidance=guidance)
