@@ -40,7 +40,7 @@ RENAMED = (
     ),  # transformers 5; text encoders only
 )
 COMPILED = re.compile(r"(^|\.)_orig_mod\.")  # torch.compile writes it before the names in what it compiled
-DROPPED = re.compile(r"(^|\.)embeddings\.position_ids$")
+DROPPED = re.compile(r"(^|\.)embeddings\.position_ids$|(^|\.)bn\.num_batches_tracked$")
 LAYER = re.compile(r"text_model\.encoder\.layers\.(\d+)\.")
 # Other things that come in the same file formats, by what only they have.
 FOREIGN = (

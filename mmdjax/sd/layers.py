@@ -150,3 +150,27 @@ def upsample(x: Float[Array, "n h w c"], size: tuple[int, ...]) -> Float[Array, 
         old = x.shape[axis]
         x = jnp.repeat(x, 2, axis) if new == 2 * old else jnp.take(x, jnp.arange(new) * old // new, axis)
     return x
+
+
+def pack(x: Float[Array, "n h w c"], size: int = 2) -> Float[Array, "n h2 w2 k"]:
+    """Each size × size positions as one, of c size² channels; these run over c, then the rows, then the columns.
+
+    Raises:
+      ValueError: height or width is no multiple of the size.
+
+    Example:
+      >>> pack(jnp.arange(8.0).reshape(1, 2, 2, 2)).tolist()
+      [[[[0.0, 2.0, 4.0, 6.0, 1.0, 3.0, 5.0, 7.0]]]]
+    """
+    n, h, w, c = x.shape
+    if h % size or w % size:
+        raise ValueError(f"the latents are {h} × {w}; give multiples of {size}, which are packed {size} × {size}")
+    x = x.reshape(n, h // size, size, w // size, size, c)
+    return x.transpose(0, 1, 3, 5, 2, 4).reshape(n, h // size, w // size, c * size**2)
+
+
+def unpack(x: Float[Array, "n h w k"], size: int = 2) -> Float[Array, "n h2 w2 c"]:
+    """The inverse of `pack`."""
+    n, h, w, k = x.shape
+    x = x.reshape(n, h, w, k // size**2, size, size)
+    return x.transpose(0, 1, 4, 2, 5, 3).reshape(n, h * size, w * size, k // size**2)

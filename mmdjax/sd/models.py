@@ -1,13 +1,8 @@
 """Loading and saving whole models: the architecture from the configurations, the parameters by `mmdjax.sd.convert`.
 
-A model is one of: a folder of diffusers (with a subfolder for each network), one of these subfolders, a single
-<<<<<<< HEAD
-`.safetensors` or `.ckpt` in CompVis's naming, a `.pt` of DiT or SiT, a folder that `save` wrote (in Flax's names and
-layout), or a hub id.
-=======
-`.safetensors` or `.ckpt` in CompVis's naming or that of Stable Diffusion 3, a folder that `save` wrote (in Flax's names
-and layout), or a hub id.
->>>>>>> sd3
+A model is one of: a folder of diffusers (with a subfolder for each network), one of these subfolders, a single file
+(`.safetensors` or `.ckpt` in the naming of CompVis, Stable Diffusion 3 or FLUX, `.pt` of DiT or SiT), a folder that
+`save` wrote (in Flax's names and layout), or a hub id.
 """
 
 import contextlib
@@ -24,42 +19,36 @@ from flax.traverse_util import unflatten_dict
 from mmdjax._core.progress import progress_bar
 from mmdjax._files.atomic import write_json
 from mmdjax.checkpoint import Checkpoint, CheckpointError, Entry, read_json, write_safetensors
-<<<<<<< HEAD
-from mmdjax.sd import compvis, convert, published, single
+from mmdjax.sd import compvis, convert, published, single, single_sd3
 from mmdjax.sd.clip import CLIPText, CLIPTextConfig
 from mmdjax.sd.config import class_name
 from mmdjax.sd.files import download, open_file, open_folder
 from mmdjax.sd.transformers.dit import DiT, DiTConfig, PublishedDiTConfig, SiT, SiTConfig
+from mmdjax.sd.transformers.flux import Flux, FluxConfig
+from mmdjax.sd.transformers.flux2 import Flux2, Flux2Config
 from mmdjax.sd.transformers.pixart import PixArt, PixArtConfig
-=======
-from mmdjax.sd import compvis, convert, single, single_sd3
-from mmdjax.sd.clip import CLIPText, CLIPTextConfig
-from mmdjax.sd.config import class_name
-from mmdjax.sd.files import download, open_file, open_folder
 from mmdjax.sd.transformers.sd3 import SD3, SD3Config
->>>>>>> sd3
 from mmdjax.sd.unet import UNet2D, UNet2DCondition, UNet2DConditionConfig, UNet2DConfig
 from mmdjax.sd.vae import AutoencoderKL, AutoencoderKLConfig, VQModel, VQModelConfig
+from mmdjax.sd.vae_flux2 import AutoencoderKLFlux2, AutoencoderKLFlux2Config
 
 MODULES = (
     (UNet2DConditionConfig, UNet2DCondition),
     (UNet2DConfig, UNet2D),
-    (AutoencoderKLConfig, AutoencoderKL),
-    (VQModelConfig, VQModel),
-    (CLIPTextConfig, CLIPText),
-<<<<<<< HEAD
     (DiTConfig, DiT),
     (PublishedDiTConfig, DiT),
     (SiTConfig, SiT),
     (PixArtConfig, PixArt),
-)
-COMPONENTS = ("unet", "transformer", "vae", "vqvae", "text_encoder", "text_encoder_2")
-=======
     (SD3Config, SD3),
+    (FluxConfig, Flux),
+    (Flux2Config, Flux2),
+    (AutoencoderKLConfig, AutoencoderKL),
+    (AutoencoderKLFlux2Config, AutoencoderKLFlux2),
+    (VQModelConfig, VQModel),
+    (CLIPTextConfig, CLIPText),
 )
 COMPONENTS = ("unet", "transformer", "vae", "vqvae", "text_encoder", "text_encoder_2", "text_encoder_3")
 LAYOUTS = (single_sd3,)  # of single files, beside CompVis's
->>>>>>> sd3
 MANIFEST, FORMAT = "mmdjax.json", 1
 
 
@@ -130,12 +119,7 @@ def load_models(
     configs: Mapping[str, Mapping] | None = None,
     progress: bool = False,
 ) -> dict[str, Component]:
-<<<<<<< HEAD
-    """The networks of a model by component: "unet" or "transformer", "vae" or "vqvae", "text_encoder",
-    "text_encoder_2".
-=======
     """The networks of a model by component: "unet" or "transformer", "vae" or "vqvae", "text_encoder", and so on.
->>>>>>> sd3
 
     Args:
       path: see the top of this module.
@@ -273,25 +257,20 @@ def _load_folder(folder: Path, variant: str | None, how: _How) -> Component:
 
 def _load_single(file: Checkpoint, how: _How, ema: bool, configs: Mapping[str, Mapping] | None) -> dict[str, Component]:
     convert.refuse_foreign(file)
-<<<<<<< HEAD
     if published.is_published(file):
         return {"transformer": _load_published(file, how.of("transformer"), ema, configs)}
-    found = {}
-    for name, part in single.parts(file, configs).items():
-=======
     layout = next((layout for layout in LAYOUTS if layout.found_in(file)), single)
     found, parts = {}, layout.parts(file, configs)
-    if ema and "unet" not in parts:
+    if ema and not {"unet", "transformer"} & set(parts):
         raise CheckpointError(f"{file.source} has no moving average of its weights; use ema=False")
     for name, part in parts.items():
->>>>>>> sd3
         mine_how = how.of(name)
         module = mine_how.module(part.config)
         if part.tensors is not None:
             found[name] = mine_how.component(name, part.config, part.tensors, module)
             continue
         mine = single.used(part, module.config, file)
-        if ema and name == "unet":
+        if ema and name in ("unet", "transformer"):
             mine = _moving_average(mine, part.prefix, file)
         sources = compvis.sources(module, convert.keys(convert.abstract(module)), openclip=part.openclip)
         found[name] = mine_how.component(name, part.config, compvis.translate(mine, sources), module)
@@ -305,8 +284,8 @@ def _load_published(file: Checkpoint, how: _How, ema: bool, configs: Mapping[str
     return how.component("transformer", raw, mine, how.module(raw))
 
 
-def _moving_average(unet: Checkpoint, prefix: str, file: Checkpoint) -> Checkpoint:
-    places = {key: compvis.ema_key(prefix + key) for key in unet}
+def _moving_average(network: Checkpoint, prefix: str, file: Checkpoint) -> Checkpoint:
+    places = {key: compvis.ema_key(prefix + key) for key in network}
     missing = [place for place in places.values() if place not in file]
     if missing:
         raise CheckpointError(

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from mmdjax.checkpoint import Checkpoint, CheckpointError
+from mmdjax.sd import single_flux
 
 UNET, VAE, EMA = "model.diffusion_model.", "first_stage_model.", "model_ema."
 TEXTS = (  # component, prefix, whether the names are OpenCLIP's
@@ -49,7 +50,7 @@ class Part(NamedTuple):
 
 
 def parts(file: Checkpoint, configs: Mapping[str, Mapping] | None = None) -> dict[str, Part]:
-    """The networks in a single file by component ("unet", "vae", "vqvae", "text_encoder", "text_encoder_2").
+    """The networks in a single file by component ("unet" or "transformer", "vae" or "vqvae", and text encoders).
 
     Args:
       configs: parsed config.json of components, in place of what the shapes say.
@@ -59,6 +60,8 @@ def parts(file: Checkpoint, configs: Mapping[str, Mapping] | None = None) -> dic
     found = {}
     if f"{UNET}input_blocks.0.0.weight" in file:
         found["unet"] = Part(UNET, unet_config(file.part(UNET)))
+    if flux := single_flux.network(file):
+        found["transformer"] = Part(*flux)
     if f"{VAE}encoder.conv_in.weight" in file:
         quantised = f"{VAE}quantize.embedding.weight" in file
         sdxl = f"{UNET}label_emb.0.0.weight" in file

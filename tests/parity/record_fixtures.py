@@ -20,7 +20,14 @@ import test_sd_pipeline as pipelines
 import test_sd_tokenizer as tokenizers
 import torch
 import torch_models as tm
-from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel, VQModel
+from diffusers import (
+    AutoencoderKL,
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    UNet2DConditionModel,
+    UNet2DModel,
+    VQModel,
+)
 from safetensors.numpy import save_file
 from transformers import CLIPTokenizer
 
@@ -62,6 +69,19 @@ def vqvae():
     outputs = {"latents": model.encode(tm.nchw(images)).latents, "decoded": model.decode(tm.nchw(z)).sample}
     outputs["codes"] = model.quantize(tm.nchw(z))[0]
     return model, {"images": images, "z": z} | {key: tm.nhwc(value) for key, value in outputs.items()}
+
+
+def flux():
+    model = tm.randomise(FluxTransformer2DModel(**tm.FLUX | {"num_layers": 1, "num_single_layers": 1}))
+    arrays = {"x": normal(0, 2, 4, 6, 4), "t": np.float32([0.02, 0.9])}
+    arrays |= {"context": normal(1, 2, 5, 24), "pooled": normal(2, 2, 12), "guidance": np.float32([1.0, 3.5])}
+    return model, arrays | {"output": tm.flux(model, **arrays)}
+
+
+def flux2():
+    model = tm.randomise(Flux2Transformer2DModel(**tm.FLUX2 | {"num_layers": 1, "num_single_layers": 1}))
+    arrays = {"x": normal(0, 2, 2, 3, 16), "t": np.float32([0.02, 0.9]), "context": normal(1, 2, 5, 24)}
+    return model, arrays | {"output": tm.flux2(model, **arrays)}
 
 
 def text(config, projection=False):
@@ -161,6 +181,8 @@ RECORDED = {
     "unet_ldm": lambda: unet(tm.LDM_UNET, UNet2DModel),
     "vae": vae,
     "vqvae": vqvae,
+    "flux": flux,
+    "flux2": flux2,
     "clip_l": lambda: text(tm.CLIP_L),
     "clip_h": lambda: text(tm.CLIP_H),
     "clip_g": lambda: text(tm.CLIP_H, projection=True),

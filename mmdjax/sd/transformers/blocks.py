@@ -1,9 +1,11 @@
 """The blocks of diffusion transformers: patches, positions, and attention modulated by adaptive layer norm.
 
 References:
-  Dosovitskiy et al. 2021 (patches), Peebles & Xie 2023 (DiT: adaLN-Zero), Esser et al. 2024 (joint attention).
+  Dosovitskiy et al. 2021 (patches), Peebles & Xie 2023 (DiT: adaLN-Zero), Su et al. 2024 (rotary positions), Esser et
+  al. 2024 (joint attention), Shazeer 2020 (swiglu).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -13,6 +15,8 @@ from jaxtyping import Array, Float
 
 from mmdjax.sd.layers import Block
 from mmdjax.sd.primitives import attend
+
+Rotary = tuple[Any, Any]  # cosines and sines, [l, d/2] each
 
 
 def patchify(x: Float[Array, "n h w c"], size: int) -> Float[Array, "n l d"]:
@@ -181,40 +185,84 @@ class AdaLNOut(Block):
         return modulate(self.part(PlainNorm, "norm")(x), shift, scale)
 
 
+def swiglu(x: Float[Array, "... d"]) -> Float[Array, "... d2"]:
+    """silu(a) b of the halves a, b of the last axis.  Shazeer 2020."""
+    gate, value = jnp.split(x, 2, axis=-1)
+    return nn.silu(gate) * value
+
+
+def rotary_tables(places: Float[np.ndarray, "l axes"], dims: Sequence[int], theta: float) -> Rotary:
+    """Cosines and sines of the angles by which `rotate` turns each pair of channels, float32.  Su et al. 2024.
+
+    Axis a of the places owns the next dims[a] channels; its pair i turns by place · theta^(−2 i / dims[a]).
+
+    Raises:
+      ValueError: there are not as many axes as dims, or one of these is odd.
+
+    Example:
+      >>> cos, sin = rotary_tables(np.array([[0.0, 0.0], [0.0, 1.0]]), (2, 4), 10_000)
+      >>> sin.round(2).tolist()
+      [[0.0, 0.0, 0.0], [0.0, 0.8399999737739563, 0.009999999776482582]]
+    """
+    if places.shape[1] != len(dims) or any(dim % 2 for dim in dims):
+        raise ValueError(
+            f"places have {places.shape[1]} axes and dims are {tuple(dims)}; give an even one for each axis"
+        )
+    angles = [
+        places[:, axis : axis + 1] * float(theta) ** (-np.arange(0, dim, 2) / dim) for axis, dim in enumerate(dims)
+    ]
+    both = np.concatenate(angles, axis=1)
+    return np.cos(both).astype(np.float32), np.sin(both).astype(np.float32)
+
+
+def rotate(x: Float[Array, "n l h d"], rotary: Rotary) -> Float[Array, "n l h d"]:
+    """Each pair of neighbouring channels turned by the angle of its token: a rotary position; in float32 at least."""
+    cos, sin = (jnp.asarray(table)[:, None] for table in rotary)
+    pairs = x.astype(jnp.promote_types(x.dtype, jnp.float32)).reshape(*x.shape[:-1], -1, 2)
+    a, b = pairs[..., 0], pairs[..., 1]
+    return jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(x.shape).astype(x.dtype)
+
+
 class JointAttention(Block):
     """One attention over two streams of tokens, each with its own projections: ([n, l, c], [n, m, d]) -> the same.
 
     Without a context it is self-attention, and the context's output is None. So it is with `context_out` false, where
-    the context is only looked at. With `qk_norm` each head's queries and keys have a mean square of 1 before a learned
-    scale.  Esser et al. 2024, fig. 2.
+    the context is only looked at.  Esser et al. 2024, fig. 2.
+
+    Args:
+      qk_eps: with it each head's queries and keys have an RMS norm, of this eps.
+      bias: whether the projections have one.
     """
 
     heads: int
-    qk_norm: bool = False
+    qk_eps: float | None = None
+    bias: bool = True
     context_out: bool = True
-    eps: float = 1e-6
 
     @nn.compact
-    def __call__(self, x, context=None):
+    def __call__(self, x, context=None, rotary: Rotary | None = None):
+        """`rotary` tables are those of the context's tokens, then of x's."""
         n, length, channels = x.shape
-
-        def project(tokens, *names):
-            q, k, v = (
-                self.dense(name, channels)(tokens).reshape(n, -1, self.heads, channels // self.heads) for name in names
-            )
-            return q, k, v
-
-        def normed(name, a):
-            return self.rms_norm(name, self.eps)(a) if self.qk_norm else a
-
-        q, k, v = project(x, "to_q", "to_k", "to_v")
-        q, k = normed("norm_q", q), normed("norm_k", k)
+        q, k, v = self.projected(x, channels, ("to_q", "to_k", "to_v"), "norm_")
         if context is not None:
-            p, j, u = project(context, "add_q_proj", "add_k_proj", "add_v_proj")
-            p, j = normed("norm_added_q", p), normed("norm_added_k", j)
-            q, k, v = (jnp.concatenate(pair, axis=1) for pair in ((q, p), (k, j), (v, u)))
+            first = self.projected(context, channels, ("add_q_proj", "add_k_proj", "add_v_proj"), "norm_added_")
+            q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(first, (q, k, v), strict=True))
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
         y = attend(q, k, v, flash=self.flash).astype(self.compute_dtype).reshape(n, -1, channels)
-        out = self.dense("to_out.0", channels)(y[:, :length])
+        out = self.dense("to_out.0", channels, self.bias)(y[:, -length:])
         if context is None or not self.context_out:
             return out, None
-        return out, self.dense("to_add_out", context.shape[-1])(y[:, length:])
+        return out, self.dense("to_add_out", context.shape[-1], self.bias)(y[:, :-length])
+
+    def projected(self, x, channels: int, names: Sequence[str], norm: str) -> tuple[Array, Array, Array]:
+        """Queries, keys and values of one stream by head, [n, l, h, d]."""
+        q, k, v = (split_heads(self.dense(name, channels, self.bias)(x), self.heads) for name in names)
+        if self.qk_eps is None:
+            return q, k, v
+        return self.rms_norm(f"{norm}q", self.qk_eps)(q), self.rms_norm(f"{norm}k", self.qk_eps)(k), v
+
+
+def split_heads(x: Float[Array, "n l c"], heads: int) -> Float[Array, "n l h d"]:
+    """The channels by head."""
+    return x.reshape(*x.shape[:-1], heads, -1)
