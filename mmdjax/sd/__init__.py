@@ -7,6 +7,8 @@ from mmdjax.sd.pack import ReferencePack, encode_references, load_references
 from mmdjax.sd.pipeline import Pipeline
 from mmdjax.sd.pretrained import load
 from mmdjax.sd.prompts import prompt_kernel
+from mmdjax.sd.qwen3 import Qwen3, Qwen3Config
+from mmdjax.sd.t5 import T5Encoder, T5EncoderConfig
 from mmdjax.sd.tiling import decode_sliced, decode_tiled
 from mmdjax.sd.unet import UNet2D, UNet2DCondition, UNet2DConditionConfig, UNet2DConfig
 from mmdjax.sd.vae import AutoencoderKL, AutoencoderKLConfig, VQModel, VQModelConfig
@@ -19,7 +21,11 @@ __all__ = [
     "CheckpointError",
     "Component",
     "Pipeline",
+    "Qwen3",
+    "Qwen3Config",
     "ReferencePack",
+    "T5Encoder",
+    "T5EncoderConfig",
     "TextOutput",
     "UNet2D",
     "UNet2DCondition",

@@ -21,7 +21,6 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mmdjax.checkpoint import Checkpoint, CheckpointError, Entry
-from mmdjax.sd.clip import CLIPText
 
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 
@@ -31,10 +30,6 @@ RENAMED = (
     (re.compile(r"(attentions\.\d+)\.key\."), r"\1.to_k."),
     (re.compile(r"(attentions\.\d+)\.value\."), r"\1.to_v."),
     (re.compile(r"(attentions\.\d+)\.proj_attn\."), r"\1.to_out.0."),
-    (
-        re.compile(r"^(embeddings|encoder\.layers|final_layer_norm)\."),
-        r"text_model.\1.",
-    ),  # transformers 5; text encoders only
 )
 DROPPED = re.compile(r"(^|\.)embeddings\.position_ids$")
 # Other things that come in the same file formats, by what only they have.
@@ -174,15 +169,17 @@ def params_to_torch(params: Mapping) -> dict[str, Entry]:
 
 
 def canonical(checkpoint: Checkpoint, module: nn.Module) -> Checkpoint:
-    """The checkpoint under current names: attention's old names replaced, buffers left out."""
-    rules = RENAMED if isinstance(module, CLIPText) else RENAMED[:-1]
+    """The checkpoint under the module's names: old names replaced; buffers and what it does not use left out."""
     found = {}
-    for key, stored in checkpoint.stored.items():
-        if DROPPED.search(key):
+    for old, stored in checkpoint.stored.items():
+        if DROPPED.search(old):
             continue
-        for pattern, new in rules:
+        key = old
+        for pattern, new in RENAMED:
             key = pattern.sub(new, key)
-        found[key] = stored
+        key = module.checkpoint_key(key)  # pyright: ignore[reportAttributeAccessIssue]
+        if key == old or (key is not None and key not in found):  # of two names of one tensor, the module's own
+            found[key] = stored
     return Checkpoint(found, checkpoint.source, checkpoint.metadata)
 
 

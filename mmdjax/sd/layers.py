@@ -40,10 +40,19 @@ class Block(nn.Module, kw_only=True):
         """Of a whole network: arguments to trace `init` with. The parameters do not depend on sizes of the input."""
         raise NotImplementedError
 
+    def checkpoint_key(self, key: str) -> str | None:
+        """Of a whole network: its name of a tensor that other checkpoints spell otherwise; None: it does not use it."""
+        return key
+
     @property
     def compute_dtype(self) -> Any:
         """The dtype of the computation: `dtype`, unless a config asks for another."""
         return self.dtype
+
+    @property
+    def wide_dtype(self) -> Any:
+        """The same with the range of float32: for values that outgrow float16."""
+        return jnp.float32 if self.compute_dtype == jnp.float16 else self.compute_dtype
 
     def part(self, cls, name: str | None, *args, **kwargs) -> Any:
         """A submodule with this one's dtypes and settings."""
@@ -68,6 +77,10 @@ class Block(nn.Module, kw_only=True):
         """A linear map."""
         return nn.Dense(features, use_bias=bias, dtype=self.compute_dtype, param_dtype=self.param_dtype, name=name)
 
+    def wide_dense(self, name: str, features: int) -> nn.Dense:
+        """A linear map without bias, computed in `wide_dtype`."""
+        return nn.Dense(features, use_bias=False, dtype=self.wide_dtype, param_dtype=self.param_dtype, name=name)
+
     def embed(self, name: str, num: int, features: int) -> nn.Embed:
         """A table of embeddings."""
         return nn.Embed(num, features, dtype=self.compute_dtype, param_dtype=self.param_dtype, name=name)
@@ -81,6 +94,10 @@ class Block(nn.Module, kw_only=True):
         """Layer norm with the exact variance."""
         how = {"dtype": self.compute_dtype, "param_dtype": self.param_dtype, "use_fast_variance": False}
         return nn.LayerNorm(epsilon=eps, **how, name=name)
+
+    def rms_norm(self, name: str, eps: float = 1e-6) -> nn.RMSNorm:
+        """x over the root of its mean square, scaled; the mean in float32 at least.  Zhang & Sennrich 2019."""
+        return nn.RMSNorm(epsilon=eps, dtype=self.compute_dtype, param_dtype=self.param_dtype, name=name)
 
     def attention(self, x, context, heads: int, *, bias: bool = False, upcast: bool = False):
         """softmax(q kᵀ/√d) v with its four projections: x [n, l, c], context [n, m, d] -> [n, l, c]."""

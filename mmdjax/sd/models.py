@@ -22,6 +22,8 @@ from mmdjax.sd import compvis, convert, single
 from mmdjax.sd.clip import CLIPText, CLIPTextConfig
 from mmdjax.sd.config import class_name
 from mmdjax.sd.files import download, open_file, open_folder
+from mmdjax.sd.qwen3 import Qwen3, Qwen3Config
+from mmdjax.sd.t5 import T5Encoder, T5EncoderConfig
 from mmdjax.sd.unet import UNet2D, UNet2DCondition, UNet2DConditionConfig, UNet2DConfig
 from mmdjax.sd.vae import AutoencoderKL, AutoencoderKLConfig, VQModel, VQModelConfig
 
@@ -31,8 +33,10 @@ MODULES = (
     (AutoencoderKLConfig, AutoencoderKL),
     (VQModelConfig, VQModel),
     (CLIPTextConfig, CLIPText),
+    (T5EncoderConfig, T5Encoder),
+    (Qwen3Config, Qwen3),
 )
-COMPONENTS = ("unet", "vae", "vqvae", "text_encoder", "text_encoder_2")
+COMPONENTS = ("unet", "vae", "vqvae", "text_encoder", "text_encoder_2", "text_encoder_3")
 MANIFEST, FORMAT = "mmdjax.json", 1
 
 
@@ -103,7 +107,8 @@ def load_models(
     configs: Mapping[str, Mapping] | None = None,
     progress: bool = False,
 ) -> dict[str, Component]:
-    """The networks of a model by component: "unet", "vae" or "vqvae", "text_encoder", "text_encoder_2".
+    """The networks of a model by component: "unet", "vae" or "vqvae", "text_encoder", "text_encoder_2",
+    "text_encoder_3".
 
     Args:
       path: see the top of this module.
@@ -225,7 +230,7 @@ def export(path: str | Path, components: Mapping[str, Component]) -> None:
     for name, component in components.items():
         folder = Path(path) / name
         folder.mkdir(parents=True, exist_ok=True)
-        stem = "model" if isinstance(component.module, CLIPText) else "diffusion_pytorch_model"
+        stem = "diffusion_pytorch_model" if "_class_name" in component.config else "model"  # else it is transformers'
         entries = convert.params_to_torch(component.params)
         write_safetensors(folder / f"{stem}.safetensors", entries, {"format": "pt"})
         write_json(folder / "config.json", dict(sorted(component.config.items())))

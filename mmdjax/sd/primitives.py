@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 SCORES_IN_MEMORY = 2**28  # attention logits held at once: 1 GiB in float32
 SCORES_IN_CACHE = 2**19  # of them on a CPU: 2 MiB
@@ -24,10 +24,13 @@ FEW_POSITIONS = 1024  # of a convolution's output, over the batch
 
 def attend(
     q: Float[Array, "n l h d"],
-    k: Float[Array, "n m h d"],
-    v: Float[Array, "n m h d"],
+    k: Float[Array, "n m g d"],
+    v: Float[Array, "n m g d"],
     *,
     causal: bool = False,
+    mask: Bool[Array, "n m"] | None = None,
+    bias: Float[Array, "b h l m"] | None = None,
+    scale: float | None = None,
     upcast: bool = False,
     flash: bool = False,
     limit: int | None = None,
@@ -35,20 +38,28 @@ def attend(
     """softmax(q kᵀ/√d) v, in blocks of queries where the logits would not fit.
 
     Args:
+      causal: a query attends to keys up to its own place.
+      mask: the keys that are attended to; False leaves a key out.
+      bias: added to the logits.
+      scale: of q kᵀ, in place of 1/√d.
       upcast: compute all in float32, as is done for float16 unless with `flash`; else only logits and softmax.
-      limit: the most logits in memory at once, by default `SCORES_IN_MEMORY` or, on a CPU, `SCORES_IN_CACHE`. Causal
-        attention ignores it.
+      limit: the most logits in memory at once, by default `SCORES_IN_MEMORY` or, on a CPU, `SCORES_IN_CACHE`.
+
+    With `causal`, `mask`, `bias` or `scale` all logits are in memory at once, and there may be fewer heads g of keys than
+    h of queries: each serves h/g neighbours.
     """
     dim = q.shape[-1]
+    plain = mask is None and bias is None and scale is None
     if upcast:
         q, k, v = (a.astype(jnp.float32) for a in (q, k, v))
     half = q.dtype in (jnp.bfloat16, jnp.float16)
-    if flash and half and dim <= 128 and dim % 8 == 0:
+    if flash and plain and half and dim <= 128 and dim % 8 == 0:
         return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
     if q.dtype == jnp.float16:  # JAX's float16 product with float32 sums exists on GPUs only
         q, k, v = (a.astype(jnp.float32) for a in (q, k, v))
-    if causal:
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    if causal or not plain:
+        keys = None if mask is None else mask[:, None, None, :]
+        return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=keys, is_causal=causal, scale=scale)
     return jax.lax.platform_dependent(
         q,
         k,
