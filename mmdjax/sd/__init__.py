@@ -7,6 +7,8 @@ from mmdjax.sd.pack import ReferencePack, encode_references, load_references
 from mmdjax.sd.pipeline import Pipeline
 from mmdjax.sd.pretrained import load
 from mmdjax.sd.prompts import prompt_kernel
+from mmdjax.sd.qwen3 import Qwen3, Qwen3Config
+from mmdjax.sd.t5 import T5Encoder, T5EncoderConfig
 from mmdjax.sd.tiling import decode_sliced, decode_tiled
 from mmdjax.sd.transformers.dit import DiT, DiTConfig, SiT, SiTConfig
 from mmdjax.sd.transformers.pixart import PixArt, PixArtConfig
@@ -25,9 +27,13 @@ __all__ = [
     "Pipeline",
     "PixArt",
     "PixArtConfig",
+    "Qwen3",
+    "Qwen3Config",
     "ReferencePack",
     "SiT",
     "SiTConfig",
+    "T5Encoder",
+    "T5EncoderConfig",
     "TextOutput",
     "UNet2D",
     "UNet2DCondition",

@@ -10,6 +10,7 @@ References:
 """
 
 import dataclasses
+import re
 from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -24,6 +25,7 @@ ACTIVATIONS = {
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # CLIP-L
     "gelu": lambda x: nn.gelu(x, approximate=False),  # OpenCLIP: the erf one
 }
+UNPREFIXED = re.compile(r"(embeddings|encoder\.layers|final_layer_norm)\.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +87,9 @@ class CLIPText(Block):
 
     def inputs(self):
         return (jax.ShapeDtypeStruct((1, 2), jnp.int32),)
+
+    def checkpoint_key(self, key):
+        return f"text_model.{key}" if UNPREFIXED.match(key) else key  # transformers 5 leaves it out
 
     @nn.compact
     def __call__(self, ids: Int[Array, "n l"]) -> TextOutput:

@@ -34,10 +34,6 @@ RENAMED = (
     (re.compile(r"(attentions\.\d+)\.key\."), r"\1.to_k."),
     (re.compile(r"(attentions\.\d+)\.value\."), r"\1.to_v."),
     (re.compile(r"(attentions\.\d+)\.proj_attn\."), r"\1.to_out.0."),
-    (
-        re.compile(r"^(embeddings|encoder\.layers|final_layer_norm)\."),
-        r"text_model.\1.",
-    ),  # transformers 5; text encoders only
 )
 COMPILED = re.compile(r"(^|\.)_orig_mod\.")  # torch.compile writes it before the names in what it compiled
 DROPPED = re.compile(r"(^|\.)embeddings\.position_ids$|(^|\.)bn\.num_batches_tracked$")
@@ -184,17 +180,21 @@ def params_to_torch(params: Mapping) -> dict[str, Entry]:
 
 
 def canonical(checkpoint: Checkpoint, module: nn.Module) -> Checkpoint:
-    """The checkpoint under current names: attention's old names replaced; buffers left out, and what a text encoder of
-    this configuration has not: a projection, or the last layers ("clip skip").
+    """The checkpoint under the module's names: old names replaced; buffers and what it does not use left out, such as
+    a text encoder's projection, or its last layers ("clip skip").
     """
     text = module.config if isinstance(module, CLIPText) else None
-    rules = RENAMED[:-1] if text is None else RENAMED
     found = {}
-    for key, stored in checkpoint.stored.items():
-        key = COMPILED.sub(r"\1", key)
-        for pattern, new in rules:
+    for old, stored in checkpoint.stored.items():
+        key = COMPILED.sub(r"\1", old)
+        if DROPPED.search(key):
+            continue
+        for pattern, new in RENAMED:
             key = pattern.sub(new, key)
-        if not (DROPPED.search(key) or (text is not None and _beyond(key, text))):
+        key = module.checkpoint_key(key)  # pyright: ignore[reportAttributeAccessIssue]
+        if key is None or (text is not None and _beyond(key, text)):
+            continue
+        if key == old or key not in found:  # of two names of one tensor, the module's own
             found[key] = stored
     return Checkpoint(found, checkpoint.source, checkpoint.metadata)
 

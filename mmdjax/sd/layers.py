@@ -41,10 +41,19 @@ class Block(nn.Module, kw_only=True):
         """Of a whole network: arguments to trace `init` with. The parameters do not depend on sizes of the input."""
         raise NotImplementedError
 
+    def checkpoint_key(self, key: str) -> str | None:
+        """Of a whole network: its name of a tensor that other checkpoints spell otherwise; None: it does not use it."""
+        return key
+
     @property
     def compute_dtype(self) -> Any:
         """The dtype of the computation: `dtype`, unless a config asks for another."""
         return self.dtype
+
+    @property
+    def wide_dtype(self) -> Any:
+        """The same with the range of float32: for values that outgrow float16."""
+        return jnp.float32 if self.compute_dtype == jnp.float16 else self.compute_dtype
 
     def part(self, cls, name: str | None, *args, **kwargs) -> Any:
         """A submodule with this one's dtypes and settings."""
@@ -70,6 +79,10 @@ class Block(nn.Module, kw_only=True):
         init = nn.initializers.zeros if zero else nn.linear.default_kernel_init
         how = {"dtype": self.compute_dtype, "param_dtype": self.param_dtype, "kernel_init": init}
         return nn.Dense(features, use_bias=bias, **how, name=name)
+
+    def wide_dense(self, name: str, features: int) -> nn.Dense:
+        """A linear map without bias, computed in `wide_dtype`."""
+        return nn.Dense(features, use_bias=False, dtype=self.wide_dtype, param_dtype=self.param_dtype, name=name)
 
     def embed(self, name: str, num: int, features: int) -> nn.Embed:
         """A table of embeddings."""

@@ -23,6 +23,8 @@ from mmdjax.sd import compvis, convert, published, single, single_sd3
 from mmdjax.sd.clip import CLIPText, CLIPTextConfig
 from mmdjax.sd.config import class_name
 from mmdjax.sd.files import download, open_file, open_folder
+from mmdjax.sd.qwen3 import Qwen3, Qwen3Config
+from mmdjax.sd.t5 import T5Encoder, T5EncoderConfig
 from mmdjax.sd.transformers.dit import DiT, DiTConfig, PublishedDiTConfig, SiT, SiTConfig
 from mmdjax.sd.transformers.flux import Flux, FluxConfig
 from mmdjax.sd.transformers.flux2 import Flux2, Flux2Config
@@ -46,6 +48,8 @@ MODULES = (
     (AutoencoderKLFlux2Config, AutoencoderKLFlux2),
     (VQModelConfig, VQModel),
     (CLIPTextConfig, CLIPText),
+    (T5EncoderConfig, T5Encoder),
+    (Qwen3Config, Qwen3),
 )
 COMPONENTS = ("unet", "transformer", "vae", "vqvae", "text_encoder", "text_encoder_2", "text_encoder_3")
 LAYOUTS = (single_sd3,)  # of single files, beside CompVis's
@@ -243,7 +247,7 @@ def export(path: str | Path, components: Mapping[str, Component]) -> None:
     for name, component in components.items():
         folder = Path(path) / name
         folder.mkdir(parents=True, exist_ok=True)
-        stem = "model" if isinstance(component.module, CLIPText) else "diffusion_pytorch_model"
+        stem = "diffusion_pytorch_model" if "_class_name" in component.config else "model"  # else it is transformers'
         entries = convert.params_to_torch(component.params)
         write_safetensors(folder / f"{stem}.safetensors", entries, {"format": "pt"})
         write_json(folder / "config.json", dict(sorted(component.config.items())))

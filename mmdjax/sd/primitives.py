@@ -24,11 +24,13 @@ HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)  # the logit of a masked key; 
 
 def attend(
     q: Float[Array, "n l h d"],
-    k: Float[Array, "n m h d"],
-    v: Float[Array, "n m h d"],
+    k: Float[Array, "n m g d"],
+    v: Float[Array, "n m g d"],
     *,
     mask: Bool[Array, "n m"] | None = None,
     causal: bool = False,
+    bias: Float[Array, "b h l m"] | None = None,
+    scale: float | None = None,
     upcast: bool = False,
     flash: bool = False,
     limit: int | None = None,
@@ -37,21 +39,28 @@ def attend(
 
     Args:
       mask: which keys of each sample count; None: all. A sample without any attends to all keys equally.
+      causal: a query attends to keys up to its own place.
+      bias: added to the logits.
+      scale: of q kᵀ, in place of 1/√d.
       upcast: compute all in float32, as is done for float16 unless with `flash`; else only logits and softmax.
-      flash: use cuDNN's fused attention if possible: half precision, d a multiple of 8 up to 128, no mask.
-      limit: the most logits in memory at once, by default `SCORES_IN_MEMORY` or, on a CPU, `SCORES_IN_CACHE`. Causal
-        attention ignores it.
+      flash: use cuDNN's fused attention if possible: half precision, d a multiple of 8 up to 128, none of the above but
+        `causal`.
+      limit: the most logits in memory at once, by default `SCORES_IN_MEMORY` or, on a CPU, `SCORES_IN_CACHE`.
+
+    With `causal`, `bias` or `scale` all logits are in memory at once, and there may be fewer heads g of keys than h of
+    queries: each serves h/g neighbours.
     """
     dim = q.shape[-1]
+    plain = bias is None and scale is None
     if upcast:
         q, k, v = (a.astype(jnp.float32) for a in (q, k, v))
     half = q.dtype in (jnp.bfloat16, jnp.float16)
-    if flash and half and mask is None and dim <= 128 and dim % 8 == 0:
+    if flash and plain and mask is None and half and dim <= 128 and dim % 8 == 0:
         return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
     if q.dtype == jnp.float16:  # JAX's float16 product with float32 sums exists on GPUs only
         q, k, v = (a.astype(jnp.float32) for a in (q, k, v))
-    if causal:
-        return jax.nn.dot_product_attention(q, k, v, mask=_of_keys(mask), is_causal=True)
+    if causal or not plain:
+        return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=_of_keys(mask), is_causal=causal, scale=scale)
 
     def form(f, limit):
         return lambda q, k, v, mask: f(q, k, v, limit, mask)

@@ -25,6 +25,7 @@ from jaxtyping import Int
 
 from mmdjax._core.extras import optional
 from mmdjax.checkpoint import CheckpointError, read_json
+from mmdjax.sd.fast_tokenizer import FastTokenizer, kind_of, load_fast
 from mmdjax.tree import short_repr
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -129,20 +130,25 @@ class Tokenizer:
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer in a folder of a checkpoint.
+def load_tokenizer(folder: str | Path) -> Tokenizer | FastTokenizer:
+    """The tokenizer in a folder of a checkpoint: CLIP's, T5's or Qwen3's, by its settings or else its files.
 
-    The vocabulary is read from vocab.json and merges.txt, else from tokenizer.json; the padding token and the length
-    from tokenizer_config.json and special_tokens_map.json, if they exist. Tokens that training added are those of
-    `added_tokens_decoder` in tokenizer_config.json, else of added_tokens.json and tokenizer.json.
+    CLIP's vocabulary is read from vocab.json and merges.txt, else from tokenizer.json; T5's from tokenizer.json, else
+    from spiece.model; Qwen3's from tokenizer.json. The padding token and the length are read from tokenizer_config.json
+    and special_tokens_map.json, if they exist. Tokens that training added to CLIP's are those of `added_tokens_decoder`
+    in tokenizer_config.json, else of added_tokens.json and tokenizer.json.
 
     Raises:
       ImportError: the package `tokenizers` is not installed.
       FileNotFoundError: no vocabulary.
-      CheckpointError: files that are not a vocabulary of CLIP's kind, or added tokens whose ids do not follow it.
+      CheckpointError: files that are not a vocabulary of these kinds, another tokenizer's, or added tokens whose ids do
+        not follow it.
     """
     folder = Path(folder)
     tokenizers = optional("tokenizers", "sd", "to read prompts")
+    kind = kind_of(folder)
+    if kind is not None:
+        return load_fast(folder, kind)
     settings = _json(folder / "special_tokens_map.json") | _json(folder / "tokenizer_config.json")
     special = {name: _token(settings.get(name), default) for name, default in _DEFAULTS.items()}
     wrong = [token for token in special.values() if not _is_token(token)]
