@@ -398,7 +398,7 @@ class Pipeline:
         for name, raw in self.configs.items():
             library = "transformers" if name in ENCODERS else "diffusers"
             index[name] = [library, raw.get("_class_name") or raw["architectures"][0]]
-        index |= {TOKENIZERS[name]: ["transformers", t.kind] for name, t in self.tokenizers.items()}
+        index |= {TOKENIZERS[name]: ["transformers", t.class_name] for name, t in self.tokenizers.items()}
         index["scheduler"] = ["diffusers", self.scheduler.raw["_class_name"]]
         return index | {name: [None, None] for name in self.family.left_out}
 

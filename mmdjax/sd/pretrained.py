@@ -9,22 +9,13 @@ import jax.numpy as jnp
 from mmdjax._core.extras import optional
 from mmdjax.checkpoint import read_json
 from mmdjax.sd.convert import to_device
-from mmdjax.sd.families import ENCODERS, TOKENIZERS
+from mmdjax.sd.families import ENCODERS, TOKENIZERS, family_of
+from mmdjax.sd.flow import CLASS as FLOW_CLASS
+from mmdjax.sd.flow import FlowScheduler
 from mmdjax.sd.models import Component, load_models, local_path
 from mmdjax.sd.pipeline import Pipeline
 from mmdjax.sd.scheduler import Scheduler
 from mmdjax.sd.tokenizer import Tokenizer, load_tokenizer
-
-SD_SCHEDULER = {  # of single files, which have none
-    "_class_name": "DDIMScheduler",
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-}
-LDM_SCHEDULER = SD_SCHEDULER | {"beta_start": 0.0015, "beta_end": 0.0195, "set_alpha_to_one": True, "steps_offset": 0}
 
 
 def load(
@@ -95,37 +86,25 @@ def assemble(
     """
     path = Path(path)
     modules = {name: component.module for name, component in found.items()}
-    raw = _scheduler_config(path, modules.get("unet"), scheduler or {})
-    index = path / "model_index.json"
-    return Pipeline(
-        modules,
-        {name: component.config for name, component in found.items()},
-        Scheduler(raw),
-        _tokenizers(path, tuple(modules), tokenizer) if vocabularies else {},
-        read_json(index) if index.exists() else {},
-    )
-
-
-def _scheduler_config(path: Path, unet: Any, override: Mapping[str, Any]) -> dict[str, Any]:
     file = path / "scheduler" / "scheduler_config.json"
+    raw = dict(scheduler or {})
     if file.exists():
-        return {**read_json(file), **override}
-    if "_class_name" in override:
-        return dict(override)
-    if not path.is_file():
+        raw = {**read_json(file), **raw}
+    elif "_class_name" not in raw and not path.is_file():
         raise FileNotFoundError(
             f"{path.name}: no scheduler/scheduler_config.json, which says how noise was added; give its settings: "
             'load(..., scheduler={"_class_name": "DDIMScheduler", ...})'
         )
-    if unet is None or not hasattr(unet.config, "cross_attention_dim"):
-        return {**LDM_SCHEDULER, **override}
-    second = unet.config.use_linear_projection and unet.config.addition_embed_type is None
-    if second and "prediction_type" not in override:
-        raise ValueError(
-            f"{path.name}: Stable Diffusion 2's models of noise and of velocity have the same shapes; give "
-            'load(..., scheduler={"prediction_type": "epsilon"}) for the base model, "v_prediction" for the 768 one'
-        )
-    return {**SD_SCHEDULER, **override}
+    elif "_class_name" not in raw:
+        raw = family_of(modules).scheduler_config(raw, path.name)
+    index = path / "model_index.json"
+    return Pipeline(
+        modules,
+        {name: component.config for name, component in found.items()},
+        FlowScheduler(raw) if raw.get("_class_name") == FLOW_CLASS else Scheduler(raw),
+        _tokenizers(path, tuple(modules), tokenizer) if vocabularies else {},
+        read_json(index) if index.exists() else {},
+    )
 
 
 def _tokenizers(path: Path, components: tuple[str, ...], given: Any) -> dict[str, Tokenizer]:

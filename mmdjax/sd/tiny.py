@@ -11,9 +11,9 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from mmdjax.sd import convert
+from mmdjax.sd.families.unets import SD_SCHEDULER
 from mmdjax.sd.models import Component, module_from_config
 from mmdjax.sd.pipeline import Pipeline
-from mmdjax.sd.pretrained import SD_SCHEDULER
 from mmdjax.sd.scheduler import Scheduler
 from mmdjax.sd.tokenizer import END, START, load_tokenizer
 

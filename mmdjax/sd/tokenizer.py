@@ -51,7 +51,7 @@ class Tokenizer:
     end: int
     pad: int
     length: int = LENGTH
-    kind: ClassVar[str] = "CLIPTokenizer"  # its class in transformers
+    class_name: ClassVar[str] = "CLIPTokenizer"  # in transformers
 
     __repr__ = short_repr
 

@@ -10,9 +10,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmdjax.sd.families.contract import ENCODERS, TOKENIZERS, Embedded, Family, encode
+from mmdjax.sd.families.flux import Flux1, Flux2Klein
+from mmdjax.sd.families.labels import Interpolants, Labels
+from mmdjax.sd.families.pixart import PixArt
+from mmdjax.sd.families.sd3 import StableDiffusion3
 from mmdjax.sd.families.unets import StableDiffusion, Unconditional
 
-FAMILIES: tuple[type[Family], ...] = (StableDiffusion, Unconditional)
+FAMILIES: tuple[type[Family], ...] = (
+    StableDiffusion,
+    Unconditional,
+    Interpolants,  # whose network is a kind of the next one's
+    Labels,
+    PixArt,
+    StableDiffusion3,
+    Flux1,
+    Flux2Klein,
+)
 
 __all__ = ["ENCODERS", "FAMILIES", "TOKENIZERS", "Embedded", "Family", "Network", "encode", "family_of"]
 

@@ -37,6 +37,7 @@ class Family:
     conditional: ClassVar[bool] = True  # whether it takes conditions
     guidance_scale: ClassVar[float] = 1.0  # usual scale of classifier-free guidance
     embedded_guidance: ClassVar[float | None] = None  # usual strength that is an input of the network
+    usual_scheduler: ClassVar[Mapping[str, Any]] = {}  # scheduler_config.json of files that have none
     takes: ClassVar[str] = "cond=pipeline.encode_prompts(params, [...])"  # its condition, in errors
 
     @property
@@ -82,6 +83,14 @@ class Family:
                 f"the {self.component} takes {config.in_channels} channels but the autoencoder's latents have "
                 f"{latent_channels}: parts of two models"
             )
+
+    def scheduler_config(self, given: Mapping[str, Any], name: str) -> dict[str, Any]:
+        """The settings of the scheduler of a file that has none, under those that the caller gives.
+
+        Raises:
+          ValueError: they leave open how the file `name` was trained.
+        """
+        return {**self.usual_scheduler, **given}
 
     def time(self, scheduler: Any) -> Any:
         """From level.t to the network's t, as `from_model` takes it."""
@@ -144,6 +153,11 @@ class Family:
     def kernel(self, x: Any, *, level: str, cond: Any) -> Any:
         """The kernel for references with conditions; see `mmdjax.sd.prompt_kernel`."""
         return prompt_kernel(x, level=level, cond=cond)
+
+
+def padded(tokenizer: Any, prompts: Sequence[str], length: int) -> Any:
+    """The ids [n, length] and mask of prompts, by a `FastTokenizer`."""
+    return dataclasses.replace(tokenizer, length=length).encode(prompts)
 
 
 def mean_state(context: Float[Array, "n l d"], mask: Float[Array, "n l"]) -> Float[Array, "n d"]:

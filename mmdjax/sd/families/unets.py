@@ -17,6 +17,17 @@ import jax.numpy as jnp
 from mmdjax.sd.families.contract import Family
 from mmdjax.sd.unet import UNet2D, UNet2DCondition
 
+SD_SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+LDM_SCHEDULER = SD_SCHEDULER | {"beta_start": 0.0015, "beta_end": 0.0195, "set_alpha_to_one": True, "steps_offset": 0}
+
 
 class Unconditional(Family):
     """Latent diffusion without conditions."""
@@ -24,6 +35,7 @@ class Unconditional(Family):
     component = "unet"
     networks = (UNet2D,)
     conditional = False
+    usual_scheduler = LDM_SCHEDULER
 
     def check(self, latent_channels):
         config = self.network.config
@@ -50,6 +62,7 @@ class StableDiffusion(Unconditional):
     encoders = ("text_encoder", "text_encoder_2")
     conditional = True
     guidance_scale = 7.5
+    usual_scheduler = SD_SCHEDULER
     takes = "prompts: cond=pipeline.encode_prompts(params, [...])"
 
     @property
@@ -79,6 +92,15 @@ class StableDiffusion(Unconditional):
                     f"the U-Net takes a pooled prompt of width {self.pooled_width} beside six sizes but text_encoder_2 "
                     f"gives {pooled}; SDXL's refiner is not implemented"
                 )
+
+    def scheduler_config(self, given, name):
+        second = self.network.config.use_linear_projection and not self.sizes
+        if second and "prediction_type" not in given:
+            raise ValueError(
+                f"{name}: Stable Diffusion 2's models of noise and of velocity have the same shapes; give "
+                'load(..., scheduler={"prediction_type": "epsilon"}) for the base model, "v_prediction" for the 768 one'
+            )
+        return super().scheduler_config(given, name)
 
     def encode(self, params, tokens):
         outputs = [self.text(name, params, tokens[name]) for name in self.texts]
