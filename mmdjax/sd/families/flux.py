@@ -56,6 +56,7 @@ class Flux1(Flow):
     pipeline_class = "FluxPipeline"
     patch = 2  # of packing, which the network does
     sample_size = PIXELS // 8
+    left_out = ("image_encoder", "feature_extractor")
 
     @property
     def pooled_width(self) -> int:

@@ -16,9 +16,10 @@ import numpy as np
 
 from mmdjax.kernels import IMQ, Delta, Mapped, Product, as_kernel
 from mmdjax.sd.families.contract import Family
-from mmdjax.sd.flow import CLASS as FLOW
+from mmdjax.sd.flow import CLASS
 from mmdjax.sd.transformers.dit import DiT, SiT
 
+FLOW = {"_class_name": CLASS}
 SCHEDULER = {
     "_class_name": "DDIMScheduler",
     "beta_schedule": "linear",
@@ -65,7 +66,7 @@ class Interpolants(Labels):
 
     networks = (SiT,)
     method = "flow"
-    usual_scheduler = {"_class_name": FLOW}
+    usual_scheduler = FLOW
 
     def time(self, scheduler):
         return None

@@ -1,8 +1,8 @@
 """Stable Diffusion 3 and 3.5: two CLIP encoders and T5, whose states follow one another.
 
-A condition is {"context": [n, l, d], "pooled": [n, p]}. The context is the states before the last of both CLIP encoders,
-side by side and padded with zeros to T5's width, then T5's states; without T5, which may be left out to save memory,
-zeros. "pooled" is both encoders' projections, side by side.
+A condition is {"context": [n, l, d], "pooled": [n, p]}. The context is the states before the last of both CLIP
+encoders, side by side and padded with zeros to T5's width, then T5's states. T5 may be left out to save memory, for
+which the model was trained: its states are zeros then. "pooled" is both encoders' projections, side by side.
 
 References:
   Esser et al. 2024, section 4 and appendix B.3.
@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from mmdjax.sd.families.contract import Family, check_width, padded
-from mmdjax.sd.flow import CLASS as FLOW
+from mmdjax.sd.flow import CLASS
 from mmdjax.sd.transformers.sd3 import SD3
 
+SCHEDULER = {"_class_name": CLASS, "shift": 3.0}
 CLIPS = ("text_encoder", "text_encoder_2")
 LENGTH = 256  # of T5's tokens
 
@@ -25,7 +26,7 @@ class StableDiffusion3(Family):
     networks = (SD3,)
     encoders = (*CLIPS, "text_encoder_3")
     guidance_scale = 7.0
-    usual_scheduler = {"_class_name": FLOW, "shift": 3.0}
+    usual_scheduler = SCHEDULER
     takes = "prompts: cond=pipeline.encode_prompts(params, [...])"
     pipeline_class = "StableDiffusion3Pipeline"
 
@@ -50,6 +51,11 @@ class StableDiffusion3(Family):
                 f"the transformer takes prompts of width {config.joint_attention_dim} but text_encoder and "
                 f"text_encoder_2 give {states}"
             )
+
+    @property
+    def left_out(self):
+        absent = () if "text_encoder_3" in self.texts else ("text_encoder_3", "tokenizer_3")
+        return ("image_encoder", "feature_extractor", *absent)
 
     def time(self, scheduler):
         return scheduler.time
