@@ -69,7 +69,7 @@ COMPRESSED = "the archive is compressed; torch.save writes it plain. Unpack and 
 
 
 def open_archive(path: str | Path) -> Checkpoint:
-    """A file of `torch.save`, read without torch; the tensors may lie under "state_dict" and the like. See `open_file`."""
+    """A file of `torch.save`, read without torch; tensors may lie under "state_dict" and the like. See `open_file`."""
     path = Path(path)
     try:
         with zipfile.ZipFile(path) as archive:
@@ -172,7 +172,7 @@ class _Unpickler(pickle._Unpickler):
             case "torch._tensor", "_rebuild_from_type_v2":
                 return lambda function, cls, args, state: function(*args)
         if INERT.fullmatch(f"{module}.{name}"):
-            return type(name, (), {method: _nothing for method in _METHODS} | {"__new__": _made})
+            return type(name, (), dict.fromkeys(_METHODS, _nothing) | {"__new__": _made})
         raise CheckpointError(
             f"{self.source} asks for {module}.{name}, which is not a tensor; it was refused and nothing in it was run. "
             "Files with code in them can harm you: use a safetensors version of this checkpoint"

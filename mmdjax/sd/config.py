@@ -12,6 +12,16 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 MAX_LEVELS, MAX_BLOCKS = 12, 2000  # Stable Diffusion XL's U-Net has 3 and some 150
+HARMLESS = {"dropout", "attention_dropout", "gradient_checkpointing"}  # without effect when sampling
+HARMLESS |= {
+    "decay",
+    "min_decay",
+    "inv_gamma",
+    "power",
+    "use_ema_warmup",
+    "update_after_step",
+    "optimization_step",
+}  # EMA
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +48,7 @@ class Config:
             if key in cls.FIXED and frozen(value) != cls.FIXED[key] and value is not None:
                 problems.append(f"{key} = {value!r} (implemented: {cls.FIXED[key]!r})")
             known = key in names or key in cls.FIXED or key.startswith("_") or cls.OPEN
-            if not known and value not in (None, False):
+            if not known and key not in HARMLESS and value not in (None, False):
                 problems.append(f"{key} = {value!r} (unknown)")
         if problems:
             raise ValueError(
