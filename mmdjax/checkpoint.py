@@ -238,7 +238,7 @@ def refuse_pointer(path: Path) -> None:
     with path.open("rb") as file:
         if file.read(len(POINTER)) == POINTER:
             raise CheckpointError(
-                f"{path.parent.name}/{path.name} is a Git LFS pointer, a note in place of the file: the model was cloned "
+                f"{path.parent.name}/{path.name} is a Git LFS pointer, a note in place of the file: it was cloned "
                 "without Git LFS. Run `git lfs pull` in its folder, or download the file"
             )
 

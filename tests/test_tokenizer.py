@@ -94,7 +94,7 @@ def test_tokens_that_training_added(tmp_path, where):
 
 
 def test_flags_of_added_tokens(tmp_path):
-    """As transformers reads them: `normalized` false is found in upper and lower case as written, `single_word` alone."""
+    """As transformers reads them: `normalized` false is found only as it is written, `single_word` alone."""
     folder = vocabulary(tmp_path, length=9)
     exact, alone = token("<Toy>", normalized=False), token("mew", single_word=True)
     config(folder, added_tokens_decoder={"518": exact, "519": alone})

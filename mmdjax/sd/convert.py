@@ -157,8 +157,8 @@ def params_from_torch(
     if integers:
         name = np.dtype(found.stored[integers[0]].dtype).name
         raise CheckpointError(
-            f"{checkpoint.source}: {len(integers)} weights are integers, such as {integers[0]} ({name}): quantised in a "
-            "way that is not read; take the model in float32, 16 bits or 8-bit floats"
+            f"{checkpoint.source}: {len(integers)} weights are integers, such as {integers[0]} ({name}), quantised in "
+            "a way that is not read; take the model in float32, 16 bits or 8-bit floats"
         )
     params = {}
     for key, path in wanted.items():
@@ -222,7 +222,7 @@ def check(
     what: str,
     permits: Callable[[str], bool] = lambda key: False,
 ) -> None:
-    """Raise one CheckpointError that tells all keys missing, unused or of another shape; `permits` lets a key go unused."""
+    """Raise one CheckpointError that tells all keys missing, unused (unless permitted) or of another shape."""
     there = {key: tuple(found.shape(key)) for key in found}
     lines = differences(there, shapes, _same, permits, kind)
     if lines:

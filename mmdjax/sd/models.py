@@ -7,7 +7,7 @@ A model is one of: a folder of diffusers (with a subfolder for each network), on
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +22,9 @@ from mmdjax.checkpoint import Checkpoint, CheckpointError, Entry, read_json, wri
 from mmdjax.sd import compvis, convert, published, single, single_sd3
 from mmdjax.sd.clip import CLIPText, CLIPTextConfig
 from mmdjax.sd.config import class_name
-from mmdjax.sd.files import download, open_file, open_folder
+from mmdjax.sd.files import download, open_file, open_folder, variant_of_each
 from mmdjax.sd.qwen3 import Qwen3, Qwen3Config
+from mmdjax.sd.spellings import respelled
 from mmdjax.sd.t5 import T5Encoder, T5EncoderConfig
 from mmdjax.sd.transformers.dit import DiT, DiTConfig, PublishedDiTConfig, SiT, SiTConfig
 from mmdjax.sd.transformers.flux import Flux, FluxConfig
@@ -77,6 +78,13 @@ class _How(NamedTuple):
     remat: bool
     put: Callable
     progress: bool
+    clip_skip: int | None = None
+    allow_unused: str | Sequence[str] = ()
+
+    def config(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A config.json with `clip_skip`, if it is a text encoder's that the setting is for."""
+        skips = self.clip_skip is not None and class_name(raw) in CLIPTextConfig.CLASSES
+        return {**raw, "clip_skip": self.clip_skip} if skips else raw
 
     def module(self, raw: Mapping[str, Any]) -> Any:
         return module_from_config(
@@ -92,9 +100,14 @@ class _How(NamedTuple):
         by_name = isinstance(self.param_dtype, Mapping)
         return self._replace(param_dtype=self.param_dtype.get(name)) if by_name else self
 
-    def component(self, name: str, raw: Mapping[str, Any], checkpoint: Checkpoint, module: Any) -> Component:
+    def component(
+        self, name: str, raw: Mapping[str, Any], checkpoint: Checkpoint, module: Any, prefix: str = ""
+    ) -> Component:
+        """The network of a checkpoint whose keys stand after a prefix in their file."""
+        like = convert.permitted(self.allow_unused)
+        how = {"param_dtype": self.param_dtype, "permits": lambda key: like(key) or like(prefix + key)}
         with self.loading(name, checkpoint) as put:
-            params = convert.params_from_torch(module, checkpoint, param_dtype=self.param_dtype, put=put)
+            params = convert.params_from_torch(module, checkpoint, put=put, **how)
         return Component(module, params, raw)
 
     @contextlib.contextmanager
@@ -113,7 +126,7 @@ class _How(NamedTuple):
 def load_models(
     path: str | Path,
     *,
-    variant: str | None = None,
+    variant: str | Mapping[str, str] | None = None,
     dtype: Any = jnp.float32,
     param_dtype: Any = None,
     flash: bool = False,
@@ -121,13 +134,16 @@ def load_models(
     put: Callable = convert.to_device,
     ema: bool = False,
     configs: Mapping[str, Mapping] | None = None,
+    clip_skip: int | None = None,
+    allow_unused: str | Sequence[str] = (),
     progress: bool = False,
 ) -> dict[str, Component]:
     """The networks of a model by component: "unet" or "transformer", "vae" or "vqvae", "text_encoder", and so on.
 
     Args:
       path: see the top of this module.
-      variant: "fp16" for the half-precision files of a folder.
+      variant: "fp16" for the half-precision files of a folder; parts without them take their plain ones. By part:
+        {"unet": "fp16"}.
       dtype: the dtype that the modules compute in.
       param_dtype: cast parameters to this dtype, all or by component, such as {"unet": jnp.bfloat16}; None: as stored.
       flash, remat: see `mmdjax.sd.layers.Block`.
@@ -136,14 +152,25 @@ def load_models(
         taken wherever there is one.
       configs: config.json of a single file's components, in place of what its shapes say. A DiT or a SiT needs
         {"transformer": {"_class_name": "DiT"}} or "SiT", and its other settings may stand there, too.
+      clip_skip: how many of the last layers of CLIP's text encoders to leave out of the prompts' states, counted as in
+        diffusers: 1 takes the states before the last layer (elsewhere called "clip skip 2"). None: what config.json
+        says, else 0.
+      allow_unused: keys of the files that may be left out, as patterns such as "extra.*"; all others must be used.
       progress: show a bar for each network.
     Raises:
       FileNotFoundError: no such file, config, weights, variant or shard.
-      CheckpointError: the file is damaged or unsafe; keys are missing, unused or of another shape, all listed in one
-        message; values that `param_dtype` cannot hold.
-      ValueError: a network or settings in config.json that are not implemented.
+      CheckpointError: the file is damaged or unsafe; keys are missing, unused or of another shape, all in one message;
+        values that `param_dtype` cannot hold.
+      ValueError: a network or settings in config.json that are not implemented; `clip_skip` for a model without CLIP.
     """
-    how = _How(dtype, param_dtype, flash, remat, put, progress)
+    how = _How(dtype, param_dtype, flash, remat, put, progress, clip_skip, allow_unused)
+    found = _load(path, variant, how, ema, configs)
+    if clip_skip is not None and not any(isinstance(component.module, CLIPText) for component in found.values()):
+        raise ValueError(f"clip_skip is {clip_skip}, but the model has no text encoder of CLIP; leave it out")
+    return found
+
+
+def _load(path: str | Path, variant: Any, how: _How, ema: bool, configs: Any) -> dict[str, Component]:
     path = local_path(path, variant)
     if path.is_file():
         return _load_single(open_file(path), how, ema, configs)
@@ -152,13 +179,14 @@ def load_models(
     if (path / MANIFEST).exists():
         return _load_saved(path, how)
     if (path / "config.json").exists():
-        return {path.name: _load_folder(path, variant, how)}
+        return {path.name: _load_folder(path, variant.get(path.name) if isinstance(variant, Mapping) else variant, how)}
     found = {name: path / name for name in COMPONENTS if (path / name).is_dir()}
     if not found:
         raise FileNotFoundError(
             f"{path.name}: no model; looked for {MANIFEST}, config.json and folders {', '.join(COMPONENTS)}"
         )
-    return {name: _load_folder(folder, variant, how) for name, folder in found.items()}
+    chosen = variant_of_each(found, variant)
+    return {name: _load_folder(folder, chosen[name], how) for name, folder in found.items()}
 
 
 def load_component(
@@ -170,13 +198,16 @@ def load_component(
     flash: bool = False,
     remat: bool = False,
     put: Callable = convert.to_device,
+    clip_skip: int | None = None,
+    allow_unused: str | Sequence[str] = (),
     progress: bool = False,
 ) -> Component:
     """One network's folder, config.json and its weights. See `load_models`."""
-    return _load_folder(Path(folder), variant, _How(dtype, param_dtype, flash, remat, put, progress))
+    how = _How(dtype, param_dtype, flash, remat, put, progress, clip_skip, allow_unused)
+    return _load_folder(Path(folder), variant, how)
 
 
-def local_path(path: str | Path, variant: str | None = None) -> Path:
+def local_path(path: str | Path, variant: str | Mapping[str, str] | None = None) -> Path:
     """The path of a model on this machine: itself, or where a hub id was downloaded to.
 
     Raises:
@@ -254,30 +285,32 @@ def export(path: str | Path, components: Mapping[str, Component]) -> None:
 
 
 def _load_folder(folder: Path, variant: str | None, how: _How) -> Component:
-    raw, how = read_config(folder), how.of(folder.name)
+    how = how.of(folder.name)
+    raw = how.config(read_config(folder))
     module = how.module(raw)  # before the weights: another network's config is the clearer error
     return how.component(folder.name, raw, open_folder(folder, variant), module)
 
 
 def _load_single(file: Checkpoint, how: _How, ema: bool, configs: Mapping[str, Mapping] | None) -> dict[str, Component]:
-    convert.refuse_foreign(file)
+    file = respelled(file)
     if published.is_published(file):
         return {"transformer": _load_published(file, how.of("transformer"), ema, configs)}
     layout = next((layout for layout in LAYOUTS if layout.found_in(file)), single)
-    found, parts = {}, layout.parts(file, configs)
+    found, parts = {}, layout.parts(file, configs, convert.permitted(how.allow_unused))
     if ema and not {"unet", "transformer"} & set(parts):
         raise CheckpointError(f"{file.source} has no moving average of its weights; use ema=False")
     for name, part in parts.items():
         mine_how = how.of(name)
-        module = mine_how.module(part.config)
+        config = mine_how.config(part.config)
+        module = mine_how.module(config)
         if part.tensors is not None:
-            found[name] = mine_how.component(name, part.config, part.tensors, module)
+            found[name] = mine_how.component(name, config, part.tensors, module, part.prefix)
             continue
         mine = single.used(part, module.config, file)
         if ema and name in ("unet", "transformer"):
             mine = _moving_average(mine, part.prefix, file)
         sources = compvis.sources(module, convert.keys(convert.abstract(module)), openclip=part.openclip)
-        found[name] = mine_how.component(name, part.config, compvis.translate(mine, sources), module)
+        found[name] = mine_how.component(name, config, compvis.translate(mine, sources), module, part.prefix)
     return found
 
 
@@ -310,13 +343,15 @@ def _load_saved(path: Path, how: _How) -> dict[str, Component]:
     ):
         raise CheckpointError(f"{path.name}/{MANIFEST} names no components; known: {', '.join(COMPONENTS)}")
     found = {}
+    like = convert.permitted(how.allow_unused)
     for name, raw in components.items():
         mine = how.of(name)
+        raw = mine.config(raw)
         module = mine.module(raw)
         tree = {".".join(p): (p, leaf.shape) for p, leaf in convert.flat(convert.abstract(module)).items()}
         file = open_file(path / f"{name}.safetensors")
         what = f"{path.name}/{file.source}"
-        convert.check(file, {key: shape for key, (_, shape) in tree.items()}, what)
+        convert.check(file, {key: shape for key, (_, shape) in tree.items()}, what, like)
         with mine.loading(name, file) as put:
             leaves = {
                 p: put(convert.cast(file[key], mine.param_dtype, f"{what}: {key}")) for key, (p, _) in tree.items()

@@ -1,6 +1,6 @@
 """`mmdjax.sd.load`: a pipeline and its parameters from disk or the hub."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,13 @@ from mmdjax._core.extras import optional
 from mmdjax.checkpoint import read_json
 from mmdjax.sd.convert import to_device
 from mmdjax.sd.families import ENCODERS, TOKENIZERS, family_of
+from mmdjax.sd.files import open_file
 from mmdjax.sd.flow import CLASS as FLOW_CLASS
 from mmdjax.sd.flow import FlowScheduler
 from mmdjax.sd.models import Component, load_models, local_path
 from mmdjax.sd.pipeline import Pipeline
-from mmdjax.sd.scheduler import Scheduler
+from mmdjax.sd.scheduler import Scheduler, in_place
+from mmdjax.sd.spellings import respelled, said_of_sampling
 from mmdjax.sd.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -23,7 +25,7 @@ def load(
     *,
     dtype: Any = jnp.float32,
     param_dtype: Any = None,
-    variant: str | None = None,
+    variant: str | Mapping[str, str] | None = None,
     flash: bool = False,
     remat: bool = False,
     put: Callable = to_device,
@@ -31,6 +33,8 @@ def load(
     configs: Mapping[str, Mapping] | None = None,
     scheduler: Mapping[str, Any] | None = None,
     tokenizer: str | Path | Mapping[str, str | Path] | None = None,
+    clip_skip: int | None = None,
+    allow_unused: str | Sequence[str] = (),
     progress: bool = False,
 ) -> tuple[Pipeline, dict[str, Any]]:
     """A pipeline and its parameters, by component, from disk or the hub.
@@ -39,14 +43,16 @@ def load(
       path: a folder of diffusers, a folder that `Pipeline.save` wrote, a single file, or a hub id.
       dtype: the dtype that the networks compute in.
       param_dtype: cast parameters to this dtype, all or by component, such as {"unet": jnp.bfloat16}; None: as stored.
-      variant: "fp16" for the half-precision files of a folder.
+      variant: "fp16" for the half-precision files of a folder; by part, such as {"unet": "fp16"}.
       flash, remat: see `mmdjax.sd.layers.Block`.
       put: a function for each array of parameters, such as a `jax.device_put` to a sharding.
       ema: take the moving average of a single file's U-Net.
       configs: config.json of a single file's components, in place of what its shapes say.
-      scheduler: settings in place of those in scheduler_config.json; a single file of Stable Diffusion 2 needs its
-        "prediction_type".
+      scheduler: settings in place of those in scheduler_config.json. With "_class_name", that class takes the place of
+        the file's: the noise and the prediction are kept, other sigmas (Karras') are not. A single file of Stable
+        Diffusion 2 needs its "prediction_type", unless its metadata say it.
       tokenizer: a folder with the vocabulary, or one for each text encoder; single files have none. None: the model's.
+      clip_skip, allow_unused: see `mmdjax.sd.load_models`.
       progress: show a bar for each network.
     Returns:
       (pipeline, params), params a dictionary by component.
@@ -66,6 +72,8 @@ def load(
         put=put,
         ema=ema,
         configs=configs,
+        clip_skip=clip_skip,
+        allow_unused=allow_unused,
         progress=progress,
     )
     pipeline = assemble(path, found, scheduler=scheduler, tokenizer=tokenizer)
@@ -89,14 +97,17 @@ def assemble(
     file = path / "scheduler" / "scheduler_config.json"
     raw = dict(scheduler or {})
     if file.exists():
-        raw = {**read_json(file), **raw}
+        raw = in_place(read_json(file), raw)
     elif "_class_name" not in raw and not path.is_file():
         raise FileNotFoundError(
             f"{path.name}: no scheduler/scheduler_config.json, which says how noise was added; give its settings: "
             'load(..., scheduler={"_class_name": "DDIMScheduler", ...})'
         )
-    elif "_class_name" not in raw:
-        raw = family_of(modules).scheduler_config(raw, path.name)
+    elif path.is_file():
+        family = family_of(modules)
+        if family.component == "unet" and family.conditional:
+            raw = said_of_sampling(respelled(open_file(path)), raw)
+        raw = family.scheduler_config(raw, path.name)
     index = path / "model_index.json"
     return Pipeline(
         modules,

@@ -48,8 +48,8 @@ def scaled(file: Checkpoint) -> Checkpoint:
         first = next((key for key in file if pattern.search(key)), None)
         if first is not None:
             raise CheckpointError(
-                f"{file.source} is quantised by {name} ({first}), which is not read; take the model in float32, 16 bits "
-                "or 8-bit floats"
+                f"{file.source} is quantised by {name} ({first}), which is not read; take the model in float32, 16 "
+                "bits or 8-bit floats"
             )
     found, scales = {}, {}
     for key, stored in file.stored.items():

@@ -13,7 +13,7 @@ References:
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -68,7 +68,11 @@ def found_in(file: Checkpoint) -> bool:
     return UNET + MARKER in file or MARKER in file
 
 
-def parts(file: Checkpoint, configs: Mapping[str, Mapping] | None = None) -> dict[str, Part]:
+def parts(
+    file: Checkpoint,
+    configs: Mapping[str, Mapping] | None = None,
+    permits: Callable[[str], bool] = lambda key: False,
+) -> dict[str, Part]:
     """The networks by component ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3").
 
     Args:
@@ -92,7 +96,7 @@ def parts(file: Checkpoint, configs: Mapping[str, Mapping] | None = None) -> dic
             found[name] = Part(start, t5_config(text), tensors=tensors)
         elif "text_model.embeddings.token_embedding.weight" in text:
             found[name] = Part(start, text_config(text, name), tensors=text_tensors(text, name))
-    return checked(file, found, configs, IGNORED)
+    return checked(file, found, configs, permits, IGNORED)
 
 
 def transformer_config(tensors: Checkpoint) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from mmdjax.schedules import DiscreteTime
 from mmdjax.sd.prompts import prompt_kernel
+from mmdjax.sd.scheduler import in_place
 from mmdjax.tree import pytree
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -90,7 +91,7 @@ class Family:
         Raises:
           ValueError: they leave open how the file `name` was trained.
         """
-        return {**self.usual_scheduler, **given}
+        return in_place(self.usual_scheduler, given)
 
     def time(self, scheduler: Any) -> Any:
         """From level.t to the network's t, as `from_model` takes it."""
