@@ -8,12 +8,13 @@ import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax.traverse_util import unflatten_dict
 
 from mmdjax._core.progress import progress_bar
 from mmdjax._files.atomic import write_json
@@ -22,6 +23,8 @@ from mmdjax.sd import compvis, convert, single
 from mmdjax.sd.clip import CLIPText, CLIPTextConfig
 from mmdjax.sd.config import class_name
 from mmdjax.sd.files import download, open_file, open_folder
+from mmdjax.sd.inversion import NewRows
+from mmdjax.sd.lora import Change, merge, plan
 from mmdjax.sd.unet import UNet2D, UNet2DCondition, UNet2DConditionConfig, UNet2DConfig
 from mmdjax.sd.vae import AutoencoderKL, AutoencoderKLConfig, VQModel, VQModelConfig
 
@@ -57,6 +60,8 @@ class _How(NamedTuple):
     remat: bool
     put: Callable
     progress: bool
+    changes: Mapping[str, Mapping[str, list[Change]]] = MappingProxyType({})  # by component and key
+    new_rows: Mapping[str, NewRows] = MappingProxyType({})  # by text encoder
 
     def module(self, raw: Mapping[str, Any]) -> Any:
         return module_from_config(
@@ -73,6 +78,13 @@ class _How(NamedTuple):
         return self._replace(param_dtype=self.param_dtype.get(name)) if by_name else self
 
     def component(self, name: str, raw: Mapping[str, Any], checkpoint: Checkpoint, module: Any) -> Component:
+        if name in self.new_rows:
+            raw = self.new_rows[name].config(raw)
+            module = self.module(raw)
+            checkpoint = self.new_rows[name].checkpoint(convert.canonical(checkpoint, module))
+        if name in self.changes:
+            exact = None if self.param_dtype is None else np.float32  # and then cast
+            checkpoint = merge(self.changes[name], convert.canonical(checkpoint, module), exact)
         with self.loading(name, checkpoint) as put:
             params = convert.params_from_torch(module, checkpoint, param_dtype=self.param_dtype, put=put)
         return Component(module, params, raw)
@@ -102,6 +114,8 @@ def load_models(
     ema: bool = False,
     configs: Mapping[str, Mapping] | None = None,
     progress: bool = False,
+    lora: Mapping[Any, Any] | None = None,
+    new_rows: Mapping[str, NewRows] | None = None,
 ) -> dict[str, Component]:
     """The networks of a model by component: "unet", "vae" or "vqvae", "text_encoder", "text_encoder_2".
 
@@ -115,14 +129,31 @@ def load_models(
       ema: take the moving average of a single file's U-Net instead of the last step's weights.
       configs: config.json of a single file's components, in place of what its shapes say.
       progress: show a bar for each network.
+      lora: see `mmdjax.sd.load`.
+      new_rows: of the text encoders' tables of embeddings, for tokens that were added to their tokenizers.
     Raises:
       FileNotFoundError: no such file, config, weights, variant or shard.
       CheckpointError: the file is damaged or unsafe; keys are missing, unused or of another shape, all listed in one
         message; values that `param_dtype` cannot hold.
       ValueError: a network or settings in config.json that are not implemented.
     """
-    how = _How(dtype, param_dtype, flash, remat, put, progress)
     path = local_path(path, variant)
+    how = _How(dtype, param_dtype, flash, remat, put, progress, new_rows=new_rows or {})
+    if lora:
+        plain = _How(dtype, None, False, False, shape_of, False)
+        changes = plan(lora, _load(path, variant, plain, ema, configs)).changes
+        how = how._replace(changes=changes)
+    return _load(path, variant, how, ema, configs)
+
+
+def shape_of(array: np.ndarray) -> jax.ShapeDtypeStruct:
+    """A `put` for `load_models` that keeps only the shape and type of each array, so that no weights are read."""
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)
+
+
+def _load(
+    path: Path, variant: str | None, how: _How, ema: bool, configs: Mapping[str, Mapping] | None
+) -> dict[str, Component]:
     if path.is_file():
         return _load_single(open_file(path), how, ema, configs)
     if ema:
@@ -276,13 +307,15 @@ def _load_saved(path: Path, how: _How) -> dict[str, Component]:
     for name, raw in components.items():
         mine = how.of(name)
         module = mine.module(raw)
-        tree = {".".join(p): (p, leaf.shape) for p, leaf in convert.flat(convert.abstract(module)).items()}
+        leaves = {".".join(p): (p, leaf.shape) for p, leaf in convert.flat(convert.abstract(module)).items()}
         file = open_file(path / f"{name}.safetensors")
         what = f"{path.name}/{file.source}"
-        convert.check(file, {key: shape for key, (_, shape) in tree.items()}, what)
-        with mine.loading(name, file) as put:
-            leaves = {
-                p: put(convert.cast(file[key], mine.param_dtype, f"{what}: {key}")) for key, (p, _) in tree.items()
-            }
-        found[name] = Component(module, unflatten_dict(leaves), raw)
+        convert.check(file, {key: shape for key, (_, shape) in leaves.items()}, what)
+        stored = {convert.torch_key(p): _as_torch(p[-1], file.stored[key]) for key, (p, _) in leaves.items()}
+        found[name] = mine.component(name, raw, Checkpoint(stored, what), module)
     return found
+
+
+def _as_torch(leaf: str, stored: Any) -> Entry:
+    shape = convert.torch_shape(leaf, stored.shape)
+    return Entry(shape, stored.dtype, lambda: convert.to_torch(leaf, stored.read()))

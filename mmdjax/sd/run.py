@@ -57,6 +57,8 @@ AS_BEFORE = {  # options that a run.json of before them does not name
     "avoid": None,
     "avoid_strength": 1.0,
     "avoid_radius": None,
+    "lora": {},
+    "textual_inversion": {},
 }
 
 

@@ -98,7 +98,9 @@ class Tokenizer:
             if not isinstance(token, str) or not token or token != token.strip():
                 raise ValueError(f"the new token {token!r} is not a name; give a text without spaces around it")
             if encoding.token_to_id(token) is not None:
-                raise ValueError(f"{token!r} is a token already, with id {encoding.token_to_id(token)}; give another name")
+                raise ValueError(
+                    f"{token!r} is a token already, with id {encoding.token_to_id(token)}; give another name"
+                )
             encoding.add_tokens([library.AddedToken(token, normalized=True, special=False)])
         return dataclasses.replace(self, encoding=encoding)
 
