@@ -252,6 +252,22 @@ def _model_options(command: argparse.ArgumentParser, computes: bool = True) -> N
         choices=("epsilon", "v_prediction", "sample"),
         help="what the network predicts, if the checkpoint does not say (single files of Stable Diffusion 2)",
     )
+    group.add_argument(
+        "--lora",
+        action=_Pairs,
+        convert=_strength,
+        metavar="FILE=STRENGTH",
+        help="merge a LoRA into the model, a file or PEFT's folder, such as style.safetensors=0.8; may be repeated. By "
+        "component: FILE=unet:0.8,text_encoder:0.5, which leaves the others as they are (default: none)",
+    )
+    group.add_argument(
+        "--textual-inversion",
+        action=_Pairs,
+        convert=str,
+        first=True,
+        metavar="TOKEN=FILE",
+        help='a learnt word for the prompts, such as "<cat>=cat.safetensors"; may be repeated (default: none)',
+    )
     if computes:
         group.add_argument("--dtype", choices=DTYPES, default="float32", help="of the computation (default float32)")
 
@@ -278,6 +294,34 @@ def _picture_options(group: Any) -> None:
         help="what to do with unreadable pictures, captions without a picture, and missing captions: stop or skip them "
         "(default refuse). Readable pictures are cropped around their centre and resized",
     )
+
+
+class _Pairs(argparse.Action):
+    """A repeatable option KEY=VALUE, as a dictionary; the key ends at the first or at the last sign of equality."""
+
+    def __init__(self, *args: Any, convert: Callable[[str], Any], first: bool = False, **kwargs: Any):
+        super().__init__(*args, default={}, **kwargs)
+        self.convert, self.first = convert, first
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        key, sign, value = values.partition("=") if self.first else values.rpartition("=")
+        given = getattr(namespace, self.dest)
+        try:
+            if not (key and sign and value):
+                raise argparse.ArgumentTypeError(f"is {values!r}; give {self.metavar}")
+            if key in given:
+                raise argparse.ArgumentTypeError(f"is given twice for {key}; give it once")
+            setattr(namespace, self.dest, {**given, key: self.convert(value)})
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentError(self, str(error)) from None
+
+
+def _strength(text: str) -> float | dict[str, float]:
+    """A number, or numbers by component."""
+    if ":" not in text:
+        return _real()(text)
+    pairs = [part.partition(":") for part in text.split(",")]
+    return {name: _real()(value) for name, _, value in pairs}
 
 
 def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
@@ -479,17 +523,23 @@ def _convert(args: argparse.Namespace) -> None:
 
     from mmdjax._files.atomic import folder_written_whole
     from mmdjax.sd import export, load_models, save
-    from mmdjax.sd.models import local_path
-    from mmdjax.sd.pretrained import assemble
+    from mmdjax.sd.models import local_path, shape_of
+    from mmdjax.sd.pretrained import assemble, with_tokens
     from mmdjax.sd.run import check_out, check_writable
 
     check_out(args.out)
     check_writable(args.out)
-    path = local_path(args.model, args.variant)
-    # put: the file's own memory map, so that one tensor at a time is in memory
+    path, assembly = local_path(args.model, args.variant), _assembly(args)
+    parts = {"variant": args.variant, "ema": args.ema}
+    # put: the file's own memory map, so that one tensor at a time is in memory; what a LoRA changes is there as a whole
     how = {"param_dtype": None if args.dtype is None else jnp.dtype(args.dtype), "put": lambda array: array}
-    found = load_models(path, variant=args.variant, ema=args.ema, progress=not args.quiet, **how)
-    pipeline = assemble(path, found, **_assembly(args)) if len(found) > 1 else None
+    how |= {"progress": not args.quiet, "lora": args.lora}
+    if args.textual_inversion:
+        plain = load_models(path, put=shape_of, **parts)
+        tokenizers, how["new_rows"] = with_tokens(path, plain, args.tokenizer, args.textual_inversion)
+        assembly["tokenizer"] = tokenizers
+    found = load_models(path, **parts, **how)
+    pipeline = assemble(path, found, **assembly) if len(found) > 1 else None
     with folder_written_whole(args.out) as out:
         if pipeline is None:
             (save if args.to == "mmdjax" else export)(out, found)
@@ -505,21 +555,18 @@ def _inspect(args: argparse.Namespace) -> None:
     from mmdjax.sd.describe import describe
 
     dtype = jnp.dtype(args.dtype)
-    how = {"variant": args.variant, "ema": args.ema, "dtype": dtype, **_assembly(args)}
+    how = {"variant": args.variant, "ema": args.ema, "dtype": dtype, **_assembly(args), **_added(args)}
     print(describe(args.model, batch_size=args.batch_size, **how))
 
 
 def _outline(args: argparse.Namespace) -> Any:
-    """The pipeline without its weights: every configuration, vocabulary and key is checked, in seconds."""
+    """The pipeline without its weights."""
     import jax.numpy as jnp
 
-    from mmdjax.sd.describe import shape_of
-    from mmdjax.sd.models import load_models, local_path
-    from mmdjax.sd.pretrained import assemble
+    from mmdjax.sd.pretrained import outline
 
-    path = local_path(args.model, args.variant)
-    how = {"variant": args.variant, "ema": args.ema, "dtype": jnp.dtype(args.dtype), "put": shape_of}
-    return assemble(path, load_models(path, **how), **_assembly(args))
+    how = {"variant": args.variant, "ema": args.ema, "dtype": jnp.dtype(args.dtype)}
+    return outline(args.model, **how, **_assembly(args), **_added(args))
 
 
 def _load(args: argparse.Namespace) -> Any:
@@ -537,12 +584,17 @@ def _load(args: argparse.Namespace) -> Any:
         ema=args.ema,
         progress=not args.quiet,
         **_assembly(args),
+        **_added(args),
     )
 
 
 def _assembly(args: argparse.Namespace) -> dict[str, Any]:
     scheduler = None if args.prediction is None else {"prediction_type": args.prediction}
     return {"scheduler": scheduler, "tokenizer": args.tokenizer}
+
+
+def _added(args: argparse.Namespace) -> dict[str, Any]:
+    return {"lora": args.lora, "textual_inversion": args.textual_inversion}
 
 
 def _lines(path: Path) -> list[str]:

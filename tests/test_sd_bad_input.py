@@ -324,7 +324,7 @@ def test_weights_that_overflow_float16(unet, stored):
     refused(unet, f"{unet.name}: {text}", load=load_half)
     component = load_component(unet.parent, param_dtype=jnp.bfloat16)
     save(unet.parent / "saved", {"unet": component})  # and in our own layout
-    with pytest.raises(CheckpointError, match=r"saved/unet.safetensors: conv_in.kernel holds values beyond float16's"):
+    with pytest.raises(CheckpointError, match=r"saved/unet.safetensors: conv_in.weight holds values beyond float16's"):
         load_models(unet.parent / "saved", param_dtype=jnp.float16)
 
 
@@ -365,7 +365,7 @@ def test_shape_with_ones_is_another_shape(unet):
 @pytest.mark.parametrize(
     ("keys", "text"),
     [
-        (["lora_unet_down_blocks_0.lora_down.weight"], "is a LoRA: a change to a model; merge it into its model first"),
+        (["lora_unet_down_blocks_0.lora_down.weight"], "is a LoRA: a change to a model; give it beside its model"),
         (["unet.down_blocks.0.attentions.0.to_q.lora_A.weight"], "is a LoRA"),
         (["unet.mid_block.attentions.0.to_q.lora.up.weight"], "is a LoRA"),
         (["lora_te_text_model.hada_w1_a"], "is a LoRA"),

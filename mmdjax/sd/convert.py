@@ -38,14 +38,25 @@ RENAMED = (
 COMPILED = re.compile(r"(^|\.)_orig_mod\.")  # torch.compile writes it before the names in what it compiled
 DROPPED = re.compile(r"(^|\.)embeddings\.position_ids$|(^|\.)bn\.num_batches_tracked$")
 LAYER = re.compile(r"text_model\.encoder\.layers\.(\d+)\.")
-# Other things that come in the same file formats, by what only they have.
+# Other things that come in the same file formats, by what only they have: first those that change no weights.
 FOREIGN = (
     (
-        re.compile(r"(^|[._])lora[._]|\.(hada|lokr)_|\.lora_(A|B|up|down)"),
-        "a LoRA: a change to a model; merge it into its model first",
+        re.compile(r"^(control_model\.|controlnet_|input_hint_block|lora_controlnet$)"),
+        "a ControlNet, which needs a model of its own",
     ),
-    (re.compile(r"^(control_model\.|controlnet_|input_hint_block)"), "a ControlNet, which needs a model of its own"),
-    (re.compile(r"^(string_to_param|emb_params)"), "a textual inversion: an embedding, not a model"),
+    (
+        re.compile(r"^(image_proj|ip_adapter)\.|\.to_[kv]_ip\."),
+        "an IP-Adapter, which needs an image encoder; it is not implemented",
+    ),
+    (
+        re.compile(r"^(string_to_param|emb_params|clip_[lg]$)"),
+        "a textual inversion: an embedding, not a model; give it beside its model, "
+        "load(model, textual_inversion={token: file}) or --textual-inversion TOKEN=FILE",
+    ),
+    (
+        re.compile(r"(^|[._])lora[._]|\.(hada|lokr)_|\.lora_(A|B|up|down)"),
+        "a LoRA: a change to a model; give it beside its model, load(model, lora={file: 1.0}) or --lora FILE=1",
+    ),
 )
 
 
@@ -71,7 +82,12 @@ def _init(module: nn.Module) -> Any:
 
 def keys(tree: Mapping) -> dict[str, tuple[str, ...]]:
     """PyTorch's key of each parameter, and its path in the tree."""
-    return {".".join((*path[:-1], LEAVES.get(path[-1], path[-1]))): path for path in flat(tree)}
+    return {torch_key(path): path for path in flat(tree)}
+
+
+def torch_key(path: tuple[str, ...]) -> str:
+    """PyTorch's key of the parameter at a path."""
+    return ".".join((*path[:-1], LEAVES.get(path[-1], path[-1])))
 
 
 def flat(tree: Mapping) -> dict[tuple[str, ...], Any]:
@@ -231,9 +247,13 @@ def check(
         raise CheckpointError("\n".join([f"{what}: {lines[0]}", *lines[1:]]))
 
 
-def refuse_foreign(found: Checkpoint) -> None:
-    """Raise CheckpointError if the keys are those of a LoRA, a ControlNet or the like."""
-    for _, name in FOREIGN:
+def refuse_foreign(found: Checkpoint, *, changes: bool = False) -> None:
+    """Raise CheckpointError if the keys are those of a LoRA, a ControlNet or the like.
+
+    Args:
+      changes: whether the file may be a LoRA, with the names of any network.
+    """
+    for _, name in FOREIGN[:3] if changes else FOREIGN:
         if any(kind(key) == name for key in found):
             raise CheckpointError(f"{found.source} is {name}")
 

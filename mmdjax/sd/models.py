@@ -9,12 +9,13 @@ import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax.traverse_util import unflatten_dict
 
 from mmdjax._core.progress import progress_bar
 from mmdjax._files.atomic import write_json
@@ -23,6 +24,8 @@ from mmdjax.sd import compvis, convert, published, single, single_sd3
 from mmdjax.sd.clip import CLIPText, CLIPTextConfig
 from mmdjax.sd.config import class_name
 from mmdjax.sd.files import download, open_file, open_folder, variant_of_each
+from mmdjax.sd.inversion import NewRows
+from mmdjax.sd.lora import Change, merge, plan
 from mmdjax.sd.qwen3 import Qwen3, Qwen3Config
 from mmdjax.sd.spellings import respelled
 from mmdjax.sd.t5 import T5Encoder, T5EncoderConfig
@@ -80,6 +83,8 @@ class _How(NamedTuple):
     progress: bool
     clip_skip: int | None = None
     allow_unused: str | Sequence[str] = ()
+    changes: Mapping[str, Mapping[str, list[Change]]] = MappingProxyType({})  # by component and key
+    new_rows: Mapping[str, NewRows] = MappingProxyType({})  # by text encoder
 
     def config(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
         """A config.json with `clip_skip`, if it is a text encoder's that the setting is for."""
@@ -104,6 +109,13 @@ class _How(NamedTuple):
         self, name: str, raw: Mapping[str, Any], checkpoint: Checkpoint, module: Any, prefix: str = ""
     ) -> Component:
         """The network of a checkpoint whose keys stand after a prefix in their file."""
+        if name in self.new_rows:
+            raw = self.new_rows[name].config(raw)
+            module = self.module(raw)
+            checkpoint = self.new_rows[name].checkpoint(convert.canonical(checkpoint, module))
+        if name in self.changes:
+            exact = None if self.param_dtype is None else np.float32  # and then cast
+            checkpoint = merge(self.changes[name], convert.canonical(checkpoint, module), exact)
         like = convert.permitted(self.allow_unused)
         how = {"param_dtype": self.param_dtype, "permits": lambda key: like(key) or like(prefix + key)}
         with self.loading(name, checkpoint) as put:
@@ -137,6 +149,8 @@ def load_models(
     clip_skip: int | None = None,
     allow_unused: str | Sequence[str] = (),
     progress: bool = False,
+    lora: Mapping[Any, Any] | None = None,
+    new_rows: Mapping[str, NewRows] | None = None,
 ) -> dict[str, Component]:
     """The networks of a model by component: "unet" or "transformer", "vae" or "vqvae", "text_encoder", and so on.
 
@@ -157,21 +171,33 @@ def load_models(
         says, else 0.
       allow_unused: keys of the files that may be left out, as patterns such as "extra.*"; all others must be used.
       progress: show a bar for each network.
+      lora: see `mmdjax.sd.load`.
+      new_rows: of the text encoders' tables of embeddings, for tokens that were added to their tokenizers.
     Raises:
       FileNotFoundError: no such file, config, weights, variant or shard.
       CheckpointError: the file is damaged or unsafe; keys are missing, unused or of another shape, all in one message;
         values that `param_dtype` cannot hold.
       ValueError: a network or settings in config.json that are not implemented; `clip_skip` for a model without CLIP.
     """
-    how = _How(dtype, param_dtype, flash, remat, put, progress, clip_skip, allow_unused)
+    path = local_path(path, variant)
+    rest = {"clip_skip": clip_skip, "allow_unused": allow_unused}
+    how = _How(dtype, param_dtype, flash, remat, put, progress, new_rows=new_rows or {}, **rest)
+    if lora:
+        plain = _How(dtype, None, False, False, shape_of, False, **rest)
+        changes = plan(lora, _load(path, variant, plain, ema, configs)).changes
+        how = how._replace(changes=changes)
     found = _load(path, variant, how, ema, configs)
     if clip_skip is not None and not any(isinstance(component.module, CLIPText) for component in found.values()):
         raise ValueError(f"clip_skip is {clip_skip}, but the model has no text encoder of CLIP; leave it out")
     return found
 
 
-def _load(path: str | Path, variant: Any, how: _How, ema: bool, configs: Any) -> dict[str, Component]:
-    path = local_path(path, variant)
+def shape_of(array: np.ndarray) -> jax.ShapeDtypeStruct:
+    """A `put` for `load_models` that keeps only the shape and type of each array, so that no weights are read."""
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)
+
+
+def _load(path: Path, variant: Any, how: _How, ema: bool, configs: Any) -> dict[str, Component]:
     if path.is_file():
         return _load_single(open_file(path), how, ema, configs)
     if ema:
@@ -348,13 +374,15 @@ def _load_saved(path: Path, how: _How) -> dict[str, Component]:
         mine = how.of(name)
         raw = mine.config(raw)
         module = mine.module(raw)
-        tree = {".".join(p): (p, leaf.shape) for p, leaf in convert.flat(convert.abstract(module)).items()}
+        leaves = {".".join(p): (p, leaf.shape) for p, leaf in convert.flat(convert.abstract(module)).items()}
         file = open_file(path / f"{name}.safetensors")
         what = f"{path.name}/{file.source}"
-        convert.check(file, {key: shape for key, (_, shape) in tree.items()}, what, like)
-        with mine.loading(name, file) as put:
-            leaves = {
-                p: put(convert.cast(file[key], mine.param_dtype, f"{what}: {key}")) for key, (p, _) in tree.items()
-            }
-        found[name] = Component(module, unflatten_dict(leaves), raw)
+        convert.check(file, {key: shape for key, (_, shape) in leaves.items()}, what, like)
+        stored = {convert.torch_key(p): _as_torch(p[-1], file.stored[key]) for key, (p, _) in leaves.items()}
+        found[name] = mine.component(name, raw, Checkpoint(stored, what), module)
     return found
+
+
+def _as_torch(leaf: str, stored: Any) -> Entry:
+    shape = convert.torch_shape(leaf, stored.shape)
+    return Entry(shape, stored.dtype, lambda: convert.to_torch(leaf, stored.read()))

@@ -13,7 +13,9 @@ from mmdjax.sd.families import ENCODERS, TOKENIZERS, family_of
 from mmdjax.sd.files import open_file
 from mmdjax.sd.flow import CLASS as FLOW_CLASS
 from mmdjax.sd.flow import FlowScheduler
-from mmdjax.sd.models import Component, load_models, local_path
+from mmdjax.sd.inversion import NewRows, add_tokens
+from mmdjax.sd.lora import plan
+from mmdjax.sd.models import Component, load_models, local_path, shape_of
 from mmdjax.sd.pipeline import Pipeline
 from mmdjax.sd.scheduler import Scheduler, in_place
 from mmdjax.sd.spellings import respelled, said_of_sampling
@@ -36,8 +38,12 @@ def load(
     clip_skip: int | None = None,
     allow_unused: str | Sequence[str] = (),
     progress: bool = False,
+    lora: Mapping[str | Path, float | Mapping[str, float]] | None = None,
+    textual_inversion: Mapping[str, str | Path] | None = None,
 ) -> tuple[Pipeline, dict[str, Any]]:
     """A pipeline and its parameters, by component, from disk or the hub.
+
+        pipeline, params = load("stable-diffusion-v1-5", dtype=jnp.bfloat16, lora={"style.safetensors": 0.8})
 
     Args:
       path: a folder of diffusers, a folder that `Pipeline.save` wrote, a single file, or a hub id.
@@ -54,14 +60,24 @@ def load(
       tokenizer: a folder with the vocabulary, or one for each text encoder; single files have none. None: the model's.
       clip_skip, allow_unused: see `mmdjax.sd.load_models`.
       progress: show a bar for each network.
+      lora: strength of each LoRA, a file or PEFT's folder: a number, or numbers by component, such as {"unet": 0.8},
+        which leave the others as they are. They are merged into the parameters, which take no more memory for it. See
+        `mmdjax.sd.lora`.
+      textual_inversion: file of each new token; "<cat>" in a prompt then stands for what was learnt. See
+        `mmdjax.sd.inversion`.
     Returns:
       (pipeline, params), params a dictionary by component.
     Raises:
-      FileNotFoundError, CheckpointError, ValueError: see `mmdjax.sd.load_models` and `Pipeline`.
+      FileNotFoundError, CheckpointError, ValueError: see `mmdjax.sd.load_models`, `Pipeline`, `mmdjax.sd.lora.plan` and
+        `mmdjax.sd.inversion.add_tokens`.
     """
     path = local_path(path, variant)
     if tokenizer is not None or any((path / folder).is_dir() for folder in TOKENIZERS.values()):
         optional("tokenizers", "sd", "to read prompts")  # missing, it is better told before the weights are read
+    new_rows: Mapping[str, NewRows] = {}
+    if textual_inversion:
+        plain = load_models(path, variant=variant, ema=ema, configs=configs, put=shape_of)
+        tokenizer, new_rows = with_tokens(path, plain, tokenizer, textual_inversion)
     found = load_models(
         path,
         variant=variant,
@@ -75,9 +91,38 @@ def load(
         clip_skip=clip_skip,
         allow_unused=allow_unused,
         progress=progress,
+        lora=lora,
+        new_rows=new_rows,
     )
     pipeline = assemble(path, found, scheduler=scheduler, tokenizer=tokenizer)
     return pipeline, {name: component.params for name, component in found.items()}
+
+
+def outline(
+    path: str | Path,
+    *,
+    dtype: Any = jnp.float32,
+    variant: str | None = None,
+    ema: bool = False,
+    scheduler: Mapping[str, Any] | None = None,
+    tokenizer: str | Path | Mapping[str, str | Path] | None = None,
+    lora: Mapping[Any, Any] | None = None,
+    textual_inversion: Mapping[str, str | Path] | None = None,
+) -> Pipeline:
+    """The pipeline without its weights: every configuration, vocabulary and key is checked, in seconds. See `load`."""
+    path = local_path(path, variant)
+    found = load_models(path, variant=variant, ema=ema, dtype=dtype, put=shape_of)
+    plan(lora or {}, found)
+    if textual_inversion:
+        tokenizer, _ = with_tokens(path, found, tokenizer, textual_inversion)
+    return assemble(path, found, scheduler=scheduler, tokenizer=tokenizer)
+
+
+def with_tokens(
+    path: str | Path, found: Mapping[str, Component], tokenizer: Any, textual_inversion: Mapping[str, str | Path]
+) -> tuple[dict[str, Tokenizer], dict[str, NewRows]]:
+    """The tokenizers of `load` with new tokens; see `mmdjax.sd.inversion.add_tokens`."""
+    return add_tokens(textual_inversion, _tokenizers(Path(path), tuple(found), tokenizer), found)
 
 
 def assemble(
@@ -85,7 +130,7 @@ def assemble(
     found: Mapping[str, Component],
     *,
     scheduler: Mapping[str, Any] | None = None,
-    tokenizer: str | Path | Mapping[str, str | Path] | None = None,
+    tokenizer: str | Path | Mapping[str, str | Path | Tokenizer] | None = None,
     vocabularies: bool = True,
 ) -> Pipeline:
     """The pipeline of networks that `load_models` found at a path, with the scheduler and vocabularies there.
@@ -124,5 +169,5 @@ def _tokenizers(path: Path, components: tuple[str, ...], given: Any) -> dict[str
         own = path / TOKENIZERS[name]
         folder = given.get(name) if isinstance(given, Mapping) else given
         if name in components and (folder is not None or own.is_dir()):
-            found[name] = load_tokenizer(own if folder is None else folder)
+            found[name] = folder if isinstance(folder, Tokenizer) else load_tokenizer(own if folder is None else folder)
     return found

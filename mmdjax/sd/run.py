@@ -54,6 +54,8 @@ AS_BEFORE = {  # options that a run.json of before them does not name
     "avoid_strength": 1.0,
     "avoid_radius": None,
     "embedded_guidance": None,
+    "lora": {},
+    "textual_inversion": {},
 }
 
 
