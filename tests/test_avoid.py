@@ -438,8 +438,8 @@ MISTAKES = {
     "nothing": (ValueError, "needs a kernel with a bandwidth", Avoid),
     "radius of nothing": (ValueError, "give x, or leave", lambda: Avoid(kernel=RBF(1.0), radius=1.0)),
     "no bandwidth": (ValueError, "takes its bandwidth from references", lambda: sample(Avoid(kernel=RBF()))),
-    "one sample": (ValueError, "one reference has no", lambda: sample(SOME[:1])),
-    "all equal": (ValueError, "bandwidth of 0", lambda: sample(SOME)),
+    "one sample": (ValueError, r"avoid has one sample, .* give a radius", lambda: sample(SOME[:1])),
+    "all equal": (ValueError, "the samples to avoid give IMQ a bandwidth of 0", lambda: sample(SOME)),
     "rule": (ValueError, "Polynomial is none", lambda: sample(Avoid(SOME, kernel=Polynomial()))),
     "noisy radius": (
         ValueError,

@@ -239,11 +239,11 @@ class Layout:
             try:
                 jax.lax.axis_size(axis)
             except NameError:
-                there = ", ".join(f'"{name}"' for name in axes_here())
-                there = f" (there is {there})" if there else ""
+                others = ", ".join(f'"{name}"' for name in axes_here())
+                known = f" (there is {others})" if others else ""
                 raise ValueError(
-                    f'axis_name is "{axis}", but no vmap or shard_map around this call has an axis of that name{there}; '
-                    f'call it inside jax.vmap(..., axis_name="{axis}"), or leave axis_name out'
+                    f'axis_name is "{axis}", but no vmap or shard_map around this call has an axis of that '
+                    f'name{known}; call it inside jax.vmap(..., axis_name="{axis}"), or leave axis_name out'
                 ) from None
         for axis in jax.sharding.get_abstract_mesh().manual_axes if self._mapped else ():
             if differs(jax.lax.axis_index(axis), axis):
