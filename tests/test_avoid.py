@@ -32,6 +32,7 @@ from mmdjax import (
     load_samples,
     mmd2,
     sample_many,
+    suggest_guidance,
 )
 from mmdjax._points import blocks
 from mmdjax.guidance.avoid import Shield
@@ -469,6 +470,13 @@ MISTAKES = {
         lambda: guide_sampler(DDIM(), MMDGuidance(IMQ(1.0)), None, avoid=np.zeros((3, 4))).init(Z),
     ),
 }
+
+
+MISTAKES["suggestion"] = (
+    ValueError,
+    "held-out references, which do not show whether samples keep away",
+    lambda: suggest_guidance(None, KEY, ALLOWED, model=MODEL, num_samples=8, avoid=FORBIDDEN),
+)
 
 
 @pytest.mark.parametrize("name", MISTAKES)
