@@ -114,6 +114,7 @@ def suggest_guidance(
     sampler: Sampler = DDIM(eta=1.0),
     num_steps: int = 20,
     folds: int = 3,
+    avoid: None = None,
 ) -> Suggestion:
     """Choose the bandwidth, placement and scale of the guidance by held-out references.
 
@@ -137,11 +138,12 @@ def suggest_guidance(
         kernel on conditions. A bandwidth of None is taken from the references.
       num_steps: steps of each run. Few suffice: a guidance means the same for any number.
       folds: how many parts the references are split into.
+      avoid: not served, as held-out references do not show whether samples keep away from something.
     Returns:
       Suggestion: its `guidance` is the choice, printing it shows why.
     Raises:
       TypeError, ValueError: as `guided_sample`; an empty list of candidates; folds not in 2 … half of the references;
-        a call inside `jit`, `vmap` or `grad`.
+        a call inside `jit`, `vmap` or `grad`; something to avoid.
       FloatingPointError: the model's unguided samples are not finite.
 
     Example:
@@ -158,6 +160,11 @@ def suggest_guidance(
 
     Source: the one-standard-error rule, Breiman et al. 1984.
     """
+    if avoid is not None:
+        raise ValueError(
+            "avoid is given, but candidates are compared by held-out references, which do not show whether samples "
+            "keep away from something; leave avoid out here, and give it to guided_sample with the chosen guidance"
+        )
     refs, cond = as_particles(refs), as_arrays("cond", cond)
     if candidates is not None and not (isinstance(candidates, Sequence) and candidates):
         raise ValueError(f"candidates is {candidates!r}; give a list of MMDGuidance, the preferred one first, or None")

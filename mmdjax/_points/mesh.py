@@ -32,7 +32,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from mmdjax._core.lockstep import differs, in_lockstep, is_manual
+from mmdjax._core.lockstep import axes_here, differs, in_lockstep, is_manual
 from mmdjax._points.particles import Particles, wide_dtype
 from mmdjax.tree import is_traced, pytree, replace, shown, static
 
@@ -239,9 +239,11 @@ class Layout:
             try:
                 jax.lax.axis_size(axis)
             except NameError:
+                others = ", ".join(f'"{name}"' for name in axes_here())
+                known = f" (there is {others})" if others else ""
                 raise ValueError(
-                    f'axis_name is "{axis}", but no vmap or shard_map around this call has an axis of that name; call '
-                    f'it inside jax.vmap(..., axis_name="{axis}"), or leave axis_name out'
+                    f'axis_name is "{axis}", but no vmap or shard_map around this call has an axis of that '
+                    f'name{known}; call it inside jax.vmap(..., axis_name="{axis}"), or leave axis_name out'
                 ) from None
         for axis in jax.sharding.get_abstract_mesh().manual_axes if self._mapped else ():
             if differs(jax.lax.axis_index(axis), axis):

@@ -252,14 +252,23 @@ def fit_avoid(guidance: MMDGuidance, kernel: Kernel | None, avoid: Avoid, layout
     """What is avoided with its kernel: the guidance's, already fitted to the references, or fitted to what is avoided.
 
     Raises:
-      ValueError: as `fit_kernel`; or samples avoid each other by a kernel without a bandwidth.
+      ValueError: as `fit_kernel`; one sample, and a bandwidth taken from it; or samples avoid each other by a kernel
+        without a bandwidth.
     """
     if avoid.kernel is None and avoid.radius is None and kernel is not None:
         return replace(avoid, kernel=kernel)
     own = avoid.kernel_for(guidance)
     if avoid.points is not None:
-        own = _fit(own, avoid.points, layout=layout)
-        check_fitted(own)
+        try:
+            own = _fit(own, avoid.points, layout=layout)
+        except ValueError as error:
+            if avoid.points.n > 1:
+                raise
+            raise ValueError(
+                "avoid has one sample, and the kernel's bandwidth is a distance between samples; give a radius, "
+                "Avoid(x, radius=r), or a bandwidth, Avoid(x, kernel=IMQ(1.0)), or more samples"
+            ) from error
+        check_fitted(own, "samples to avoid")
     return replace(avoid, kernel=own)
 
 

@@ -236,14 +236,18 @@ class Custom(Kernel):
         return gram
 
 
-def check_fitted(kernel: Kernel) -> None:
-    """Raise ValueError if a bandwidth came out as 0 (NaN), as all references are equal; never inside `jit`."""
+def check_fitted(kernel: Kernel, points: str = "references") -> None:
+    """Raise ValueError if a bandwidth came out as 0 (NaN), as all points are equal; never inside `jit`.
+
+    Args:
+      points: what the kernel was fitted to, for the message.
+    """
     for leaf in jax.tree.leaves(kernel):
         if is_concrete(leaf) and not all_finite(leaf):
             raise ValueError(
-                f"the references give {type(kernel).__name__} a bandwidth of 0: they are all equal, or so far apart "
-                "that their squared distances overflow; give the bandwidth as a number, such as IMQ(1.0), or "
-                "references that differ"
+                f"the {points} give {type(kernel).__name__} a bandwidth of 0: they are all equal, or so far apart that "
+                f"their squared distances overflow; give the bandwidth as a number, such as IMQ(1.0), or {points} that "
+                "differ"
             )
 
 
