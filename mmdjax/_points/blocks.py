@@ -78,16 +78,20 @@ def row_size(x: Any) -> int:
 
 def block_of(x: Any) -> int:
     """Rows of x to take at a time for its own pairs, or those with another set: at most `BLOCK`, and 16 MB of them."""
-    return max(64, min(BLOCK, PLAIN // max(1, row_size(x))))
+    return max(64, min(BLOCK, PLAIN // _copies(x) // max(1, row_size(x))))
 
 
 def block_beside(n: int, y: Any) -> int:
     """Rows of y to take at a time beside n points: all where that is little, else what a processor's cache holds."""
     each, m = n + row_size(y), jax.tree.leaves(y)[0].shape[0]
-    if each * m <= PLAIN:
+    if each * m <= PLAIN // _copies(y):
         return m
     most = CACHED if jax.default_backend() == "cpu" else PLAIN  # elsewhere fewer, larger products are faster
-    return min(m, max(32, most // each))
+    return min(m, max(32, most // _copies(y) // each))
+
+
+def _copies(x: Any) -> int:
+    return 3 if isinstance(x, HostReferences) else 1  # a block as it was read, about a centre, and what is made of it
 
 
 def sum_over(term: Callable, m: int, block: int) -> Any:

@@ -111,7 +111,8 @@ def test_each_inner_step_reads_the_references_once(name, monkeypatch):
     x = jnp.asarray(array[:5] + np.float32([[1.0], [1e-4], [0.1], [0.0], [2.0]]))  # some as good as references
     guidance = MMDGuidance(kernel, inner_steps=steps, precondition=precondition)
     step = jax.jit(lambda bound: bound.denoised(x, bound.init(x), 0.5, VPLinear()(0.2)))
-    expected, state = step(bind(guidance, kernel, Particles(jnp.asarray(array))))
+    plain = bind(guidance, kernel, Particles(jnp.asarray(array)))
+    expected, state = step(plain)
     assert jnp.abs(expected - x).max() > 1e-2
     counted = Counted(array)
     in_memory = step(bind(guidance, kernel, Particles(HostReferences(counted))))[0]
@@ -121,7 +122,8 @@ def test_each_inner_step_reads_the_references_once(name, monkeypatch):
     monkeypatch.setattr(blocks, "CACHED", 256)
     monkeypatch.setattr(bound_module, "PLAIN", 256)
     jax.clear_caches()
-    bound = jax.block_until_ready(bind(guidance, kernel, Particles(HostReferences(counted))))
+    refs = Particles(HostReferences(counted))
+    bound = jax.block_until_ready(bind(guidance, kernel, refs, seen=plain.seen))  # small blocks look at fewer
     counted.times()
     found, found_state = jax.block_until_ready(step(bound))
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)  # float32 sums of other lengths
