@@ -114,22 +114,28 @@ class Shards:
 
     def pull(self, of_refs: Callable, z: Particles, everyone: Particles) -> Any:
         """of_refs(z), a pytree of [n, ...] that is a sum over references, summed over the devices that hold them."""
+        return self.meet(lambda z: (of_refs(z), ()), z, everyone)[0]
+
+    def meet(self, of_refs: Callable, z: Particles, everyone: Particles) -> tuple[Any, Any]:
+        """of_refs(z), two pytrees of [n, ...]: sums over references, as in `pull`, and least values over them."""
         common = tuple(axis for axis in self.refs if axis in self.batch)
         others = tuple(axis for axis in self.refs if axis not in self.batch)
+        n = z.n
         if common and common == self.batch:
             z = self.in_order(z, everyone)
         elif common:
             z = jax.tree.map(lambda v: jax.lax.all_gather(v, common, tiled=True), z)
-        sums = of_refs(z)
+        sums, least = of_refs(z)
         if others:
             sums = jax.lax.psum(sums, others)
-        return jax.lax.psum_scatter(sums, common, tiled=True) if common else sums
+        sums = jax.lax.psum_scatter(sums, common, tiled=True) if common else sums
 
-    def least(self, of_refs: Callable, z: Particles, everyone: Particles) -> Float[Array, " n"]:
-        """of_refs(z), [n], the least of what the devices that hold references find."""
-        if not self.refs:
-            return of_refs(z)
-        return self.found(of_refs, z, everyone).min(0)  # `pmin` has no derivative
+        def of_all(v):
+            for axes in (others, common):
+                v = jax.lax.all_gather(v, axes).min(0) if axes else v  # `pmin` has no derivative
+            return jax.lax.dynamic_slice_in_dim(v, n * jax.lax.axis_index(common), n) if common else v
+
+        return sums, jax.tree.map(of_all, least)
 
     def found(self, of_refs: Callable, z: Particles, everyone: Particles) -> Float[Array, "devices n ..."]:
         """of_refs(z), [n, ...], as each of the devices that hold references finds it."""

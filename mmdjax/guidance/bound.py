@@ -13,7 +13,7 @@ from mmdjax._core.numerics import product
 from mmdjax._points.blocks import PLAIN, row_size
 from mmdjax._points.distances import SUBSET, subset_of
 from mmdjax._points.mesh import HERE, Axes, Layout, Shards
-from mmdjax._points.particles import Particles, fill_empty, flat, wide_dtype, widen
+from mmdjax._points.particles import Particles, fill_empty, flat, on_device, wide_dtype, widen
 from mmdjax._points.streaming import HostReferences
 from mmdjax.guidance import MMDGuidance
 from mmdjax.guidance.avoid import Avoid, Negatives, weight_at_reach, widened
@@ -274,6 +274,9 @@ def fit_avoid(guidance: MMDGuidance, kernel: Kernel | None, avoid: Avoid, layout
 
 @functools.partial(jax.jit, static_argnames="layout")
 def _fit(kernel, refs, *, layout):
+    if isinstance(refs.x, HostReferences):
+        refs = on_device(subset_of(refs))  # rules look at no more
+
     def fit(kernel, refs):
         return kernel.fit(layout.known_to(layout.whole(refs) if refs.n <= SUBSET else layout.references(refs)))
 
@@ -310,7 +313,9 @@ def bind(
     def prepared(points, kernel):
         points = points if kernel.sees_cond else replace(points, cond=None)
         in_blocks = placement.clean and points.n * row_size(points.x) > PLAIN
-        return fill_empty(points) if in_blocks else widen(points)  # blocks are cast as they are read: no copy of all
+        if in_blocks:
+            return fill_empty(points)  # blocks are cast as they are read: no copy of all
+        return on_device(widen(points))  # a block at most: read once for all inner steps
 
     around = None
     if avoid is not None and avoid.points is not None:

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 from mmdjax._core.modes import in_own_modes
 from mmdjax._core.numerics import all_finite
 from mmdjax._points.blocks import block_beside, sum_over
-from mmdjax._points.particles import Particles, as_particles, whole, wide_dtype
+from mmdjax._points.particles import Particles, as_particles, on_device, whole, wide_dtype
 from mmdjax.schedules import Level
 from mmdjax.tree import Component, as_component, check_instance, is_concrete, pytree, replace, static
 
@@ -195,7 +195,7 @@ class Kernel(Component):
         coef = jnp.broadcast_to(coef, (b.n,)) if jnp.ndim(coef) == 0 else coef
 
         def pull(columns):
-            part = columns.of(b)
+            part = on_device(columns.of(b))
             gram, pull_back = jax.vjp(lambda x: self.gram(replace(a, x=x), part, same=same and part.n == b.n), a.x)
             c = jnp.broadcast_to(scale * columns.weights(coef.T).T, gram.shape)
             (gradient,) = pull_back(c.astype(gram.dtype))
