@@ -192,7 +192,7 @@ def load_fast(folder: Path, kind: Kind) -> FastTokenizer:
     if kind.around is CONVERSATION:
         _check_template(folder, settings)
     pad = _id(encoding, _content(settings.get("pad_token")) or kind.pad, folder)
-    end = kind.end and _id(encoding, _content(settings.get("eos_token")) or kind.end, folder)
+    end = None if kind.end is None else _id(encoding, _content(settings.get("eos_token")) or kind.end, folder)
     length = min(_count(settings, "model_max_length", LENGTH, folder), LENGTH)
     files = {name: (folder / name).read_bytes() for name in NAMES if (folder / name).exists()}
     return FastTokenizer(kind, encoding, pad, end, length, files)

@@ -168,7 +168,7 @@ def _index(components: Mapping[str, Any]) -> dict[str, dict[str, list[Home]]]:
                 names.setdefault(_joined(name), [home])
         if isinstance(module, UNet2D | UNet2DCondition):
             for key, source in compvis.sources(module, homes).items():
-                if source.piece == "all":
+                if source.piece == "all":  # pyright: ignore[reportAttributeAccessIssue] (of a U-Net)
                     names.setdefault(_joined(source.key), [homes[key]])
                 else:
                     names.setdefault(_joined(source.key), []).append(homes[key]._replace(source=source))

@@ -31,6 +31,8 @@ from mmdjax.samplers import DDIM
 from mmdjax.schedules import Schedule
 from mmdjax.sd.decoding import Decoder, decode_whole, encode_whole
 from mmdjax.sd.families import ENCODERS, TOKENIZERS, Embedded, Family, Network, encode, family_of
+from mmdjax.sd.fast_tokenizer import FastTokenizer
+from mmdjax.sd.flow import FlowScheduler
 from mmdjax.sd.models import Component, export, save
 from mmdjax.sd.prompts import rows
 from mmdjax.sd.scheduler import Scheduler
@@ -56,8 +58,8 @@ class Pipeline:
 
     modules: Mapping[str, Any]
     configs: Mapping[str, Mapping[str, Any]]
-    scheduler: Scheduler
-    tokenizers: Mapping[str, Tokenizer]
+    scheduler: Scheduler | FlowScheduler
+    tokenizers: Mapping[str, Tokenizer | FastTokenizer]
     index: Mapping[str, Any]
 
     def __repr__(self) -> str:
@@ -254,7 +256,8 @@ class Pipeline:
     def denoiser(self) -> Any:
         """E[x_0 | x_t] without classifier-free guidance; it takes the parameters of the whole pipeline."""
         network = Network(self.family.network, self.autoencoder.config.downscale)
-        denoiser = from_model(network, self.scheduler.prediction, self.family.time(self.scheduler))
+        prediction: Any = self.scheduler.prediction
+        denoiser = from_model(network, prediction, self.family.time(self.scheduler))
         clip = self.scheduler.clip
         return denoiser if clip is None else Clipped(denoiser, -clip, clip)
 

@@ -10,6 +10,7 @@ from mmdjax._core.extras import optional
 from mmdjax.checkpoint import read_json
 from mmdjax.sd.convert import to_device
 from mmdjax.sd.families import ENCODERS, TOKENIZERS, family_of
+from mmdjax.sd.fast_tokenizer import FastTokenizer
 from mmdjax.sd.files import open_file
 from mmdjax.sd.flow import CLASS as FLOW_CLASS
 from mmdjax.sd.flow import FlowScheduler
@@ -76,7 +77,7 @@ def load(
         optional("tokenizers", "sd", "to read prompts")  # missing, it is better told before the weights are read
     new_rows: Mapping[str, NewRows] = {}
     if textual_inversion:
-        plain = load_models(path, variant=variant, ema=ema, configs=configs, put=shape_of)
+        plain = load_models(path, variant=variant, ema=ema, configs=configs, allow_unused=allow_unused, put=shape_of)
         tokenizer, new_rows = with_tokens(path, plain, tokenizer, textual_inversion)
     found = load_models(
         path,
@@ -120,7 +121,7 @@ def outline(
 
 def with_tokens(
     path: str | Path, found: Mapping[str, Component], tokenizer: Any, textual_inversion: Mapping[str, str | Path]
-) -> tuple[dict[str, Tokenizer], dict[str, NewRows]]:
+) -> tuple[dict[str, Any], dict[str, NewRows]]:
     """The tokenizers of `load` with new tokens; see `mmdjax.sd.inversion.add_tokens`."""
     return add_tokens(textual_inversion, _tokenizers(Path(path), tuple(found), tokenizer), found)
 
@@ -163,11 +164,15 @@ def assemble(
     )
 
 
-def _tokenizers(path: Path, components: tuple[str, ...], given: Any) -> dict[str, Tokenizer]:
+def _tokenizers(path: Path, components: tuple[str, ...], given: Any) -> dict[str, Tokenizer | FastTokenizer]:
     found = {}
     for name in ENCODERS:
         own = path / TOKENIZERS[name]
         folder = given.get(name) if isinstance(given, Mapping) else given
         if name in components and (folder is not None or own.is_dir()):
-            found[name] = folder if isinstance(folder, Tokenizer) else load_tokenizer(own if folder is None else folder)
+            found[name] = (
+                folder
+                if isinstance(folder, Tokenizer | FastTokenizer)
+                else load_tokenizer(own if folder is None else folder)
+            )
     return found

@@ -28,6 +28,11 @@ class Flow(Family):
 
     takes = "prompts: cond=pipeline.encode_prompts(params, [...])"
 
+    @property
+    def pooled_width(self) -> int:
+        """The width of "pooled"."""
+        raise NotImplementedError
+
     def time(self, scheduler):
         return None  # σ itself
 
@@ -53,10 +58,22 @@ class Flux1(Flow):
 
     networks = (Flux,)
     encoders = ("text_encoder", "text_encoder_2")
-    pipeline_class = "FluxPipeline"
-    patch = 2  # of packing, which the network does
-    sample_size = PIXELS // 8
-    left_out = ("image_encoder", "feature_extractor")
+
+    @property
+    def pipeline_class(self):
+        return "FluxPipeline"
+
+    @property
+    def patch(self):
+        return 2  # of packing, which the network does
+
+    @property
+    def sample_size(self):
+        return PIXELS // 8
+
+    @property
+    def left_out(self):
+        return ("image_encoder", "feature_extractor")
 
     @property
     def pooled_width(self) -> int:
@@ -95,8 +112,14 @@ class Flux2Klein(Flow):
     networks = (Flux2,)
     encoders = ("text_encoder",)
     guidance_scale = 4.0
-    pipeline_class = "Flux2KleinPipeline"
-    sample_size = PIXELS // 16
+
+    @property
+    def pipeline_class(self):
+        return "Flux2KleinPipeline"
+
+    @property
+    def sample_size(self):
+        return PIXELS // 16
 
     @property
     def pooled_width(self) -> int:

@@ -37,8 +37,11 @@ class Labels(Family):
     guidance_scale = 4.0
     usual_scheduler = SCHEDULER
     takes = "labels: cond=pipeline.encode_prompts(params, [...]), or {'label': [...]}"
-    pipeline_class = "DiTPipeline"
     method: ClassVar[str | None] = None  # of the network
+
+    @property
+    def pipeline_class(self):
+        return "DiTPipeline"
 
     def tokens(self, prompts, tokenizers, index):
         return {"label": np.array([label_of(prompt, self.network.config.num_classes, index) for prompt in prompts])}

@@ -28,7 +28,6 @@ class StableDiffusion3(Family):
     guidance_scale = 7.0
     usual_scheduler = SCHEDULER
     takes = "prompts: cond=pipeline.encode_prompts(params, [...])"
-    pipeline_class = "StableDiffusion3Pipeline"
 
     def check(self, latent_channels):
         super().check(latent_channels)
@@ -51,6 +50,10 @@ class StableDiffusion3(Family):
                 f"the transformer takes prompts of width {config.joint_attention_dim} but text_encoder and "
                 f"text_encoder_2 give {states}"
             )
+
+    @property
+    def pipeline_class(self):
+        return "StableDiffusion3Pipeline"
 
     @property
     def left_out(self):

@@ -89,7 +89,8 @@ class Transformer(Block):
 
     def part(self, cls, name, *args, **kwargs):
         """A submodule with this one's dtypes and settings."""
-        return super().part(nn.remat(cls) if self.remat else cls, name, *args, **kwargs)
+        kind: Any = nn.remat(cls) if self.remat else cls
+        return super().part(kind, name, *args, **kwargs)
 
     def patches(self, name: str, x: Float[Array, "n h w c"], size: int, features: int) -> Float[Array, "n l d"]:
         """A linear map of each patch of size × size, row by row; its kernel is a convolution's."""

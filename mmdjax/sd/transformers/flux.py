@@ -32,6 +32,7 @@ from mmdjax.sd.transformers.blocks import (
     JointAttention,
     PlainNorm,
     Rotary,
+    Transformer,
     modulate,
     rotary_tables,
     rotate,
@@ -85,14 +86,8 @@ def check_flux(config: Any, axes: int) -> None:
         )
 
 
-class FluxNetwork(Block):
+class FluxNetwork(Transformer):
     """What FLUX.1 and FLUX.2 share: the embeddings that modulate the blocks, and the way out."""
-
-    config: Any
-
-    def part(self, cls, name, *args, **kwargs):
-        """A submodule with this one's dtypes and settings; with `remat` it is recomputed in the backward pass."""
-        return super().part(nn.remat(cls) if self.remat else cls, name, *args, **kwargs)
 
     def embedding(self, name: str, features: Array, bias: bool) -> Array:
         """W₂ silu(W₁ ·), [n, f] -> [n, c]."""
