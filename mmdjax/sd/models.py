@@ -151,6 +151,7 @@ def load_models(
     progress: bool = False,
     lora: Mapping[Any, Any] | None = None,
     new_rows: Mapping[str, NewRows] | None = None,
+    parts: Mapping[str, str | Path] | None = None,
 ) -> dict[str, Component]:
     """The networks of a model by component: "unet" or "transformer", "vae" or "vqvae", "text_encoder", and so on.
 
@@ -172,6 +173,7 @@ def load_models(
       allow_unused: keys of the files that may be left out, as patterns such as "extra.*"; all others must be used.
       progress: show a bar for each network.
       lora: see `mmdjax.sd.load`.
+      parts: folders of networks that the file does not hold, or that take the place of its own, such as {"vae": folder}.
       new_rows: of the text encoders' tables of embeddings, for tokens that were added to their tokenizers.
     Raises:
       FileNotFoundError: no such file, config, weights, variant or shard.
@@ -184,9 +186,9 @@ def load_models(
     how = _How(dtype, param_dtype, flash, remat, put, progress, new_rows=new_rows or {}, **rest)
     if lora:
         plain = _How(dtype, None, False, False, shape_of, False, **rest)
-        changes = plan(lora, _load(path, variant, plain, ema, configs)).changes
+        changes = plan(lora, _load(path, variant, plain, ema, configs, parts)).changes
         how = how._replace(changes=changes)
-    found = _load(path, variant, how, ema, configs)
+    found = _load(path, variant, how, ema, configs, parts)
     if clip_skip is not None and not any(isinstance(component.module, CLIPText) for component in found.values()):
         raise ValueError(f"clip_skip is {clip_skip}, but the model has no text encoder of CLIP; leave it out")
     return found
@@ -197,7 +199,16 @@ def shape_of(array: np.ndarray) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype)
 
 
-def _load(path: Path, variant: Any, how: _How, ema: bool, configs: Any) -> dict[str, Component]:
+def _load(path: Path, variant: Any, how: _How, ema: bool, configs: Any, parts: Any) -> dict[str, Component]:
+    given: Mapping[str, str | Path] = parts or {}
+    strange = sorted(given.keys() - set(COMPONENTS))
+    if strange:
+        raise ValueError(f"parts has {', '.join(strange)}; known: {', '.join(COMPONENTS)}")
+    found = {name: net for name, net in _load_own(path, variant, how, ema, configs).items() if name not in given}
+    return found | {name: _load_folder(Path(folder), None, how, name) for name, folder in given.items()}
+
+
+def _load_own(path: Path, variant: Any, how: _How, ema: bool, configs: Any) -> dict[str, Component]:
     if path.is_file():
         return _load_single(open_file(path), how, ema, configs)
     if ema:
@@ -310,11 +321,12 @@ def export(path: str | Path, components: Mapping[str, Component]) -> None:
         write_json(folder / "config.json", dict(sorted(component.config.items())))
 
 
-def _load_folder(folder: Path, variant: str | None, how: _How) -> Component:
-    how = how.of(folder.name)
+def _load_folder(folder: Path, variant: str | None, how: _How, name: str | None = None) -> Component:
+    name = name or folder.name
+    how = how.of(name)
     raw = how.config(read_config(folder))
     module = how.module(raw)  # before the weights: another network's config is the clearer error
-    return how.component(folder.name, raw, open_folder(folder, variant), module)
+    return how.component(name, raw, open_folder(folder, variant), module)
 
 
 def _load_single(file: Checkpoint, how: _How, ema: bool, configs: Mapping[str, Mapping] | None) -> dict[str, Component]:

@@ -41,6 +41,7 @@ def load(
     progress: bool = False,
     lora: Mapping[str | Path, float | Mapping[str, float]] | None = None,
     textual_inversion: Mapping[str, str | Path] | None = None,
+    parts: Mapping[str, str | Path] | None = None,
 ) -> tuple[Pipeline, dict[str, Any]]:
     """A pipeline and its parameters, by component, from disk or the hub.
 
@@ -66,6 +67,7 @@ def load(
         `mmdjax.sd.lora`.
       textual_inversion: file of each new token; "<cat>" in a prompt then stands for what was learnt. See
         `mmdjax.sd.inversion`.
+      parts: folders of networks that a single file does not hold, such as {"vae": folder, "text_encoder_2": folder}.
     Returns:
       (pipeline, params), params a dictionary by component.
     Raises:
@@ -77,7 +79,8 @@ def load(
         optional("tokenizers", "sd", "to read prompts")  # missing, it is better told before the weights are read
     new_rows: Mapping[str, NewRows] = {}
     if textual_inversion:
-        plain = load_models(path, variant=variant, ema=ema, configs=configs, allow_unused=allow_unused, put=shape_of)
+        how = {"variant": variant, "ema": ema, "configs": configs, "allow_unused": allow_unused, "parts": parts}
+        plain = load_models(path, put=shape_of, **how)
         tokenizer, new_rows = with_tokens(path, plain, tokenizer, textual_inversion)
     found = load_models(
         path,
@@ -94,6 +97,7 @@ def load(
         progress=progress,
         lora=lora,
         new_rows=new_rows,
+        parts=parts,
     )
     pipeline = assemble(path, found, scheduler=scheduler, tokenizer=tokenizer)
     return pipeline, {name: component.params for name, component in found.items()}

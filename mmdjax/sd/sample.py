@@ -110,7 +110,7 @@ def prepare(
 def _guidance_scale(pipeline: Any, given: float | None) -> float:
     if not pipeline.conditional:
         return 1.0
-    return pipeline.family.guidance_scale if given is None else given
+    return pipeline.family.guidance_scale(pipeline.index) if given is None else given
 
 
 def sample(

@@ -36,7 +36,7 @@ class Family:
     networks: ClassVar[tuple[type, ...]] = ()  # its classes
     encoders: ClassVar[tuple[str, ...]] = ()  # the text encoders that it can have
     conditional: ClassVar[bool] = True  # whether it takes conditions
-    guidance_scale: ClassVar[float] = 1.0  # usual scale of classifier-free guidance
+    usual_scale: ClassVar[float] = 1.0  # of classifier-free guidance
     embedded_guidance: ClassVar[float | None] = None  # usual strength that is an input of the network
     usual_scheduler: ClassVar[Mapping[str, Any]] = {}  # scheduler_config.json of files that have none
     takes: ClassVar[str] = "cond=pipeline.encode_prompts(params, [...])"  # its condition, in errors
@@ -92,6 +92,10 @@ class Family:
           ValueError: they leave open how the file `name` was trained.
         """
         return in_place(self.usual_scheduler, given)
+
+    def guidance_scale(self, index: Mapping[str, Any]) -> float:
+        """The usual scale of classifier-free guidance; 1 is none."""
+        return self.usual_scale
 
     def time(self, scheduler: Any) -> Any:
         """From level.t to the network's t, as `from_model` takes it."""

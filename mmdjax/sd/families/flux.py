@@ -111,7 +111,7 @@ class Flux2Klein(Flow):
 
     networks = (Flux2,)
     encoders = ("text_encoder",)
-    guidance_scale = 4.0
+    usual_scale = 4.0
 
     @property
     def pipeline_class(self):
@@ -134,6 +134,9 @@ class Flux2Klein(Flow):
             raise ValueError(
                 f"the transformer takes prompts of width {self.pooled_width} but text_encoder gives {given or 'none'}"
             )
+
+    def guidance_scale(self, index):
+        return 1.0 if index.get("is_distilled") else self.usual_scale
 
     def times(self, scheduler, num_steps, latent):
         return scheduler.times(num_steps, latent[0] * latent[1], grid="flux2")

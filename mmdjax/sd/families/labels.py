@@ -34,7 +34,7 @@ class Labels(Family):
     """DiT: transformers with labels that predict the noise."""
 
     networks = (DiT,)
-    guidance_scale = 4.0
+    usual_scale = 4.0
     usual_scheduler = SCHEDULER
     takes = "labels: cond=pipeline.encode_prompts(params, [...]), or {'label': [...]}"
     method: ClassVar[str | None] = None  # of the network

@@ -21,7 +21,7 @@ class PixArt(Family):
 
     networks = (PixArtNetwork,)
     encoders = ("text_encoder",)
-    guidance_scale = 4.5
+    usual_scale = 4.5
     takes = "prompts: cond=pipeline.encode_prompts(params, [...])"
 
     def check(self, latent_channels):

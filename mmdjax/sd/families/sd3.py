@@ -25,7 +25,7 @@ class StableDiffusion3(Family):
 
     networks = (SD3,)
     encoders = (*CLIPS, "text_encoder_3")
-    guidance_scale = 7.0
+    usual_scale = 7.0
     usual_scheduler = SCHEDULER
     takes = "prompts: cond=pipeline.encode_prompts(params, [...])"
 

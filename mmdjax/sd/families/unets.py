@@ -61,7 +61,7 @@ class StableDiffusion(Unconditional):
     networks = (UNet2DCondition,)
     encoders = ("text_encoder", "text_encoder_2")
     conditional = True
-    guidance_scale = 7.5
+    usual_scale = 7.5
     usual_scheduler = SD_SCHEDULER
     takes = "prompts: cond=pipeline.encode_prompts(params, [...])"
 

@@ -89,8 +89,7 @@ class Transformer(Block):
 
     def part(self, cls, name, *args, **kwargs):
         """A submodule with this one's dtypes and settings."""
-        kind: Any = nn.remat(cls) if self.remat else cls
-        return super().part(kind, name, *args, **kwargs)
+        return super().part(nn.remat(cls) if self.remat else cls, name, *args, **kwargs)  # pyright: ignore
 
     def patches(self, name: str, x: Float[Array, "n h w c"], size: int, features: int) -> Float[Array, "n l d"]:
         """A linear map of each patch of size × size, row by row; its kernel is a convolution's."""
