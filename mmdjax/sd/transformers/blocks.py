@@ -89,11 +89,11 @@ class Transformer(Block):
 
     def part(self, cls, name, *args, **kwargs):
         """A submodule with this one's dtypes and settings."""
-        return super().part(nn.remat(cls) if self.remat else cls, name, *args, **kwargs)  # pyright: ignore
+        return super().part(nn.remat(cls) if self.remat else cls, name, *args, **kwargs)
 
     def patches(self, name: str, x: Float[Array, "n h w c"], size: int, features: int) -> Float[Array, "n l d"]:
         """A linear map of each patch of size × size, row by row; its kernel is a convolution's."""
-        check_patches(*x.shape[1:3], size)
+        check_patches(x.shape[1], x.shape[2], size)
         h = self.conv(name, features, size, size, [(0, 0)] * 2)(x.astype(self.dtype))
         return h.reshape(x.shape[0], -1, features)
 
