@@ -67,6 +67,7 @@ PIXART = {
     "caption_channels": 20,
     "sample_size": 8,
 }
+ALPHA_1024 = {"use_additional_conditions": True, "interpolation_scale": 2}
 TEXT = {
     "vocab_size": 100,
     "hidden_size": 64,
