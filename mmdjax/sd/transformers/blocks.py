@@ -88,7 +88,7 @@ class Transformer(Block):
 
     def patches(self, name: str, x: Float[Array, "n h w c"], size: int, features: int) -> Float[Array, "n l d"]:
         """A linear map of each patch of size × size, row by row; its kernel is a convolution's."""
-        check_patches(*x.shape[1:3], size)
+        check_patches(x.shape[1], x.shape[2], size)
         h = self.conv(name, features, size, size, [(0, 0)] * 2)(x.astype(self.dtype))
         return h.reshape(x.shape[0], -1, features)
 
