@@ -1,4 +1,6 @@
-"""Stable Diffusion and latent diffusion in Flax, without torch: the models, their converter and whole pipelines."""
+"""Stable Diffusion, latent diffusion and diffusion transformers in Flax, without torch: the models, their converter and
+whole pipelines.
+"""
 
 from mmdjax.checkpoint import CheckpointError
 from mmdjax.sd.clip import CLIPText, CLIPTextConfig, TextOutput

@@ -22,8 +22,10 @@ import torch
 import torch_models as tm
 from diffusers import (
     AutoencoderKL,
+    DiTTransformer2DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    PixArtTransformer2DModel,
     UNet2DConditionModel,
     UNet2DModel,
     VQModel,
@@ -53,6 +55,24 @@ def unet(config, cls=UNet2DConditionModel):
         pooled, time_ids = torch.from_numpy(arrays["pooled"]), torch.from_numpy(arrays["time_ids"])
         added = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids}}
     return model, arrays | {"output": tm.nhwc(model(*args, **added).sample)}
+
+
+def dit():
+    model = tm.randomise(DiTTransformer2DModel(**tm.DIT))
+    arrays = {"x": normal(0, 3, 12, 12, 4), "t": np.float32([0, 1, 999]), "labels": np.int32([0, 6, 7])}
+    args = tm.nchw(arrays["x"]), torch.from_numpy(arrays["t"]), torch.from_numpy(arrays["labels"])
+    return model, arrays | {"output": tm.nhwc(model(*args).sample)[..., :4]}
+
+
+def pixart():
+    """A prompt of one token, one of some, and one of all; a picture that is not square."""
+    model = tm.randomise(PixArtTransformer2DModel(**tm.PIXART | tm.ALPHA_1024 | {"num_layers": 1}))
+    arrays = {"x": normal(0, 3, 4, 12, 4), "t": np.float32([0, 1, 999]), "context": normal(1, 3, 7, 20)}
+    arrays["mask"] = (np.arange(7) < np.array([[1], [4], [7]])).astype(np.int32)
+    sizes = {"resolution": torch.tensor([[32.0, 96]] * 3), "aspect_ratio": torch.tensor([[1 / 3]] * 3)}
+    x, t, context, mask = (torch.from_numpy(arrays[key]) for key in ("x", "t", "context", "mask"))
+    out = model(x.moveaxis(-1, 1), context, t, sizes, encoder_attention_mask=mask).sample
+    return model, arrays | {"output": tm.nhwc(out)[..., :4]}
 
 
 def vae():
@@ -179,6 +199,8 @@ RECORDED = {
     "unet_sd2": lambda: unet(tm.SD2_UNET),
     "unet_sdxl": lambda: unet(tm.SDXL_UNET),
     "unet_ldm": lambda: unet(tm.LDM_UNET, UNet2DModel),
+    "dit": dit,
+    "pixart": pixart,
     "vae": vae,
     "vqvae": vqvae,
     "flux": flux,

@@ -234,7 +234,6 @@ def test_diffusers_weights_in_published_names(tmp_path):
 
 # --- PixArt ---
 
-ALPHA_1024 = {"use_additional_conditions": True, "interpolation_scale": 2}
 SIGMA = {"use_additional_conditions": False, "interpolation_scale": 0.5, "attention_bias": False}
 
 
@@ -244,7 +243,7 @@ def prompts(width):
 
 
 @pytest.mark.parametrize(
-    "change", [{}, ALPHA_1024, SIGMA, {"caption_channels": None, "out_channels": 4, "patch_size": 4}]
+    "change", [{}, tm.ALPHA_1024, SIGMA, {"caption_channels": None, "out_channels": 4, "patch_size": 4}]
 )
 def test_pixart(tmp_path, change):
     """At the training's size and at sizes that are not square, with padded prompts, sizes given and taken from x."""

@@ -69,6 +69,7 @@ PIXART = {
     "caption_channels": 20,
     "sample_size": 8,
 }
+ALPHA_1024 = {"use_additional_conditions": True, "interpolation_scale": 2}
 SD3 = {
     "medium": {
         "sample_size": 8,

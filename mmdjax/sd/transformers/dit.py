@@ -150,7 +150,7 @@ class SiT(DiT):
     """The interpolant transformer: the network of `DiT` called with t in [0, 1], 0 noise and 1 data.
 
     Returns the velocity, data − noise. `method="flow"` is the same in the convention of rectified flow, as
-    `from_model(prediction="flow")` takes it: t is 0 for data and 1 for noise, and the velocity is noise − data.
+    `from_model(…, "flow")` takes it: t is 0 for data and 1 for noise, and the velocity is noise − data.
     """
 
     config: SiTConfig
