@@ -83,7 +83,7 @@ def test_rotated_products_depend_on_distances():
     def turned(x, places):
         return np.asarray(rotate(jnp.tile(x, (1, 3, 1, 1)), rotary_tables(places, (2, 4, 6), 100.0)))[0, :, 0]
 
-    products = (turned(q, p) * turned(k, p + [1, -2, 5])).sum(-1)
+    products = (turned(q, p) * turned(k, p + np.array([1, -2, 5]))).sum(-1)
     np.testing.assert_allclose(products, products[0], rtol=1e-5)  # float32
     assert abs(products[0] - q @ k) > 0.1
     np.testing.assert_allclose(np.linalg.norm(turned(q, p), axis=-1), np.linalg.norm(q), rtol=1e-6)
