@@ -92,7 +92,8 @@ def test_half_precision(tmp_path, dtype):
 
 
 def test_remat_changes_no_gradient(tmp_path):
-    tm.randomise(Flux2Transformer2DModel(**tm.FLUX2)).save_pretrained(tmp_path)
+    config = tm.FLUX2 | {"num_layers": 1, "num_single_layers": 1}
+    tm.randomise(Flux2Transformer2DModel(**config)).save_pretrained(tmp_path)
     x, context = normal(0, 3, 4, 6, 16), normal(1, 3, 7, 24)
 
     def gradient(remat):
