@@ -77,18 +77,16 @@ def test_packing():
 
 def test_rotated_products_depend_on_distances():
     """⟨R(p) q, R(p + a) k⟩ does not depend on p, and lengths are kept."""
-    q, k = normal(0, 1, 1, 1, 12), normal(1, 1, 1, 1, 12)
+    q, k = normal(0, 12), normal(1, 12)
+    p = np.array([[0.0, 0, 0], [3, 1, 4], [9, 0, 7]])
 
-    def turned(x, *place):
-        return rotate(jnp.asarray(x), rotary_tables(np.array([place], float), (2, 4, 6), 100.0))
+    def turned(x, places):
+        return np.asarray(rotate(jnp.tile(x, (1, 3, 1, 1)), rotary_tables(places, (2, 4, 6), 100.0)))[0, :, 0]
 
-    products = [
-        jnp.vdot(turned(q, *p), turned(k, p[0] + 1, p[1] - 2, p[2] + 5)).item()
-        for p in ((0, 0, 0), (3, 1, 4), (9, 0, 7))
-    ]
+    products = (turned(q, p) * turned(k, p + np.array([1, -2, 5]))).sum(-1)
     np.testing.assert_allclose(products, products[0], rtol=1e-5)  # float32
-    assert abs(products[0] - np.vdot(q, k)) > 0.1
-    np.testing.assert_allclose(jnp.linalg.norm(turned(q, 5, 6, 7)), np.linalg.norm(q), rtol=1e-6)
+    assert abs(products[0] - q @ k) > 0.1
+    np.testing.assert_allclose(np.linalg.norm(turned(q, p), axis=-1), np.linalg.norm(q), rtol=1e-6)
 
 
 def test_rotation_is_that_of_complex_numbers():

@@ -94,7 +94,7 @@ def vqvae():
 def flux():
     model = tm.randomise(FluxTransformer2DModel(**tm.FLUX | {"num_layers": 1, "num_single_layers": 1}))
     arrays = {"x": normal(0, 2, 4, 6, 4), "t": np.float32([0.02, 0.9])}
-    arrays |= {"context": normal(1, 2, 5, 24), "pooled": normal(2, 2, 12), "guidance": np.float32([1.0, 3.5])}
+    arrays |= {"context": normal(1, 2, 5, 24), "pooled": normal(2, 2, 12), "guidance": np.float32([0.2, 1.0])}
     return model, arrays | {"output": tm.flux(model, **arrays)}
 
 

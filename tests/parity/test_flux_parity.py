@@ -19,7 +19,8 @@ from mmdjax.checkpoint import Checkpoint, Entry  # noqa: E402
 from mmdjax.sd import convert, single_flux  # noqa: E402
 from mmdjax.sd.models import load_component, load_models, module_from_config  # noqa: E402
 
-TOLERANCE = 1e-5  # float32 rounding through some 10 blocks is 1e-6; the promise is 1e-4
+TOLERANCE = 1e-5  # float32 rounding through four blocks is 1e-6
+GUIDED = 1e-4  # guidance 7 turns waves by 7,000 radians, which float32 rounds to 5e-4: each library's in its own way
 T = np.float32([1e-3, 0.31, 1.0])
 GUIDANCE = np.float32([1.0, 3.5, 7.0])
 
@@ -48,7 +49,7 @@ def test_flux(tmp_path, guided, size):
     guidance = GUIDANCE if guided else None
     x, context, pooled = normal(0, 3, *size, 4), normal(1, 3, 7, 24), normal(2, 3, 12)
     y = ours(model, tmp_path, x, T, {"context": context, "pooled": pooled}, guidance)
-    assert tm.relative(y, tm.flux(model, x, T, context, pooled, guidance)) < TOLERANCE
+    assert tm.relative(y, tm.flux(model, x, T, context, pooled, guidance)) < (GUIDED if guided else TOLERANCE)
 
 
 @pytest.mark.parametrize("size", [(4, 6), (5, 1)])
@@ -58,7 +59,7 @@ def test_flux2(tmp_path, guided, size):
     guidance = GUIDANCE if guided else None
     x, context = normal(0, 3, *size, 16), normal(1, 3, 7, 24)
     y = ours(model, tmp_path, x, T, context, guidance)
-    assert tm.relative(y, tm.flux2(model, x, T, context, guidance)) < TOLERANCE
+    assert tm.relative(y, tm.flux2(model, x, T, context, guidance)) < (GUIDED if guided else TOLERANCE)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +78,7 @@ def test_flux_of_more_channels(tmp_path):
     model = tm.randomise(FluxTransformer2DModel(**tm.FLUX | {"in_channels": 32, "out_channels": 16}))
     x, context, pooled = normal(0, 3, 4, 6, 8), normal(1, 3, 7, 24), normal(2, 3, 12)
     y = ours(model, tmp_path, x, T, {"context": context, "pooled": pooled}, GUIDANCE)
-    assert tm.relative(y, tm.flux(model, x, T, context, pooled, GUIDANCE)) < TOLERANCE
+    assert tm.relative(y, tm.flux(model, x, T, context, pooled, GUIDANCE)) < GUIDED
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -91,7 +92,8 @@ def test_half_precision(tmp_path, dtype):
 
 
 def test_remat_changes_no_gradient(tmp_path):
-    tm.randomise(Flux2Transformer2DModel(**tm.FLUX2)).save_pretrained(tmp_path)
+    config = tm.FLUX2 | {"num_layers": 1, "num_single_layers": 1}
+    tm.randomise(Flux2Transformer2DModel(**config)).save_pretrained(tmp_path)
     x, context = normal(0, 3, 4, 6, 16), normal(1, 3, 7, 24)
 
     def gradient(remat):
