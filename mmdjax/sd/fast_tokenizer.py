@@ -21,7 +21,6 @@ from jaxtyping import Bool, Int
 from mmdjax._core.extras import optional
 from mmdjax.checkpoint import CheckpointError, read_json
 from mmdjax.sd.spiece import unigram
-from mmdjax.tree import short_repr
 
 CONVERSATION = ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")
 WRITTEN = ("<|im_start|>", "<|im_end|>", "<think>", "enable_thinking")  # in the chat template of Qwen3
@@ -108,7 +107,8 @@ class FastTokenizer:
         if self.length < 2:
             raise ValueError(f"length is {self.length}; give at least 2")
 
-    __repr__ = short_repr
+    def __repr__(self) -> str:
+        return f"FastTokenizer({self.kind.name}, length={self.length})"
 
     @property
     def class_name(self) -> str:

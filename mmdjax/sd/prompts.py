@@ -30,16 +30,31 @@ def rows(cond: Any, index: Any) -> Any:
 
 
 def pooled(cond: Mapping[str, Array]) -> Float[Array, "n p"]:
-    """One unit vector for each prompt, for `Mapped`."""
-    return _unit(cond["pooled"])
+    """One unit vector for each prompt, for `Mapped`: its "pooled" state, or its `mean_token` if it has none."""
+    return _unit(cond["pooled"]) if "pooled" in cond else mean_token(cond)
+
+
+def mean_token(cond: Mapping[str, Array]) -> Float[Array, "n d"]:
+    """The direction of the mean of a prompt's tokens, for text encoders that make no pooled state: unit vectors.
+
+    Each token counts with its direction alone, as language models give the first token a state hundreds of times as
+    long as others', the same for all prompts. Padding, by "mask", does not count.
+    """
+    return _unit(_directions(cond).sum(1))
 
 
 def tokens(cond: Mapping[str, Array]) -> Float[Array, "n l d"]:
     """One unit vector for each token, for `Mapped`; their distance compares the tokens at the same places.
 
-    The start token is left out, as it is the same in all prompts.
+    Without a "mask" the first is left out: it is CLIP's start token, the same in all prompts. With one, padding is zero.
     """
-    return _unit(cond["context"][:, 1:])
+    return _directions(cond) if "mask" in cond else _unit(cond["context"][:, 1:])
+
+
+def _directions(cond: Mapping[str, Array]) -> Array:
+    # a zero state has no direction, not even under a mask that lets it pass
+    states = _unit(cond["context"])
+    return jnp.where(cond["mask"][..., None], states, 0) if "mask" in cond else states
 
 
 def _unit(x: Array) -> Array:

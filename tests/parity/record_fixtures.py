@@ -18,6 +18,7 @@ import numpy as np
 import test_samplers_parity as samplers_parity
 import test_sd_pipeline as pipelines
 import test_sd_tokenizer as tokenizers
+import text_models as texts
 import torch
 import torch_models as tm
 from diffusers import (
@@ -31,7 +32,7 @@ from diffusers import (
     VQModel,
 )
 from safetensors.numpy import save_file
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, Qwen3ForCausalLM, T5Config, T5EncoderModel
 
 from mmdjax.sd.tiny import write_vocabulary
 
@@ -115,6 +116,28 @@ def text(config, projection=False):
     return model, arrays | (
         {"projected": out.text_embeds.numpy()} if projection else {"pooled": out.pooler_output.numpy()}
     )
+
+
+def masked_ids():
+    ids = np.random.RandomState(0).randint(3, 100, (2, 12))
+    return torch.from_numpy(ids), torch.from_numpy(np.arange(12) < np.array([[3], [12]]))
+
+
+def t5():
+    model = tm.randomise(T5EncoderModel(T5Config(**texts.T5_V11 | {"vocab_size": 100, "num_layers": 2})))
+    ids, mask = masked_ids()
+    out = model(ids, mask.long(), output_hidden_states=True)
+    arrays = {"ids": ids.int(), "mask": mask, "last": out.last_hidden_state, "hidden": out.hidden_states[1]}
+    return model, {key: x.numpy() for key, x in arrays.items()}
+
+
+def qwen3():
+    small = {"vocab_size": 100, "num_hidden_layers": 2, "out_layers": [1, 2], "tie_word_embeddings": True}
+    model = texts.qwen3(Qwen3ForCausalLM, texts.QWEN3 | small)
+    ids, mask = masked_ids()
+    states = model(input_ids=ids, attention_mask=mask.long(), output_hidden_states=True).hidden_states
+    arrays = {"ids": ids.int(), "mask": mask, "hidden1": states[1], "hidden2": states[2]}
+    return model, {key: x.numpy() for key, x in arrays.items()}
 
 
 def pipeline():
@@ -208,6 +231,8 @@ RECORDED = {
     "clip_l": lambda: text(tm.CLIP_L),
     "clip_h": lambda: text(tm.CLIP_H),
     "clip_g": lambda: text(tm.CLIP_H, projection=True),
+    "t5": t5,
+    "qwen3": qwen3,
 }
 
 
@@ -216,7 +241,7 @@ def main():
     FOLDER.mkdir(exist_ok=True)
     for name, record in RECORDED.items():
         model, arrays = record()
-        if name.startswith("clip"):
+        if hasattr(model.config, "to_dict"):  # of transformers
             config = model.config.to_dict() | {"architectures": [type(model).__name__]}
         else:
             config = dict(model.config) | {"_class_name": type(model).__name__}
