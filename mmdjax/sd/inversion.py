@@ -113,8 +113,8 @@ def _read(path: Any, widths: Mapping[str, int]) -> dict[str, np.ndarray]:
         if len(alone) > 1 or entries:
             convert.refuse_foreign(file)
             raise CheckpointError(
-                f"{file.source} is no textual inversion: it holds {len(file)} tensors, first {next(iter(file))}; one holds "
-                f"{' or '.join(ALONE[:2])}, a single tensor, or clip_l and clip_g"
+                f"{file.source} is no textual inversion: it holds {len(file)} tensors, the first {next(iter(file))}; "
+                f"one holds {' or '.join(ALONE[:2])}, a single tensor, or clip_l and clip_g"
             )
         width = file.shape(alone[0])[-1:]
         fitting = [name for name, wanted in widths.items() if width == (wanted,)]
