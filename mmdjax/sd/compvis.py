@@ -37,7 +37,9 @@ OPENCLIP_LAYER = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.
 
 
 class Source(NamedTuple):
-    """Where a parameter is: a key, and a piece of its tensor: all, a third, one of three by head, or the transpose."""
+    """Where a parameter is: a key, and a piece of its tensor: all, a third, one of three by head, the transpose, or its
+    halves swapped.
+    """
 
     key: str
     piece: str = "all"
@@ -51,6 +53,8 @@ class Source(NamedTuple):
             return whole
         if self.piece == "transposed":
             return Entry(whole.shape[::-1], whole.dtype, lambda: whole.read().T)
+        if self.piece == "swapped":
+            return Entry(whole.shape, whole.dtype, lambda: np.roll(whole.read(), whole.shape[0] // 2, axis=0))
         rows = whole.shape[0] // 3
         return Entry((rows, *whole.shape[1:]), whole.dtype, lambda: self._third(whole.read()))
 

@@ -1,6 +1,6 @@
 """Textual inversion: new tokens with learnt embeddings.
 
-A file holds k vectors of the width of a text encoder. They become rows of its table of embeddings, and their names,
+A file holds k vectors of the width of one of CLIP's text encoders. They become rows of its table of embeddings, and their names,
 "<cat>", "<cat>_1", …, tokens of its tokenizer, where "<cat>" in a prompt stands for all k.
 
     emb_params                  [k, d]   A1111's safetensors; also string_to_param.* in a .pt
@@ -19,6 +19,7 @@ from jaxtyping import Float
 
 from mmdjax.checkpoint import Checkpoint, CheckpointError, Entry
 from mmdjax.sd import convert
+from mmdjax.sd.clip import CLIPText
 from mmdjax.sd.files import open_file
 
 ALONE = ("emb_params", "string_to_param.*", "*")
@@ -88,7 +89,8 @@ def add_tokens(
     if not isinstance(textual_inversion, Mapping):
         raise TypeError(f"textual_inversion is {textual_inversion!r}; give the file of each token: {{'<cat>': file}}")
     tokenizers, new = dict(tokenizers), {}
-    widths = {name: module.config.hidden_size for name, (module, *_) in components.items() if name in tokenizers}
+    encoders = {name: module for name, (module, *_) in components.items() if isinstance(module, CLIPText)}
+    widths = {name: module.config.hidden_size for name, module in encoders.items() if name in tokenizers}
     for token, path in textual_inversion.items():
         for name, rows in _read(path, widths).items():
             before = tokenizers[name]
@@ -113,8 +115,8 @@ def _read(path: Any, widths: Mapping[str, int]) -> dict[str, np.ndarray]:
         if len(alone) > 1 or entries:
             convert.refuse_foreign(file)
             raise CheckpointError(
-                f"{file.source} is no textual inversion: it holds {len(file)} tensors, first {next(iter(file))}; one holds "
-                f"{' or '.join(ALONE[:2])}, a single tensor, or clip_l and clip_g"
+                f"{file.source} is no textual inversion: it holds {len(file)} tensors, the first {next(iter(file))}; "
+                f"one holds {' or '.join(ALONE[:2])}, a single tensor, or clip_l and clip_g"
             )
         width = file.shape(alone[0])[-1:]
         fitting = [name for name, wanted in widths.items() if width == (wanted,)]

@@ -10,9 +10,11 @@ Files name the same weight in many ways:
     base_model.model.down_blocks.0.….attn1.to_q.lora_A.weight    PEFT, with adapter_config.json beside it
     lora_unet_down_blocks_0_…_attn1_to_q.lora_down.weight        kohya, for Stable Diffusion 1 and 2
     lora_unet_input_blocks_4_1_…_attn1_to_q.lora_down.weight     kohya, for SDXL: CompVis's names
+    lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight      kohya, for FLUX and SD 3: of single files, fused
 
 All are read as a component and a name in which dots are underscores, and looked up among the model's own keys written
-so. A new family of models needs nothing here.
+so, and among those of its single files. A tensor that a single file keeps in one, as queries, keys and values, is
+changed piece by piece. A new family of models needs nothing here.
 
 References:
   the formats of github.com/huggingface/peft, github.com/kohya-ss/sd-scripts and github.com/KohakuBlueleaf/LyCORIS.
@@ -26,9 +28,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mmdjax.checkpoint import Checkpoint, CheckpointError, Entry
-from mmdjax.sd import compvis, convert
-from mmdjax.sd.compvis import Source
+from mmdjax.sd import compvis, convert, single_sd3
+from mmdjax.sd.compvis import FluxNetwork, Source
 from mmdjax.sd.lora_files import LoRAFile, open_lora
+from mmdjax.sd.single_flux import Rows
+from mmdjax.sd.transformers.sd3 import SD3
 from mmdjax.sd.unet import UNet2D, UNet2DCondition
 from mmdjax.sd.updates import Update
 
@@ -58,7 +62,7 @@ class Home(NamedTuple):
     component: str
     key: str
     shape: tuple[int, ...]
-    source: Source | None = None
+    source: Source | Rows | None = None
 
 
 class Change(NamedTuple):
@@ -67,7 +71,7 @@ class Change(NamedTuple):
     name: str
     strength: float
     update: Update
-    source: Source | None
+    source: Source | Rows | None
 
     def of(self, weight: np.ndarray) -> np.ndarray:
         """s ΔW, of the weight's shape."""
@@ -166,13 +170,20 @@ def _index(components: Mapping[str, Any]) -> dict[str, dict[str, list[Home]]]:
         for key, home in homes.items():
             for name in _spellings(key):
                 names.setdefault(_joined(name), [home])
-        if isinstance(module, UNet2D | UNet2DCondition):
-            for key, source in compvis.sources(module, homes).items():
-                if source.piece == "all":  # pyright: ignore[reportAttributeAccessIssue] (of a U-Net)
-                    names.setdefault(_joined(source.key), [homes[key]])
-                else:
-                    names.setdefault(_joined(source.key), []).append(homes[key]._replace(source=source))
+        pieces: dict[str, list[Home]] = {}
+        for key, source in _sources(module, homes).items():
+            piece = None if source in (Source(source.key), Rows(source.key)) else source
+            pieces.setdefault(_joined(source.key), []).append(homes[key]._replace(source=piece))
+        for name, these in pieces.items():
+            names.setdefault(name, these)
     return index
+
+
+def _sources(module: Any, keys: Collection[str]) -> Mapping[str, Source | Rows]:
+    """The places of the parameters in single files, whose names LoRAs have, too."""
+    if isinstance(module, SD3):
+        return single_sd3.sources(keys)
+    return compvis.sources(module, keys) if isinstance(module, UNet2D | UNet2DCondition | FluxNetwork) else {}
 
 
 def _spellings(key: str) -> list[str]:
@@ -254,9 +265,8 @@ def _place(file: LoRAFile, strengths: Callable, index: Mapping[str, Mapping], me
 
 
 def _whole(group: list[Home]) -> tuple[int, ...]:
-    """The shape of the tensor that a name means: that of one parameter, or of three that are kept in one."""
-    rows, *rest = group[0].shape
-    return (rows * len(group), *rest)
+    """The shape of the tensor that a name means: that of one parameter, or of several that are kept in one."""
+    return (sum(home.shape[0] for home in group), *group[0].shape[1:])
 
 
 class _Astray(NamedTuple):

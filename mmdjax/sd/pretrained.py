@@ -79,8 +79,8 @@ def load(
         optional("tokenizers", "sd", "to read prompts")  # missing, it is better told before the weights are read
     new_rows: Mapping[str, NewRows] = {}
     if textual_inversion:
-        how = {"variant": variant, "ema": ema, "configs": configs, "allow_unused": allow_unused, "parts": parts}
-        plain = load_models(path, put=shape_of, **how)
+        how = {"variant": variant, "ema": ema, "configs": configs, "clip_skip": clip_skip}
+        plain = load_models(path, allow_unused=allow_unused, parts=parts, put=shape_of, **how)
         tokenizer, new_rows = with_tokens(path, plain, tokenizer, textual_inversion)
     found = load_models(
         path,
@@ -107,16 +107,28 @@ def outline(
     path: str | Path,
     *,
     dtype: Any = jnp.float32,
-    variant: str | None = None,
+    variant: str | Mapping[str, str] | None = None,
     ema: bool = False,
+    configs: Mapping[str, Mapping] | None = None,
     scheduler: Mapping[str, Any] | None = None,
     tokenizer: str | Path | Mapping[str, str | Path] | None = None,
+    clip_skip: int | None = None,
+    allow_unused: str | Sequence[str] = (),
     lora: Mapping[Any, Any] | None = None,
     textual_inversion: Mapping[str, str | Path] | None = None,
 ) -> Pipeline:
     """The pipeline without its weights: every configuration, vocabulary and key is checked, in seconds. See `load`."""
     path = local_path(path, variant)
-    found = load_models(path, variant=variant, ema=ema, dtype=dtype, put=shape_of)
+    found = load_models(
+        path,
+        variant=variant,
+        dtype=dtype,
+        ema=ema,
+        configs=configs,
+        clip_skip=clip_skip,
+        allow_unused=allow_unused,
+        put=shape_of,
+    )
     plan(lora or {}, found)
     if textual_inversion:
         tokenizer, _ = with_tokens(path, found, tokenizer, textual_inversion)
