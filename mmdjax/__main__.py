@@ -538,15 +538,17 @@ def _assembly(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _lines(path: Path) -> list[str]:
+    from mmdjax._files.text import lines, read_text
+
     if not path.is_file():
         raise FileNotFoundError(f"--prompts {path} is not a file; give a text file with a prompt in each line")
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--prompts {path} is not UTF-8 text; save it as such") from error
-    if not any(lines):
+        found = [line.strip() for line in lines(read_text(path))]
+    except ValueError as error:
+        raise ValueError(f"--prompts {error}") from error
+    if not any(found):
         raise ValueError(f"{path} holds no prompts; write one in each line")
-    return [line for line in lines if line]
+    return [line for line in found if line]
 
 
 def _say(args: argparse.Namespace, *lines: str) -> None:
