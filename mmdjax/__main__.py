@@ -232,7 +232,10 @@ def _model_options(command: argparse.ArgumentParser, computes: bool = True) -> N
         help="a folder in the layout of diffusers or of mmdjax, a .safetensors or .ckpt file, or a hub id",
     )
     group.add_argument(
-        "--variant", metavar="NAME", help='weights of a folder, such as "fp16" (default: the plain ones)'
+        "--variant",
+        type=_variant,
+        metavar="NAME",
+        help='weights of a folder, such as "fp16", or "unet=fp16,vae=fp16" by part (default: the plain ones)',
     )
     group.add_argument("--ema", action="store_true", help="the averaged weights of a single file")
     group.add_argument(
@@ -245,6 +248,25 @@ def _model_options(command: argparse.ArgumentParser, computes: bool = True) -> N
         "--prediction",
         choices=("epsilon", "v_prediction", "sample"),
         help="what the network predicts, if the checkpoint does not say (single files of Stable Diffusion 2)",
+    )
+    group.add_argument(
+        "--scheduler",
+        metavar="CLASS",
+        help="a scheduler in place of the checkpoint's, such as DDIMScheduler, with its noise and prediction",
+    )
+    group.add_argument(
+        "--clip-skip",
+        type=_whole(0),
+        metavar="N",
+        help="leave out the last N layers of CLIP's text encoders (default: the checkpoint's, mostly 0; what other "
+        'programs call "clip skip 2" is 1)',
+    )
+    group.add_argument(
+        "--allow-unused",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help='keys of the checkpoint that may be left out, such as "extra.*"; may be repeated (default: none)',
     )
     if computes:
         group.add_argument("--dtype", choices=DTYPES, default="float32", help="of the computation (default float32)")
@@ -301,6 +323,16 @@ def _real(least: float = -math.inf) -> Callable[[str], float]:
         return value
 
     return convert
+
+
+def _variant(text: str) -> Any:
+    """ "fp16", or {"unet": "fp16"} of "unet=fp16"."""
+    if "=" not in text:
+        return text
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    if not all(part and equals and name for part, equals, name in pairs):
+        raise argparse.ArgumentTypeError(f"is {text!r}; give a name, or PART=NAME for each part, separated by commas")
+    return {part: name for part, _, name in pairs}
 
 
 def _sample(args: argparse.Namespace) -> None:
@@ -481,7 +513,7 @@ def _convert(args: argparse.Namespace) -> None:
     path = local_path(args.model, args.variant)
     # put: the file's own memory map, so that one tensor at a time is in memory
     how = {"param_dtype": None if args.dtype is None else jnp.dtype(args.dtype), "put": lambda array: array}
-    found = load_models(path, variant=args.variant, ema=args.ema, progress=not args.quiet, **how)
+    found = load_models(path, progress=not args.quiet, **how, **_weights(args))
     pipeline = assemble(path, found, **_assembly(args)) if len(found) > 1 else None
     with folder_written_whole(args.out) as out:
         if pipeline is None:
@@ -498,7 +530,7 @@ def _inspect(args: argparse.Namespace) -> None:
     from mmdjax.sd.describe import describe
 
     dtype = jnp.dtype(args.dtype)
-    how = {"variant": args.variant, "ema": args.ema, "dtype": dtype, **_assembly(args)}
+    how = {"dtype": dtype, **_weights(args), **_assembly(args)}
     print(describe(args.model, batch_size=args.batch_size, **how))
 
 
@@ -511,7 +543,7 @@ def _outline(args: argparse.Namespace) -> Any:
     from mmdjax.sd.pretrained import assemble
 
     path = local_path(args.model, args.variant)
-    how = {"variant": args.variant, "ema": args.ema, "dtype": jnp.dtype(args.dtype), "put": shape_of}
+    how = {"dtype": jnp.dtype(args.dtype), "put": shape_of, **_weights(args)}
     return assemble(path, load_models(path, **how), **_assembly(args))
 
 
@@ -525,16 +557,24 @@ def _load(args: argparse.Namespace) -> Any:
         args.model,
         dtype=dtype,
         param_dtype=None if args.dtype == "float32" else {"unet": dtype},  # the encoders' stay: packs depend on them
-        variant=args.variant,
-        ema=args.ema,
         progress=not args.quiet,
+        **_weights(args),
         **_assembly(args),
     )
 
 
+def _weights(args: argparse.Namespace) -> dict[str, Any]:
+    """Which weights to read, for `load_models`."""
+    names = ("variant", "ema", "clip_skip", "allow_unused")
+    return {name: getattr(args, name) for name in names}
+
+
 def _assembly(args: argparse.Namespace) -> dict[str, Any]:
-    scheduler = None if args.prediction is None else {"prediction_type": args.prediction}
-    return {"scheduler": scheduler, "tokenizer": args.tokenizer}
+    given = {"_class_name": args.scheduler, "prediction_type": args.prediction}
+    return {
+        "scheduler": {key: value for key, value in given.items() if value is not None} or None,
+        "tokenizer": args.tokenizer,
+    }
 
 
 def _lines(path: Path) -> list[str]:

@@ -25,7 +25,8 @@ def describe(path: str | Path, *, batch_size: int | None = None, dtype: Any = jn
     Args:
       batch_size: compile the U-Net for this number of pictures, and report the memory that XLA reserves on this device.
       dtype: the dtype to compile it in.
-      how: `variant`, `ema` and `configs` of `load_models`, `scheduler` and `tokenizer` of `load`.
+      how: `variant`, `ema`, `configs`, `clip_skip` and `allow_unused` of `load_models`, `scheduler` and `tokenizer` of
+        `load`.
     Raises:
       FileNotFoundError, CheckpointError, ValueError: see `mmdjax.sd.load_models`; every key is checked.
     """

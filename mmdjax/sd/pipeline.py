@@ -28,6 +28,7 @@ from mmdjax._files.atomic import write_json
 from mmdjax.denoisers import Clipped, DiffusionModel, cfg, from_model
 from mmdjax.kernels import Product
 from mmdjax.schedules import Discrete, DiscreteTime
+from mmdjax.sd.kinds import other_channels, other_sizes
 from mmdjax.sd.models import Component, export, save
 from mmdjax.sd.prompts import ENCODERS, Network, encode_ids, prompt_kernel, rows
 from mmdjax.sd.scheduler import Scheduler
@@ -73,7 +74,7 @@ class Pipeline:
         if unet.in_channels != latents or unet.out_channels != latents:
             raise ValueError(
                 f"the U-Net maps {unet.in_channels} channels to {unet.out_channels} but the autoencoder's latents have "
-                f"{latents}: an inpainting or depth model, or parts of two models"
+                f"{latents}: {other_channels(unet, latents)}"
             )
         if not self.conditional:
             return
@@ -89,7 +90,7 @@ class Pipeline:
             if pooled != wanted:
                 raise ValueError(
                     f"the U-Net takes a pooled prompt of width {wanted} beside six sizes but text_encoder_2 gives "
-                    f"{pooled}; SDXL's refiner is not implemented"
+                    f"{pooled}: {other_sizes(unet, pooled)}"
                 )
 
     # What it is
@@ -236,6 +237,8 @@ class Pipeline:
             )
         distinct = list(dict.fromkeys(prompts))
         ids = {name: self.tokenizers[name](distinct) for name in self.encoders}
+        for name in self.encoders:
+            self.tokenizers[name].check(ids[name], self.modules[name].config.vocab_size, name)
         encoders = tuple((name, self.modules[name]) for name in self.encoders)
         cond = encode_ids({name: params[name] for name in self.encoders}, ids, encoders=encoders)
         if negative and self.sdxl and self.index.get("force_zeros_for_empty_prompt", True) and "" in distinct:

@@ -57,6 +57,9 @@ AS_BEFORE = {  # options that a run.json of before them does not name
     "avoid": None,
     "avoid_strength": 1.0,
     "avoid_radius": None,
+    "scheduler": None,
+    "clip_skip": None,
+    "allow_unused": [],
 }
 
 
