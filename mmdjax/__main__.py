@@ -238,7 +238,10 @@ def _model_options(command: argparse.ArgumentParser, computes: bool = True) -> N
         help="a folder in the layout of diffusers or of mmdjax, a .safetensors or .ckpt file, or a hub id",
     )
     group.add_argument(
-        "--variant", metavar="NAME", help='weights of a folder, such as "fp16" (default: the plain ones)'
+        "--variant",
+        type=_variant,
+        metavar="NAME",
+        help='weights of a folder, such as "fp16", or "unet=fp16,vae=fp16" by part (default: the plain ones)',
     )
     group.add_argument("--ema", action="store_true", help="the averaged weights of a single file")
     group.add_argument(
@@ -267,6 +270,33 @@ def _model_options(command: argparse.ArgumentParser, computes: bool = True) -> N
         first=True,
         metavar="TOKEN=FILE",
         help='a learnt word for the prompts, such as "<cat>=cat.safetensors"; may be repeated (default: none)',
+    )
+    group.add_argument(
+        "--part",
+        action=_Pairs,
+        convert=str,
+        first=True,
+        metavar="NAME=FOLDER",
+        help="a network that a single file does not hold, such as vae=FOLDER; may be repeated (default: none)",
+    )
+    group.add_argument(
+        "--scheduler",
+        metavar="CLASS",
+        help="a scheduler in place of the checkpoint's, such as DDIMScheduler, with its noise and prediction",
+    )
+    group.add_argument(
+        "--clip-skip",
+        type=_whole(0),
+        metavar="N",
+        help="leave out the last N layers of CLIP's text encoders (default: the checkpoint's, mostly 0; what other "
+        'programs call "clip skip 2" is 1)',
+    )
+    group.add_argument(
+        "--allow-unused",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help='keys of the checkpoint that may be left out, such as "extra.*"; may be repeated (default: none)',
     )
     if computes:
         group.add_argument("--dtype", choices=DTYPES, default="float32", help="of the computation (default float32)")
@@ -351,6 +381,16 @@ def _real(least: float = -math.inf) -> Callable[[str], float]:
         return value
 
     return convert
+
+
+def _variant(text: str) -> Any:
+    """ "fp16", or {"unet": "fp16"} of "unet=fp16"."""
+    if "=" not in text:
+        return text
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    if not all(part and equals and name for part, equals, name in pairs):
+        raise argparse.ArgumentTypeError(f"is {text!r}; give a name, or PART=NAME for each part, separated by commas")
+    return {part: name for part, _, name in pairs}
 
 
 def _sample(args: argparse.Namespace) -> None:
@@ -530,15 +570,14 @@ def _convert(args: argparse.Namespace) -> None:
     check_out(args.out)
     check_writable(args.out)
     path, assembly = local_path(args.model, args.variant), _assembly(args)
-    parts = {"variant": args.variant, "ema": args.ema}
     # put: the file's own memory map, so that one tensor at a time is in memory; what a LoRA changes is there as a whole
     how = {"param_dtype": None if args.dtype is None else jnp.dtype(args.dtype), "put": lambda array: array}
     how |= {"progress": not args.quiet, "lora": args.lora}
     if args.textual_inversion:
-        plain = load_models(path, put=shape_of, **parts)
+        plain = load_models(path, put=shape_of, **_weights(args))
         tokenizers, how["new_rows"] = with_tokens(path, plain, args.tokenizer, args.textual_inversion)
         assembly["tokenizer"] = tokenizers
-    found = load_models(path, **parts, **how)
+    found = load_models(path, **_weights(args), **how)
     pipeline = assemble(path, found, **assembly) if len(found) > 1 else None
     with folder_written_whole(args.out) as out:
         if pipeline is None:
@@ -555,7 +594,7 @@ def _inspect(args: argparse.Namespace) -> None:
     from mmdjax.sd.describe import describe
 
     dtype = jnp.dtype(args.dtype)
-    how = {"variant": args.variant, "ema": args.ema, "dtype": dtype, **_assembly(args), **_added(args)}
+    how = {"dtype": dtype, **_weights(args), **_assembly(args), **_added(args)}
     print(describe(args.model, batch_size=args.batch_size, **how))
 
 
@@ -565,7 +604,7 @@ def _outline(args: argparse.Namespace) -> Any:
 
     from mmdjax.sd.pretrained import outline
 
-    how = {"variant": args.variant, "ema": args.ema, "dtype": jnp.dtype(args.dtype)}
+    how = {"dtype": jnp.dtype(args.dtype), **_weights(args)}
     return outline(args.model, **how, **_assembly(args), **_added(args))
 
 
@@ -580,17 +619,25 @@ def _load(args: argparse.Namespace) -> Any:
         dtype=dtype,
         # the encoders' stay: packs depend on them
         param_dtype=None if args.dtype == "float32" else {"unet": dtype, "transformer": dtype},
-        variant=args.variant,
-        ema=args.ema,
         progress=not args.quiet,
+        **_weights(args),
         **_assembly(args),
         **_added(args),
     )
 
 
+def _weights(args: argparse.Namespace) -> dict[str, Any]:
+    """Which weights to read, for `load_models`."""
+    names = ("variant", "ema", "clip_skip", "allow_unused")
+    return {name: getattr(args, name) for name in names} | {"parts": args.part}
+
+
 def _assembly(args: argparse.Namespace) -> dict[str, Any]:
-    scheduler = None if args.prediction is None else {"prediction_type": args.prediction}
-    return {"scheduler": scheduler, "tokenizer": args.tokenizer}
+    given = {"_class_name": args.scheduler, "prediction_type": args.prediction}
+    return {
+        "scheduler": {key: value for key, value in given.items() if value is not None} or None,
+        "tokenizer": args.tokenizer,
+    }
 
 
 def _added(args: argparse.Namespace) -> dict[str, Any]:
@@ -598,15 +645,17 @@ def _added(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _lines(path: Path) -> list[str]:
+    from mmdjax._files.text import lines, read_text
+
     if not path.is_file():
         raise FileNotFoundError(f"--prompts {path} is not a file; give a text file with a prompt in each line")
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--prompts {path} is not UTF-8 text; save it as such") from error
-    if not any(lines):
+        found = [line.strip() for line in lines(read_text(path))]
+    except ValueError as error:
+        raise ValueError(f"--prompts {error}") from error
+    if not any(found):
         raise ValueError(f"{path} holds no prompts; write one in each line")
-    return [line for line in lines if line]
+    return [line for line in found if line]
 
 
 def _say(args: argparse.Namespace, *lines: str) -> None:

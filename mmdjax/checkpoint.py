@@ -250,7 +250,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if path.stat().st_size > MAX_JSON:
         raise CheckpointError(f"{name} has {path.stat().st_size:,} bytes, more than a configuration or index has")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{name} is not JSON: {error}") from error
     if not isinstance(raw, dict):

@@ -25,7 +25,8 @@ def describe(path: str | Path, *, batch_size: int | None = None, dtype: Any = jn
     Args:
       batch_size: compile the U-Net for this number of pictures, and report the memory that XLA reserves on this device.
       dtype: the dtype to compile it in.
-      how: `variant`, `ema` and `configs` of `load_models`, `scheduler`, `tokenizer`, `lora` and `textual_inversion` of
+      how: `variant`, `ema`, `configs`, `clip_skip`, `allow_unused` and `parts` of `load_models`, `scheduler`, `tokenizer`,
+        `lora` and `textual_inversion` of
         `load`.
     Raises:
       FileNotFoundError, CheckpointError, ValueError: see `mmdjax.sd.load_models`; every key is checked.

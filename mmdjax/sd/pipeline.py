@@ -230,6 +230,9 @@ class Pipeline:
             )
         distinct = list(dict.fromkeys(prompts))
         tokens = self.family.tokens(distinct, self.tokenizers, self.index)
+        for name in self.encoders:
+            if isinstance(tokenizer := self.tokenizers[name], Tokenizer):
+                tokenizer.check(tokens[name][0], self.modules[name].config.vocab_size, name)
         cond = encode({name: params[name] for name in self.encoders}, tokens, family=self.family)
         if negative:
             cond = self.family.negative(cond, distinct, self.index)

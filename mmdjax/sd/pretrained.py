@@ -116,11 +116,13 @@ def outline(
     allow_unused: str | Sequence[str] = (),
     lora: Mapping[Any, Any] | None = None,
     textual_inversion: Mapping[str, str | Path] | None = None,
+    parts: Mapping[str, str | Path] | None = None,
 ) -> Pipeline:
     """The pipeline without its weights: every configuration, vocabulary and key is checked, in seconds. See `load`."""
     path = local_path(path, variant)
     found = load_models(
         path,
+        parts=parts,
         variant=variant,
         dtype=dtype,
         ema=ema,

@@ -55,7 +55,11 @@ AS_BEFORE = {  # options that a run.json of before them does not name
     "avoid_radius": None,
     "embedded_guidance": None,
     "lora": {},
+    "part": {},
     "textual_inversion": {},
+    "scheduler": None,
+    "clip_skip": None,
+    "allow_unused": [],
 }
 
 

@@ -80,6 +80,15 @@ class Tokenizer:
             row[: len(ids)] = ids
         return rows
 
+    def check(self, ids: Int[np.ndarray, "n l"], rows: int, name: str) -> None:
+        """Raise ValueError for ids beyond the rows of a text encoder's table: tokens that it has not learnt."""
+        if ids.max(initial=0) >= rows:
+            token = self.encoding.id_to_token(int(ids.max()))
+            raise ValueError(
+                f"the token {token!r} has the id {ids.max()}, but {name} has embeddings for {rows} tokens: the vocabulary "
+                "is another model's, or the text encoder that was trained with the token is missing"
+            )
+
     @property
     def size(self) -> int:
         """How many ids there are; the text encoder's table of embeddings must have as many rows."""

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from mmdjax.sd.families.contract import Family
+from mmdjax.sd.kinds import other_channels, other_sizes
 from mmdjax.sd.unet import UNet2D, UNet2DCondition
 
 SD_SCHEDULER = {
@@ -42,7 +43,7 @@ class Unconditional(Family):
         if config.in_channels != latent_channels or config.out_channels != latent_channels:
             raise ValueError(
                 f"the U-Net maps {config.in_channels} channels to {config.out_channels} but the autoencoder's latents "
-                f"have {latent_channels}: an inpainting or depth model, or parts of two models"
+                f"have {latent_channels}: {other_channels(config, latent_channels)}"
             )
 
     def call(self, params, x, t, cond, down):
@@ -90,7 +91,7 @@ class StableDiffusion(Unconditional):
             if pooled != self.pooled_width:
                 raise ValueError(
                     f"the U-Net takes a pooled prompt of width {self.pooled_width} beside six sizes but text_encoder_2 "
-                    f"gives {pooled}; SDXL's refiner is not implemented"
+                    f"gives {pooled}: {other_sizes(self.network.config, pooled)}"
                 )
 
     def scheduler_config(self, given, name):
