@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
+from mmdjax import conditional
 from mmdjax._core.numerics import product
 from mmdjax._points.blocks import PLAIN, row_size
 from mmdjax._points.distances import SUBSET, subset_of
@@ -49,14 +50,15 @@ class BoundGuidance:
 
     Args:
       kernel, refs: None where samples only avoid something.
-      refs_term: E k(y, y') over the references, for MMD² in the trace; 0 where they are noisy,
-        NaN where there are none.
+      refs_term: E k(y, y') over the references, for MMD² in the trace; 0 where they are noisy or the kernel
+        `splits_cond`, NaN where there are none.
       seen: what the rule computed from the references; see `see`.
       cond: conditions of the samples, on the devices that hold these.
       distances: squared distances among all fixed points, if inner steps use them; else None.
       avoid: what is avoided, its kernel fitted; or None.
       avoid_over: the mesh axes that it is split over.
       around: its mean, and the mean squared distance from it, if its kernel is widened at high noise; else None.
+      refs_own: `refs_term` of each reference at its condition (`mmdjax.conditional`), if the kernel `splits_cond`.
     """
 
     guidance: MMDGuidance
@@ -71,6 +73,7 @@ class BoundGuidance:
     avoid: Avoid | None = None
     avoid_over: Axes = static(default=(), repr=False)
     around: Any = dataclasses.field(default=None, repr=False)
+    refs_own: Any = dataclasses.field(default=None, repr=False)
 
     def init(self, x: Array) -> GuidanceState:
         """The state before the first step for a batch shaped like x."""
@@ -137,7 +140,10 @@ class BoundGuidance:
         reach = 0.0 if self.kernel is None else self.kernel.reach()
         around = None if level is None else self.around
         numbers = {"scale": scale, "length": length, "level": level, "reach": reach, "seen": seen, "around": around}
-        numbers = jax.tree.map(lambda v: jnp.asarray(v, wide), numbers) | {"active": self.active(fraction)}
+        numbers = jax.tree.map(lambda v: jnp.asarray(v, wide), numbers) | {
+            "active": self.active(fraction),
+            "refs_own": self.refs_own,
+        }
         numbers["avoiding"] = False if avoid is None else avoid.active(fraction)
         avoided, apart = None, avoid
         if avoid is not None:
@@ -229,7 +235,7 @@ class BoundGuidance:
         if refs is None:
             return there, transform_state, norm, jnp.full((), jnp.nan, x.dtype)
         kernel, refs, memory, z, gathered = jax.lax.stop_gradient((kernel, refs, memory, z, gathered))
-        return there, transform_state, norm, sides(z, gathered, kernel=kernel, refs=refs).mmd2()
+        return there, transform_state, norm, sides(z, gathered, kernel=kernel, refs=refs).mmd2(numbers["refs_own"])
 
 
 def all_rows(shards: Shards, x: Array) -> int:
@@ -320,13 +326,12 @@ def bind(
             around = _around(layout.whole(widen(subset_of(points))))
     if refs is not None:
         refs = layout.references(prepared(refs, kernel))
-    refs_term = 0.0 if refs is not None else jnp.nan
+    refs_term, refs_own = 0.0 if refs is not None else jnp.nan, None
     if placement.clean and refs is not None:
         looked_at = layout.whole(jax.lax.stop_gradient(subset_of(refs)))
-        refs_term = layout.split(
-            functools.partial(_refs_term, guidance.estimator), (kernel, looked_at), specs=(P(), P()), out=P()
-        )
-        refs_term = jax.lax.stop_gradient(refs_term)
+        term = functools.partial(_refs_own if kernel.splits_cond else _refs_term, guidance.estimator)
+        term = jax.lax.stop_gradient(layout.split(term, (kernel, looked_at), specs=(P(), P()), out=P()))
+        refs_term, refs_own = (0.0, term) if kernel.splits_cond else (term, None)
     held = None
     if memory is not None:
         held = widen(layout.whole(placement.begin(memory).particles))
@@ -342,7 +347,7 @@ def bind(
         fixed = sum(points.n for points in there)
         distances = fixed_distances(*sets) if pays(0, fixed, row_size(there[0].x)) else None
     seen = see(guidance, refs, layout) if seen is None and refs is not None else seen
-    apart = avoid, avoid_over, around
+    apart = avoid, avoid_over, around, refs_own
     return BoundGuidance(guidance, kernel, refs, refs_term, seen, cond, held, distances, layout, *apart)
 
 
@@ -369,3 +374,12 @@ def _refs_term(estimator, shards, kernel, refs):
     u, v = share.weight / total, whole.weight / total
     own = pair_sum(kernel, share, u, whole, v, same=True, self_pairs=estimator == "v")
     return shards.total(own) / pair_norm(v, estimator)
+
+
+def _refs_own(estimator, shards, kernel, refs):
+    # likewise, of each reference at its condition
+    share, whole = shards.share(refs)
+    total = jnp.where(whole.weight.sum() > 0, whole.weight.sum(), 1.0)
+    found = conditional.sums(kernel, share, whole, whole.weight / total, same=True, self_pairs=estimator == "v")
+    found, weight = shards.of_shares((found, share.weight / total), refs.n)
+    return conditional.own_means(found, weight, refs.cond)
