@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from mmdjax import conditional
-from mmdjax._core.numerics import product
+from mmdjax._core.numerics import product, reciprocal
 from mmdjax._points.blocks import PLAIN, row_size
 from mmdjax._points.distances import SUBSET, subset_of
 from mmdjax._points.mesh import HERE, Axes, Layout, Shards
@@ -36,12 +36,16 @@ class GuidanceState:
       mmd2: MMD² after the last shift (the trace).
       shift_norm: mean L2 norm of the last shift, in the data's units (the trace).
       unshifted: x before the last shift where the placement's memory wants it, else ().
+      moved: the share of the samples that the last shift moved at all; NaN where it was none.
+      relative: the length of the last shift beside the model's own move (the trace).
     """
 
     transform: Any
     mmd2: Any
     shift_norm: Any
     unshifted: Any
+    moved: Any
+    relative: Any
 
 
 @pytree
@@ -81,7 +85,8 @@ class BoundGuidance:
         wide = wide_dtype(x)
         per_sample_state = () if transform is None else jax.vmap(transform.init)(x.astype(wide))
         zero = jnp.zeros((), wide)
-        return GuidanceState(per_sample_state, zero, zero, x if self.guidance.placement.keeps_unshifted else ())
+        unshifted = x if self.guidance.placement.keeps_unshifted else ()
+        return GuidanceState(per_sample_state, zero, zero, unshifted, zero, zero)
 
     def active(self, fraction: Any) -> Any:
         """Whether a fraction of the steps lies in the window."""
@@ -151,19 +156,30 @@ class BoundGuidance:
         shards = layout.shards
         batch, on_refs, on_avoid = P(shards.batch), P(shards.refs), P(self.avoid_over)
         kernel, refs, memory = compared
-        z, transform_state, norm, mmd2 = layout.split(
+        z, transform_state, norm, moved, mmd2 = layout.split(
             self._guide_rows,
             (*layout.join((x.astype(wide), self.cond, state.transform)), kernel, refs, memory, numbers, apart, avoided),
             specs=(batch, batch, batch, P(), on_refs, P(), P(), P(), on_avoid),
-            out=(batch, batch, P(), P()),
+            out=(batch, batch, P(), P(), P()),
         )
         z, transform_state = layout.own((z, transform_state), x.shape[0])
-        mmd2, norm = (mmd2 + self.refs_term).astype(wide), norm.astype(wide)
+        mmd2, norm, moved = (v.astype(wide) for v in (mmd2 + self.refs_term, norm, moved))
         transform_state = jax.tree.map(lambda new, old: new.astype(old.dtype), transform_state, state.transform)
-        return z.astype(x.dtype), GuidanceState(transform_state, mmd2, norm, x if placement.keeps_unshifted else ())
+        unshifted = x if placement.keeps_unshifted else ()
+        return z.astype(x.dtype), GuidanceState(transform_state, mmd2, norm, unshifted, moved, state.relative)
+
+    def beside(self, state: GuidanceState, weight: Any, own: Array) -> GuidanceState:
+        """The state with the length of the last shift, times a weight, over that of the model's own moves [n, ...]."""
+        norms = jnp.sqrt(jnp.sum(flat(jax.lax.stop_gradient(own)) ** 2, axis=1))
+        length = self.layout.join_all(norms).mean()
+        relative = jax.lax.stop_gradient(weight * state.shift_norm * reciprocal(length))
+        return replace(state, relative=relative.astype(state.relative.dtype))
 
     def _guide_rows(self, shards: Shards, x, cond, transform_state, kernel, refs, memory, numbers, avoid: Any, avoided):
-        """`_guide` for the rows of one device: moved x, state of the transform, mean norm of the shifts, MMD²."""
+        """`_guide` for the rows of one device: moved x, state of the transform, mean norm of the shifts, MMD².
+
+        And before MMD² the share of the rows that moved.
+        """
         guidance, rule, steps, length = self.guidance, self.guidance.rule, self.guidance.steps, numbers["length"]
         all_cond = shards.everyone(cond)
         first, points = x, lambda z: z
@@ -225,17 +241,24 @@ class BoundGuidance:
             there = points(moved[0]).astype(x.dtype)
             moved_by = jax.lax.stop_gradient(there - x)  # here: √ has no derivative where a sample stays
             norms = jnp.sqrt(jnp.sum((moved_by**2).reshape(x.shape[0], -1), axis=1))
-            return *moved, there, shards.total(norms.sum()) / all_rows(shards, x)
+            of_all = (shards.total(v) / all_rows(shards, x) for v in (norms.sum(), (norms > 0).sum().astype(x.dtype)))
+            return *moved, there, *of_all
 
         def left(*carry):
-            return *carry, x, jnp.zeros((), x.dtype)
+            return *carry, x, jnp.zeros((), x.dtype), jnp.full((), jnp.nan, x.dtype)
 
         carry = first, gather(first), transform_state
-        z, gathered, transform_state, there, norm = jax.lax.cond(pulled | avoiding, guided, left, *carry)
+        z, gathered, transform_state, there, norm, share = jax.lax.cond(pulled | avoiding, guided, left, *carry)
         if refs is None:
-            return there, transform_state, norm, jnp.full((), jnp.nan, x.dtype)
+            return there, transform_state, norm, share, jnp.full((), jnp.nan, x.dtype)
         kernel, refs, memory, z, gathered = jax.lax.stop_gradient((kernel, refs, memory, z, gathered))
-        return there, transform_state, norm, sides(z, gathered, kernel=kernel, refs=refs).mmd2(numbers["refs_own"])
+        return (
+            there,
+            transform_state,
+            norm,
+            share,
+            sides(z, gathered, kernel=kernel, refs=refs).mmd2(numbers["refs_own"]),
+        )
 
 
 def all_rows(shards: Shards, x: Array) -> int:
