@@ -291,7 +291,8 @@ def _call(
 
     refs, guidance, model, cond, numbers, avoid = strong((refs, guidance, model, cond, numbers, avoid))
     kernel = None if refs is None else fit_kernel(guidance, refs)
-    advisor.before(guidance, kernel, refs, cond, num_samples, memory)
+    if not is_traced((params, key, refs, cond, x_init)):
+        advisor.before(guidance, kernel, refs, cond, num_samples, memory)
     avoid = None if avoid is None else fit_avoid(guidance, kernel, avoid)
     arrays, choices = eqx.partition((solver, adjoint), eqx.is_array)  # what is left of a diffrax object can be hashed
     return _solve(

@@ -53,6 +53,7 @@ from mmdjax.calls import as_memory, check_call, check_count, check_rows
 from mmdjax.checkpoint import Checkpoint, CheckpointError, Entry, open_safetensors, write_safetensors
 from mmdjax.denoisers import DiffusionModel
 from mmdjax.guidance import MMDGuidance
+from mmdjax.guidance.advice import Advisor
 from mmdjax.guidance.avoid import as_avoid
 from mmdjax.memory import Memory
 from mmdjax.provenance import provenance

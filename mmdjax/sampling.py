@@ -211,7 +211,7 @@ def sample_with(
         (params, refs, guidance, model, as_sampler(sampler), cond, avoid)
     )
     kernel = None if refs is None else fit_kernel(guidance, refs, placed)
-    if advisor is not None:
+    if advisor is not None and not is_traced((params, key, refs, cond, x_init)):
         advisor.before(guidance, kernel, refs, cond, num_samples * placed.num_calls(), memory)
     avoid = None if avoid is None else fit_avoid(guidance, kernel, avoid, placed)
     if checks:

@@ -6,8 +6,8 @@ there are none. Each function here returns the message, or None where all is wel
     before a run    the scale, the number of references, conditions that no reference has, a sample on its own
     after it        a kernel that reaches no reference, references in another range than the model's samples
 
-Thresholds come from benchmarks/README.md. With 20 references for 100 or 200 samples the memorisation ratio is below .8 on
-13 of 15 tasks, and where changing nothing is right the energy distance rises by .31 to .36. With 50 references it is
+Thresholds come from benchmarks/README.md. With 20 references for 100 or 200 samples the memorisation ratio is below .8
+on 13 of 15 tasks, and where changing nothing is right the energy distance rises by .31 to .36. With 50 references it is
 below .8 on two, and rises by .03 to .12. A mean-shift step overshoots from a scale of about 2 on.
 """
 

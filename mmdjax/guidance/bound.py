@@ -252,13 +252,8 @@ class BoundGuidance:
         if refs is None:
             return there, transform_state, norm, share, jnp.full((), jnp.nan, x.dtype)
         kernel, refs, memory, z, gathered = jax.lax.stop_gradient((kernel, refs, memory, z, gathered))
-        return (
-            there,
-            transform_state,
-            norm,
-            share,
-            sides(z, gathered, kernel=kernel, refs=refs).mmd2(numbers["refs_own"]),
-        )
+        mmd2 = sides(z, gathered, kernel=kernel, refs=refs).mmd2(numbers["refs_own"])
+        return there, transform_state, norm, share, mmd2
 
 
 def all_rows(shards: Shards, x: Array) -> int:
@@ -350,7 +345,7 @@ def bind(
     if refs is not None:
         refs = layout.references(prepared(refs, kernel))
     refs_term, refs_own = 0.0 if refs is not None else jnp.nan, None
-    if placement.clean and refs is not None:
+    if placement.clean and refs is not None and kernel is not None:
         looked_at = layout.whole(jax.lax.stop_gradient(subset_of(refs)))
         term = functools.partial(_refs_own if kernel.splits_cond else _refs_term, guidance.estimator)
         term = jax.lax.stop_gradient(layout.split(term, (kernel, looked_at), specs=(P(), P()), out=P()))

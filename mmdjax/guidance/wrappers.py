@@ -23,7 +23,7 @@ from mmdjax.guidance.bound import BoundGuidance, GuidanceState, bind, fit_avoid,
 from mmdjax.memory import Memory
 from mmdjax.samplers import Sampler, as_sampler, take_step
 from mmdjax.schedules import Level
-from mmdjax.tree import as_arrays, as_component, check_function, is_concrete, pytree, static
+from mmdjax.tree import as_arrays, as_component, check_function, is_concrete, is_traced, pytree, static
 
 ROUNDING = 1e-5  # added to a fraction of steps: k/N may fall short of a window's edge at k/N by its last digit
 
@@ -171,8 +171,9 @@ class GuidedSampler:
         """The first `GuidedCarry`."""
         if self.bound.refs is not None and self.bound.memory is None and not self.bound.layout.calls:
             Advisor().alone(x.shape[0], JOIN, REMEMBER)
-        if self.bound.refs is not None and is_concrete(x):
-            Advisor().number(self.bound.guidance, self.bound.kernel, self.bound.refs, x.shape[0], self.bound.memory)
+        bound = self.bound
+        if bound.refs is not None and bound.kernel is not None and not is_traced((x, bound)):
+            Advisor().number(bound.guidance, bound.kernel, bound.refs, x.shape[0], bound.memory)
         return self.start(x)
 
     def start(self, x):
