@@ -38,14 +38,14 @@ from jaxtyping import Array
 from mmdjax._core.modes import in_own_modes
 from mmdjax._core.numerics import safe_sqrt
 from mmdjax._points.particles import Particles, as_particles
+from mmdjax.calls import as_memory, check_call, check_count
 from mmdjax.denoisers import DiffusionModel
 from mmdjax.guidance import MMDGuidance
+from mmdjax.guidance.advice import REMEMBER, Advisor
 from mmdjax.guidance.avoid import as_avoid
 from mmdjax.guidance.bound import bind, fit_avoid, fit_kernel
-from mmdjax.guidance.wrappers import REMEMBER, warn_if_alone
 from mmdjax.memory import Memory
 from mmdjax.samplers import DDIM
-from mmdjax.sampling import as_memory, check_call, check_count
 from mmdjax.schedules import Level, Schedule, time_of_log_snr
 from mmdjax.tree import as_arrays, is_concrete, pytree, replace, strong
 
@@ -279,9 +279,10 @@ def _call(
     _check_numbers(*numbers)
     check_count("max_steps", max_steps)
     memory = as_memory(memory, model, cond)
+    advisor = Advisor()
     if refs is not None and memory is None:
         under_vmap = "; so under vmap too, where samples that choose their own steps cannot be joined"
-        warn_if_alone(num_samples, REMEMBER + under_vmap, stacklevel=5)
+        advisor.alone(num_samples, REMEMBER + under_vmap)
     if not isinstance(solver, diffrax.AbstractSolver):
         raise TypeError(f"solver is {solver!r}; give a solver from diffrax, such as diffrax.Tsit5()")
     adjoint = diffrax.RecursiveCheckpointAdjoint() if adjoint is None else adjoint
@@ -290,6 +291,8 @@ def _call(
 
     refs, guidance, model, cond, numbers, avoid = strong((refs, guidance, model, cond, numbers, avoid))
     kernel = None if refs is None else fit_kernel(guidance, refs)
+    if not is_traced((params, key, refs, cond, x_init)):
+        advisor.before(guidance, kernel, refs, cond, num_samples, memory)
     avoid = None if avoid is None else fit_avoid(guidance, kernel, avoid)
     arrays, choices = eqx.partition((solver, adjoint), eqx.is_array)  # what is left of a diffrax object can be hashed
     return _solve(

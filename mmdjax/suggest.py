@@ -32,13 +32,15 @@ from mmdjax._core.modes import in_own_modes
 from mmdjax._core.numerics import product
 from mmdjax._points.distances import squared_distance, subset, subset_of
 from mmdjax._points.particles import Particles, as_particles, flat, widen
+from mmdjax.calls import check_call
 from mmdjax.denoisers import DiffusionModel
 from mmdjax.guidance import MMDGuidance, check_guidance
+from mmdjax.guidance.advice import Advisor
 from mmdjax.guidance.bound import fit_kernel
 from mmdjax.kernels import IMQ, Product
 from mmdjax.mmd import pair_norm, self_term
 from mmdjax.samplers import DDIM, Sampler
-from mmdjax.sampling import check_call, guided_sample
+from mmdjax.sampling import sample_with
 from mmdjax.tree import as_arrays, is_concrete, pytree, replace, static
 
 # multiples of the bandwidth, placements, multiples of the scale: from 2 on a mass-preconditioned shift overshoots
@@ -173,7 +175,9 @@ def suggest_guidance(
         check_call(key, refs, model, num_samples, cond, candidate, sampler, None)
     if not is_concrete((params, key, refs, model, cond, listed)):
         raise ValueError("suggest_guidance compares values; there are none inside jit, vmap or grad: call it outside")
-    fit_kernel(listed[0], refs)
+    advisor = Advisor()
+    for candidate in listed:
+        advisor.before(candidate, fit_kernel(candidate, refs), refs, cond, num_samples)
 
     p = np.asarray(refs.probabilities())
     present = np.flatnonzero(p)
@@ -199,7 +203,8 @@ def suggest_guidance(
     def attempt(candidate, label):
         pull, distances, weights = np.zeros(refs.n), [], []
         for index, (fold, keep) in enumerate(zip(held, kept, strict=True)):
-            x = guided_sample(
+            x = sample_with(
+                None,
                 params,
                 jax.random.fold_in(key_runs, index),
                 replace(refs, weight=keep),

@@ -469,14 +469,12 @@ MISTAKES = {
         r"avoid has shape \(3, 4\) but the samples have \(7, 5\)",
         lambda: guide_sampler(DDIM(), MMDGuidance(IMQ(1.0)), None, avoid=np.zeros((3, 4))).init(Z),
     ),
+    "suggestion": (
+        ValueError,
+        "held-out references, which do not show whether samples keep away",
+        lambda: suggest_guidance(None, KEY, ALLOWED, model=MODEL, num_samples=8, avoid=FORBIDDEN),
+    ),
 }
-
-
-MISTAKES["suggestion"] = (
-    ValueError,
-    "held-out references, which do not show whether samples keep away",
-    lambda: suggest_guidance(None, KEY, ALLOWED, model=MODEL, num_samples=8, avoid=FORBIDDEN),
-)
 
 
 @pytest.mark.parametrize("name", MISTAKES)

@@ -76,6 +76,10 @@ class Shards:
         axes = tuple(dict.fromkeys(self.batch + self.refs))
         return jax.lax.psum(x, axes) if axes else x
 
+    def total_without_refs(self, x: Any) -> Any:
+        """The sum over the devices that hold the batch and the same references."""
+        return jax.lax.psum(x, self.without_refs) if self.without_refs else x
+
     def share(self, points: Particles, axes: Axes | None = None) -> tuple[Particles, Particles]:
         """This device's part of points that all devices hold, and all of them, that part first; both with weights.
 
@@ -93,6 +97,12 @@ class Shards:
         part = jax.tree.map(lambda v: v[index % points.n], whole)
         part = replace(part, weight=jnp.where(index < points.n, part.weight, 0.0))
         return part, jax.tree.map(lambda v: jnp.roll(v, -start, axis=0), whole)
+
+    def of_shares(self, tree: Any, n: int) -> Any:
+        """A pytree of what each device made of its `share` of n points, for all of them in their order."""
+        if not self.batch:
+            return tree
+        return jax.tree.map(lambda v: jax.lax.all_gather(v, self.batch, tiled=True)[:n], tree)
 
     def probabilities(self, refs: Particles) -> Float[Array, " m"]:
         """The weights of this device's references, normalised over all of them."""

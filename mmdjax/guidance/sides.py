@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from mmdjax import conditional
 from mmdjax._core.numerics import product, reciprocal
 from mmdjax._points.blocks import block_beside, sum_and_least
 from mmdjax._points.mesh import WHOLE, Shards
@@ -207,11 +208,19 @@ class Sides:
         """The sum over the devices that hold the batch."""
         return self.shards.total(x)
 
-    def mmd2(self) -> Float[Array, ""]:
-        """MMD² without the references' own term. NaN if there is a memory and the kernel is a pair."""
+    def mmd2(self, refs_own: Particles | None = None) -> Float[Array, ""]:
+        """MMD² without the references' own term; that of x alone at each condition, if the kernel `splits_cond`.
+
+        NaN if there is a memory and the kernel is a pair.
+
+        Args:
+          refs_own: `own_means` of the references, where the kernel `splits_cond`; None leaves them out.
+        """
         z, everyone, refs, memory, shards = self.rows, self.everyone, self.refs, self.memory, self.shards
         if memory is not None and self.among is not self.fixed:
             return jnp.full((), jnp.nan, wide_dtype(z.x))
+        if self.fixed.splits_cond:
+            return self._mmd2_by_condition(refs_own)
         count = everyone.n if memory is None else everyone.n + memory.weight.sum()
         u = jnp.full(z.n, 1.0 / count, wide_dtype(z.x))
         all_u = jnp.full(everyone.n, 1.0 / count, wide_dtype(z.x))
@@ -229,6 +238,29 @@ class Sides:
             p = shards.probabilities(refs)
             across += shards.total_with_refs(pair_sum(self.fixed, share, share.weight / count, refs, p))
         return shards.total(own) / pair_norm(all_u, self.estimator) - 2 * across
+
+    def _mmd2_by_condition(self, refs_own):
+        z, everyone, refs, memory, shards = self.rows, self.everyone, self.refs, self.memory, self.shards
+        one = self.weights[0] if memory is None else 1 / (everyone.n + memory.weight.sum())
+        each, p = jnp.full(everyone.n, one), shards.probabilities(refs)
+        ones = one, shards.sum_over_refs(jnp.sum(p**2))
+        within = {"same": True, "self_pairs": self.estimator == "v"}
+
+        def terms(points, own, across):
+            return conditional.differences(self.fixed, points, own, across, ones, refs_own)
+
+        own = conditional.sums(self.among, z, everyone, each, **within)
+        if memory is not None:
+            own += conditional.sums(self.fixed, z, memory, one * memory.weight)
+        across = shards.pull(lambda rows: conditional.sums(self.fixed, rows, refs, p), z, everyone)
+        parts = [(*terms(z, own, across), each[: z.n], shards.total)]
+        if memory is not None:  # split over the devices that hold the same references
+            share, past = shards.share(memory, shards.without_refs)
+            own = conditional.sums(self.among, share, past, one * past.weight, **within)
+            own += conditional.sums(self.fixed, share, everyone, each)
+            across = shards.sum_over_refs(conditional.sums(self.fixed, share, refs, p))
+            parts.append((*terms(share, own, across), one * share.weight, shards.total_without_refs))
+        return conditional.mean_of_known(*parts)
 
 
 def _nearest(d2: Float[Array, "n m"], v: Float[Array, " m"]) -> Float[Array, " n"]:

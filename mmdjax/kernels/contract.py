@@ -129,6 +129,11 @@ class Kernel(Component):
             'use RBF, or at="sample"'
         )
 
+    @property
+    def splits_cond(self) -> bool:
+        """Whether the kernel is a product of one on samples and one on conditions, which `cond_gram` is."""
+        return False
+
     def cond_gram(self, a: Particles, b: Particles) -> Any:
         """k_c(c_i, c_j) [n, m], the factor of a `Product` on conditions; None for any other kernel."""
         return None
