@@ -49,7 +49,7 @@ def check_patches(height: int, width: int, size: int) -> None:
 
 
 def sincos_positions(
-    height: int, width: int, dim: int, *, base: int | None = None, scale: float = 1.0
+    height: int, width: int, dim: int, *, base: int | None = None, scale: int | float = 1
 ) -> Float[Array, "l dim"]:
     """Fixed positions of a grid, row by row: sin and cos of the column, then of the row.  Peebles & Xie 2023.
 
@@ -97,7 +97,7 @@ class Transformer(Block):
         h = self.conv(name, features, size, size, [(0, 0)] * 2)(x.astype(self.dtype))
         return h.reshape(x.shape[0], -1, features)
 
-    def two_layers(self, name: str, x: Float[Array, "n d"], features: int, act: Any = nn.silu) -> Float[Array, "n e"]:
+    def two_layers(self, name: str, x: Float[Array, "*n d"], features: int, act: Any = nn.silu) -> Float[Array, "*n e"]:
         """W₂ act(W₁ x), as conditions are embedded."""
         return self.dense(f"{name}.linear_2", features)(act(self.dense(f"{name}.linear_1", features)(x)))
 

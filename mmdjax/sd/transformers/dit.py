@@ -114,10 +114,7 @@ class DiT(Transformer):
 
     @nn.compact
     def __call__(
-        self,
-        x: Float[Array, "n h w c"],
-        t: Shaped[Array, " n"],
-        labels: Shaped[Array | np.ndarray, " n"] | None = None,
+        self, x: Float[Array, "n h w c"], t: Shaped[Array, " n"], labels: Any = None
     ) -> Float[Array, "n h w c"]:
         cfg = self.config
         n, height, width, _ = x.shape
@@ -155,12 +152,7 @@ class SiT(DiT):
 
     config: SiTConfig
 
-    def flow(
-        self,
-        x: Float[Array, "n h w c"],
-        t: Shaped[Array, " n"],
-        labels: Shaped[Array | np.ndarray, " n"] | None = None,
-    ) -> Float[Array, "n h w c"]:
+    def flow(self, x: Float[Array, "n h w c"], t: Shaped[Array, " n"], labels: Any = None) -> Float[Array, "n h w c"]:
         """noise − data at the time t from data to noise."""
         return -self(x, 1 - t, labels)
 

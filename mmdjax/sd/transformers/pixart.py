@@ -60,7 +60,7 @@ class PixArtConfig(Config):
     upcast_attention: bool = False
     norm_eps: float = 1e-6
     norm_num_groups: Any = 32  # nor this
-    interpolation_scale: float | None = None
+    interpolation_scale: int | float | None = None
     use_additional_conditions: bool | None = None
     caption_channels: int | None = None
 
@@ -81,7 +81,7 @@ class PixArtConfig(Config):
         return self.sample_size == 128 if given is None else given
 
     @property
-    def scale(self) -> float:
+    def scale(self) -> int | float:
         """What positions are divided by."""
         return max(self.sample_size // 64, 1) if self.interpolation_scale is None else self.interpolation_scale
 
@@ -124,9 +124,7 @@ class PixArt(Transformer):
         return x, jax.ShapeDtypeStruct((1,), jnp.float32), {"context": context}
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "n h w c"], t: Shaped[Array, " n"], cond: Mapping[str, Any]
-    ) -> Float[Array, "n h w c"]:
+    def __call__(self, x: Float[Array, "n h w c"], t: Shaped[Array, " n"], cond: Any) -> Float[Array, "n h w c"]:
         cfg = self.config
         _, height, width, _ = x.shape
         context, mask = self.prompt(cond)
