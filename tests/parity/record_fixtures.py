@@ -15,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import diffusers
 import numpy as np
+import sd_tiny
+import test_flow_parity as flow_parity
 import test_samplers_parity as samplers_parity
 import test_sd_pipeline as pipelines
 import test_sd_tokenizer as tokenizers
@@ -27,6 +29,7 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
+    SD3Transformer2DModel,
     UNet2DConditionModel,
     UNet2DModel,
     VQModel,
@@ -105,6 +108,19 @@ def flux2():
     return model, arrays | {"output": tm.flux2(model, **arrays)}
 
 
+def sd3(layers, n, height, width):
+    """Of several blocks the first has dual attention; the last one leaves the context behind."""
+    config = tm.SD3["medium35"] | {"num_layers": layers, "dual_attention_layers": (0,)}
+    model = tm.randomise(SD3Transformer2DModel(**config))
+    table = model.pos_embed.pos_embed
+    table.copy_(torch.from_numpy(sd_tiny.draw("pos_embed.pos_embed", tuple(table.shape))))
+    arrays = {"x": normal(0, n, height, width, 16), "t": np.array([1000.0, 0.5], np.float32)[:n]}
+    arrays |= {"context": normal(1, n, 5, 24), "pooled": normal(2, n, 20)}
+    x, t, context, pooled = tm.nchw(arrays["x"]), *(torch.from_numpy(arrays[key]) for key in ("t", "context", "pooled"))
+    output = model(x, timestep=t, encoder_hidden_states=context, pooled_projections=pooled).sample
+    return model, arrays | {"output": tm.nhwc(output)}
+
+
 def text(config, projection=False):
     model = tm.text_encoder(config, projection)
     ids = np.random.RandomState(0).randint(1, 97, (2, 12))
@@ -172,6 +188,16 @@ def schedulers():
     write("schedulers", {"configs": configs}, arrays)
 
 
+def flow():
+    """The ten levels of flow-matching schedulers, by config, grid and the picture's length."""
+    arrays, said = {}, {}
+    for name, (config, grid) in (flow_parity.PUBLISHED | flow_parity.OTHERS).items():
+        scheduler = flow_parity.theirs(config, grid, 10, 1024)
+        said[name] = {"config": dict(scheduler.config) | {"_class_name": flow_parity.CLASS}, "grid": grid}
+        arrays[name] = scheduler.sigmas.numpy()
+    write("flow", {"length": 1024, "cases": said}, arrays)
+
+
 def samplers():
     """Ten steps from one start with one noise, and the times that were visited."""
     table, noise = samplers_parity.TABLE, normal(0, 10, *samplers_parity.start().shape)
@@ -233,6 +259,8 @@ RECORDED = {
     "clip_g": lambda: text(tm.CLIP_H, projection=True),
     "t5": t5,
     "qwen3": qwen3,
+    "sd3": lambda: sd3(2, 2, 6, 10),
+    "sd3_one_block": lambda: sd3(1, 1, 4, 6),
 }
 
 
@@ -245,9 +273,9 @@ def main():
             config = model.config.to_dict() | {"architectures": [type(model).__name__]}
         else:
             config = dict(model.config) | {"_class_name": type(model).__name__}
-        shapes = {key: list(value.shape) for key, value in model.named_parameters()}
+        shapes = {key: list(value.shape) for key, value in model.state_dict().items()}  # with saved buffers
         write(name, {"config": config, "shapes": shapes}, arrays)
-    for record in (pipeline, schedulers, samplers, token_ids):
+    for record in (pipeline, schedulers, flow, samplers, token_ids):
         record()
 
 

@@ -284,10 +284,10 @@ def test_eight_steps_of_the_real_pipeline(tmp_path):
 
 MEDIUM = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 192}
 RMS = {"qk_norm": "rms_norm"}
-FULL = {  # with the number of parameters in millions, the table of positions among them
-    "medium": (MEDIUM, 0),
-    "medium35": (MEDIUM | RMS | {"dual_attention_layers": (*range(13),), "pos_embed_max_size": 384}, 0),
-    "large35": (MEDIUM | RMS | {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432}, 0),
+FULL = {  # with the number of parameters in millions, the table of positions among them: 2, 2.5 and 8.1 thousand
+    "medium": (MEDIUM, 2085.0),
+    "medium35": (MEDIUM | RMS | {"dual_attention_layers": (*range(13),), "pos_embed_max_size": 384}, 2469.7),
+    "large35": (MEDIUM | RMS | {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432}, 8146.3),
 }
 
 
