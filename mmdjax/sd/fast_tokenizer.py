@@ -58,7 +58,14 @@ class Kind(NamedTuple):
 
 
 KINDS = (
-    Kind("T5Tokenizer", re.compile(rb'"type"\s*:\s*"Unigram"'), "<pad>", "</s>", ("", ""), ("tokenizer.json", "spiece.model")),
+    Kind(
+        "T5Tokenizer",
+        re.compile(rb'"type"\s*:\s*"Unigram"'),
+        "<pad>",
+        "</s>",
+        ("", ""),
+        ("tokenizer.json", "spiece.model"),
+    ),
     Kind("Qwen2Tokenizer", re.compile(rb"<\|im_start\|>"), "<|endoftext|>", None, CONVERSATION, ("tokenizer.json",)),
 )
 LENGTH = 512  # of a row, at most: what FLUX and Stable Diffusion 3 take
@@ -123,7 +130,7 @@ class FastTokenizer:
         fits = self.length - len(end)
         for i, one in enumerate(self.encoding.encode_batch(texts, add_special_tokens=False)):
             if len(one.ids) > fits:
-                _warn(texts[i][one.offsets[fits][0] :].removesuffix(after), len(one.ids), fits)
+                _warn(texts[i][one.offsets[fits][0] : len(texts[i]) - len(after)], len(one.ids), fits)
             row = one.ids[:fits] + end
             ids[i, : len(row)] = row
             mask[i, : len(row)] = True
@@ -180,7 +187,7 @@ def load_fast(folder: Path, kind: Kind) -> FastTokenizer:
     if kind.around is CONVERSATION:
         _check_template(folder, settings)
     pad = _id(encoding, _content(settings.get("pad_token")) or kind.pad, folder)
-    end = kind.end and _id(encoding, _content(settings.get("eos_token")) or kind.end, folder)
+    end = None if kind.end is None else _id(encoding, _content(settings.get("eos_token")) or kind.end, folder)
     length = min(_count(settings, "model_max_length", LENGTH, folder), LENGTH)
     files = {name: (folder / name).read_bytes() for name in NAMES if (folder / name).exists()}
     return FastTokenizer(kind, encoding, pad, end, length, files)
@@ -190,7 +197,7 @@ def _warn(cut: str, found: int, fits: int) -> None:
     if cut.strip():
         warnings.warn(
             f"a prompt of {found} tokens was cut to the {fits} that the text encoder takes; left out: {cut.strip()!r}",
-            stacklevel=4,
+            stacklevel=3,
         )
 
 
@@ -236,8 +243,8 @@ def _check_template(folder: Path, settings: Mapping[str, Any]) -> None:
     lacking = [] if template is None else [part for part in WRITTEN if part not in str(template)]
     if lacking:
         raise CheckpointError(
-            f"{folder.name}: its chat template lacks {', '.join(lacking)}; only that of Qwen3, which FLUX.2 klein uses, "
-            "is implemented"
+            f"{folder.name}: its chat template lacks {', '.join(lacking)}; implemented: that of Qwen3, which FLUX.2 "
+            "klein uses"
         )
 
 

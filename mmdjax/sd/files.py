@@ -53,7 +53,7 @@ def download(repo: str, *, variant: str | None = None, revision: str | None = No
     def fetch(stems, ending):
         shapes = (dot, f"{dot}-?????-of-?????", f"-?????-of-?????{dot}")
         weights = [f"*/{stem}{shape}.{ending}" for stem in stems for shape in shapes]
-        patterns = ["*.json", "*.txt", *weights]
+        patterns = ["*.json", "*.txt", "*.jinja", "*spiece.model", *weights]
         try:
             return Path(hub.snapshot_download(repo, revision=revision, allow_patterns=patterns))
         except (OSError, ValueError) as error:

@@ -32,7 +32,7 @@ from mmdjax.sd.models import Component, export, save
 from mmdjax.sd.prompts import ENCODERS, Network, encode_ids, prompt_kernel, rows
 from mmdjax.sd.scheduler import Scheduler
 from mmdjax.sd.tiling import decode_sliced, decode_tiled
-from mmdjax.sd.tokenizer import FILES, Tokenizer
+from mmdjax.sd.tokenizer import FILES, AnyTokenizer
 from mmdjax.tree import is_concrete, pytree, static
 
 AUTOENCODERS = ("vae", "vqvae")
@@ -56,7 +56,7 @@ class Pipeline:
     modules: Mapping[str, Any]
     configs: Mapping[str, Mapping[str, Any]]
     scheduler: Scheduler
-    tokenizers: Mapping[str, Tokenizer]
+    tokenizers: Mapping[str, AnyTokenizer]
     index: Mapping[str, Any]
 
     def __repr__(self) -> str:

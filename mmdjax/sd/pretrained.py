@@ -13,7 +13,7 @@ from mmdjax.sd.models import Component, load_models, local_path
 from mmdjax.sd.pipeline import TOKENIZERS, Pipeline
 from mmdjax.sd.prompts import ENCODERS
 from mmdjax.sd.scheduler import Scheduler
-from mmdjax.sd.tokenizer import Tokenizer, load_tokenizer
+from mmdjax.sd.tokenizer import AnyTokenizer, load_tokenizer
 
 SD_SCHEDULER = {  # of single files, which have none
     "_class_name": "DDIMScheduler",
@@ -128,7 +128,7 @@ def _scheduler_config(path: Path, unet: Any, override: Mapping[str, Any]) -> dic
     return {**SD_SCHEDULER, **override}
 
 
-def _tokenizers(path: Path, components: tuple[str, ...], given: Any) -> dict[str, Tokenizer]:
+def _tokenizers(path: Path, components: tuple[str, ...], given: Any) -> dict[str, AnyTokenizer]:
     found = {}
     for name in ENCODERS:
         own = path / TOKENIZERS[name]

@@ -45,8 +45,8 @@ def attend(
       upcast: compute all in float32, as is done for float16 unless with `flash`; else only logits and softmax.
       limit: the most logits in memory at once, by default `SCORES_IN_MEMORY` or, on a CPU, `SCORES_IN_CACHE`.
 
-    With `causal`, `mask`, `bias` or `scale` all logits are in memory at once, and there may be fewer heads g of keys than
-    h of queries: each serves h/g neighbours.
+    With `causal`, `mask`, `bias` or `scale` all logits are in memory at once, and there may be fewer heads g of keys
+    than h of queries: each serves h/g neighbours.
     """
     dim = q.shape[-1]
     plain = mask is None and bias is None and scale is None

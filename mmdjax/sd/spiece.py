@@ -61,7 +61,9 @@ def read_spiece(path: Path) -> Pieces:
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{name} is not a SentencePiece model: {error}") from error
     if unknown >= len(pieces):
-        raise CheckpointError(f"{name} is not a SentencePiece model: {len(pieces)} pieces, the unknown one is {unknown}")
+        raise CheckpointError(
+            f"{name} is not a SentencePiece model: {len(pieces)} pieces, the unknown one is {unknown}"
+        )
     settings = {
         "model_type": (trainer.get(3, UNIGRAM), UNIGRAM),
         "byte_fallback": (trainer.get(35, 0), 0),

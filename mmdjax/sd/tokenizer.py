@@ -83,7 +83,10 @@ class Tokenizer:
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def load_tokenizer(folder: str | Path) -> Tokenizer | FastTokenizer:
+AnyTokenizer = Tokenizer | FastTokenizer
+
+
+def load_tokenizer(folder: str | Path) -> AnyTokenizer:
     """The tokenizer in a folder of a checkpoint: CLIP's, T5's or Qwen3's, by its settings or else its files.
 
     CLIP's vocabulary is read from vocab.json and merges.txt, else from tokenizer.json; T5's from tokenizer.json, else
