@@ -110,6 +110,11 @@ class FastTokenizer:
     def __repr__(self) -> str:
         return f"FastTokenizer({self.kind.name}, length={self.length})"
 
+    @property
+    def class_name(self) -> str:
+        """Its class in transformers."""
+        return self.kind.name
+
     def __call__(self, prompts: Sequence[str]) -> Int[np.ndarray, "n l"]:
         """Token ids, a row for each prompt; see `encode`."""
         return self.encode(prompts).ids

@@ -1,16 +1,12 @@
-"""Prompts as conditions, the U-Net that takes them, and kernels that compare them.
+"""Kernels that compare prompts, by their conditions.
 
-A condition is {"context": [n, l, d], "pooled": [n, p]}: the token states that the U-Net attends to, and one vector for
-each prompt. For Stable Diffusion 1 and 2 these are the text encoder's last state and its row at the end of the prompt.
-For SDXL they are the states before the last of both encoders, concatenated, and the second encoder's projection.
+A condition is {"context": [n, l, d], "pooled": [n, p], …}: the token states that the network attends to, and one vector
+for each prompt; `mmdjax.sd.families` says what they are in each family.
 """
 
-import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,55 +19,8 @@ from mmdjax._points.particles import Particles, flat
 from mmdjax.kernels import IMQ, RBF, Kernel, Mapped, Product, as_kernel
 from mmdjax.tree import pytree
 
-ENCODERS = ("text_encoder", "text_encoder_2")
 LEVELS = ("pooled", "tokens")
 SAME = 0.02  # distance of two unit vectors: one prompt, rounded differently
-
-
-@dataclasses.dataclass(frozen=True)
-class Network:
-    """A U-Net as `from_model` calls it: (params, x, t, cond) -> prediction, with the parameters of the whole pipeline.
-
-    Args:
-      module: `UNet2DCondition` or `UNet2D`.
-      downscale: pixels for each latent; SDXL takes the picture's size.
-    """
-
-    module: nn.Module
-    downscale: int
-
-    def __call__(self, params, x, t, cond):
-        variables, config = {"params": params["unet"]}, self.module.config  # pyright: ignore[reportAttributeAccessIssue]
-        if not hasattr(config, "cross_attention_dim"):
-            if cond is not None:
-                raise ValueError("this model is unconditional; leave cond out")
-            return self.module.apply(variables, x, t)
-        if not isinstance(cond, Mapping) or not {"context", "pooled"} <= set(cond):
-            raise ValueError(
-                f"cond is {type(cond).__name__}; this model takes prompts: cond=pipeline.encode_prompts(params, [...])"
-            )
-        if config.addition_embed_type is None:
-            return self.module.apply(variables, x, t, cond["context"])
-        size = jnp.array([side * self.downscale for side in x.shape[1:3]], jnp.float32)
-        time_ids = jnp.tile(jnp.concatenate([size, jnp.zeros(2), size]), (x.shape[0], 1))
-        return self.module.apply(variables, x, t, {"time_ids": time_ids, **cond})
-
-
-@functools.partial(jax.jit, static_argnames=("encoders",))
-def encode_ids(
-    params: Mapping[str, Any], ids: Mapping[str, Array], *, encoders: tuple[tuple[str, nn.Module], ...]
-) -> dict[str, Float[Array, "n ..."]]:
-    """The condition of token ids [n, l], a row of ids for each encoder: see the top of this module.
-
-    Args:
-      encoders: (name, module); two for SDXL, or its second alone.
-    """
-    outputs = {name: module.apply({"params": params[name]}, ids[name]) for name, module in encoders}
-    last: Any = outputs[encoders[-1][0]]
-    if "text_encoder_2" not in outputs:
-        return {"context": last.last, "pooled": last.pooled}
-    context = jnp.concatenate([out.hidden[-2] for out in outputs.values()], axis=-1)  # pyright: ignore
-    return {"context": context, "pooled": last.projected}
 
 
 def rows(cond: Any, index: Any) -> Any:

@@ -21,7 +21,16 @@ import test_sd_tokenizer as tokenizers
 import text_models as texts
 import torch
 import torch_models as tm
-from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel, VQModel
+from diffusers import (
+    AutoencoderKL,
+    DiTTransformer2DModel,
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    PixArtTransformer2DModel,
+    UNet2DConditionModel,
+    UNet2DModel,
+    VQModel,
+)
 from safetensors.numpy import save_file
 from transformers import CLIPTokenizer, Qwen3ForCausalLM, T5Config, T5EncoderModel
 
@@ -49,6 +58,24 @@ def unet(config, cls=UNet2DConditionModel):
     return model, arrays | {"output": tm.nhwc(model(*args, **added).sample)}
 
 
+def dit():
+    model = tm.randomise(DiTTransformer2DModel(**tm.DIT))
+    arrays = {"x": normal(0, 3, 12, 12, 4), "t": np.float32([0, 1, 999]), "labels": np.int32([0, 6, 7])}
+    args = tm.nchw(arrays["x"]), torch.from_numpy(arrays["t"]), torch.from_numpy(arrays["labels"])
+    return model, arrays | {"output": tm.nhwc(model(*args).sample)[..., :4]}
+
+
+def pixart():
+    """A prompt of one token, one of some, and one of all; a picture that is not square."""
+    model = tm.randomise(PixArtTransformer2DModel(**tm.PIXART | tm.ALPHA_1024 | {"num_layers": 1}))
+    arrays = {"x": normal(0, 3, 4, 12, 4), "t": np.float32([0, 1, 999]), "context": normal(1, 3, 7, 20)}
+    arrays["mask"] = (np.arange(7) < np.array([[1], [4], [7]])).astype(np.int32)
+    sizes = {"resolution": torch.tensor([[32.0, 96]] * 3), "aspect_ratio": torch.tensor([[1 / 3]] * 3)}
+    x, t, context, mask = (torch.from_numpy(arrays[key]) for key in ("x", "t", "context", "mask"))
+    out = model(x.moveaxis(-1, 1), context, t, sizes, encoder_attention_mask=mask).sample
+    return model, arrays | {"output": tm.nhwc(out)[..., :4]}
+
+
 def vae():
     model = tm.randomise(AutoencoderKL(**tm.KL))
     images, z = normal(0, 1, 16, 24, 3), normal(1, 1, 8, 12, 4)
@@ -63,6 +90,19 @@ def vqvae():
     outputs = {"latents": model.encode(tm.nchw(images)).latents, "decoded": model.decode(tm.nchw(z)).sample}
     outputs["codes"] = model.quantize(tm.nchw(z))[0]
     return model, {"images": images, "z": z} | {key: tm.nhwc(value) for key, value in outputs.items()}
+
+
+def flux():
+    model = tm.randomise(FluxTransformer2DModel(**tm.FLUX | {"num_layers": 1, "num_single_layers": 1}))
+    arrays = {"x": normal(0, 2, 4, 6, 4), "t": np.float32([0.02, 0.9])}
+    arrays |= {"context": normal(1, 2, 5, 24), "pooled": normal(2, 2, 12), "guidance": np.float32([0.2, 1.0])}
+    return model, arrays | {"output": tm.flux(model, **arrays)}
+
+
+def flux2():
+    model = tm.randomise(Flux2Transformer2DModel(**tm.FLUX2 | {"num_layers": 1, "num_single_layers": 1}))
+    arrays = {"x": normal(0, 2, 2, 3, 16), "t": np.float32([0.02, 0.9]), "context": normal(1, 2, 5, 24)}
+    return model, arrays | {"output": tm.flux2(model, **arrays)}
 
 
 def text(config, projection=False):
@@ -182,8 +222,12 @@ RECORDED = {
     "unet_sd2": lambda: unet(tm.SD2_UNET),
     "unet_sdxl": lambda: unet(tm.SDXL_UNET),
     "unet_ldm": lambda: unet(tm.LDM_UNET, UNet2DModel),
+    "dit": dit,
+    "pixart": pixart,
     "vae": vae,
     "vqvae": vqvae,
+    "flux": flux,
+    "flux2": flux2,
     "clip_l": lambda: text(tm.CLIP_L),
     "clip_h": lambda: text(tm.CLIP_H),
     "clip_g": lambda: text(tm.CLIP_H, projection=True),
