@@ -135,7 +135,7 @@ class FastTokenizer:
         fits = self.length - len(end)
         for i, one in enumerate(self.encoding.encode_batch(texts, add_special_tokens=False)):
             if len(one.ids) > fits:
-                _warn(texts[i][one.offsets[fits][0] :].removesuffix(after), len(one.ids), fits)
+                _warn(texts[i][one.offsets[fits][0] : len(texts[i]) - len(after)], len(one.ids), fits)
             row = one.ids[:fits] + end
             ids[i, : len(row)] = row
             mask[i, : len(row)] = True
@@ -202,7 +202,7 @@ def _warn(cut: str, found: int, fits: int) -> None:
     if cut.strip():
         warnings.warn(
             f"a prompt of {found} tokens was cut to the {fits} that the text encoder takes; left out: {cut.strip()!r}",
-            stacklevel=4,
+            stacklevel=3,
         )
 
 
@@ -248,8 +248,8 @@ def _check_template(folder: Path, settings: Mapping[str, Any]) -> None:
     lacking = [] if template is None else [part for part in WRITTEN if part not in str(template)]
     if lacking:
         raise CheckpointError(
-            f"{folder.name}: its chat template lacks {', '.join(lacking)}; only that of Qwen3, which FLUX.2 klein uses, "
-            "is implemented"
+            f"{folder.name}: its chat template lacks {', '.join(lacking)}; implemented: that of Qwen3, which FLUX.2 "
+            "klein uses"
         )
 
 

@@ -69,7 +69,7 @@ def download(repo: str, *, variant: str | Mapping[str, str] | None = None, revis
             shapes = (dot, f"{dot}-?????-of-?????", f"-?????-of-?????{dot}")
             weights += [f"{part}/{stem}{shape}.{ending}" for stem in stems for shape in shapes]
         try:
-            patterns = ["*.json", "*.txt", *weights]
+            patterns = ["*.json", "*.txt", "*.jinja", "*spiece.model", *weights]
             return Path(hub.snapshot_download(repo, revision=revision, allow_patterns=patterns))
         except (OSError, ValueError) as error:
             if getattr(error, "errno", None) is not None:  # of this machine's disk

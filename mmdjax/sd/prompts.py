@@ -46,7 +46,8 @@ def mean_token(cond: Mapping[str, Array]) -> Float[Array, "n d"]:
 def tokens(cond: Mapping[str, Array]) -> Float[Array, "n l d"]:
     """One unit vector for each token, for `Mapped`; their distance compares the tokens at the same places.
 
-    Without a "mask" the first is left out: it is CLIP's start token, the same in all prompts. With one, padding is zero.
+    Without a "mask" the first is left out: it is CLIP's start token, the same in all prompts. With one, padding is
+    zero.
     """
     return _directions(cond) if "mask" in cond else _unit(cond["context"][:, 1:])
 

@@ -9,8 +9,8 @@ The condition is not the last state but those after some layers in the middle, s
 them are neither loaded nor computed, and neither is the language model's head.
 
 References:
-  Qwen team 2025 (Qwen3); Su et al. 2021 (rotary positions); Ainslie et al. 2023 (grouped queries); Shazeer 2020 (swiglu);
-  Black Forest Labs 2025 (FLUX.2: layers 9, 18 and 27).
+  Qwen team 2025 (Qwen3); Su et al. 2021 (rotary positions); Ainslie et al. 2023 (grouped queries); Shazeer 2020
+  (swiglu); Black Forest Labs 2025 (FLUX.2: layers 9, 18 and 27).
 """
 
 import dataclasses
@@ -74,8 +74,8 @@ class Qwen3Config(Config):
         heads, groups = config.num_attention_heads, config.num_key_value_heads
         if not groups or heads % groups or config.head_dim % 2:
             raise ValueError(
-                f"num_attention_heads is {heads}, num_key_value_heads {groups} and head_dim {config.head_dim}; the first "
-                "must be a multiple of the second, and the last even"
+                f"num_attention_heads is {heads}, num_key_value_heads {groups} and head_dim {config.head_dim}; the "
+                "first must be a multiple of the second, and the last even"
             )
         if not config.out_layers or max(config.out_layers) > config.num_hidden_layers:
             raise ValueError(

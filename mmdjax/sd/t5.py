@@ -3,8 +3,8 @@
     h_0 = token,   h ← h + W_o softmax(q kᵀ + b) v  of rms h,   then  h ← h + W_o f(rms h),   y = rms h_L.
 
 There are no positions: b depends on the distance of key and query alone, is learnt by head, and is the same in all
-layers. Distances are kept apart one by one up to a quarter of the buckets, then ever more coarsely, and not at all beyond
-`relative_attention_max_distance`. The logits are not divided by √d. f(x) is relu(W_i x) in version 1.0 and
+layers. Distances are kept apart one by one up to a quarter of the buckets, then ever more coarsely, and not at all
+beyond `relative_attention_max_distance`. The logits are not divided by √d. f(x) is relu(W_i x) in version 1.0 and
 gelu(W_i0 x) W_i1 x in 1.1.
 
 The sum h and what f multiplies outgrow float16, so they are float32 where the module computes in half precision.
@@ -69,8 +69,8 @@ class T5EncoderConfig(Config):
         if exact < 1 or config.relative_attention_max_distance <= exact:
             raise ValueError(
                 f"relative_attention_num_buckets is {config.relative_attention_num_buckets} and "
-                f"relative_attention_max_distance {config.relative_attention_max_distance}; give at least 4 buckets, and "
-                "a distance beyond a quarter of them"
+                f"relative_attention_max_distance {config.relative_attention_max_distance}; give at least 4 buckets, "
+                "and a distance beyond a quarter of them"
             )
         return config
 
