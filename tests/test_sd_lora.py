@@ -187,6 +187,58 @@ def test_fused_tensor_is_changed_piece_by_piece(tmp_path):
         )
 
 
+FLUX = {"_class_name": "FluxTransformer2DModel", "num_attention_heads": 4, "attention_head_dim": 8}
+FLUX |= {"axes_dims_rope": [2, 2, 4], "num_layers": 1, "num_single_layers": 1}
+SD3 = {"_class_name": "SD3Transformer2DModel", "num_attention_heads": 4, "attention_head_dim": 8, "num_layers": 2}
+SD3 |= {"caption_projection_dim": 32}
+HALVES = [*range(32, 64), *range(32)]  # a modulation's shift and scale, in the other order in diffusers
+IN_ONE = {  # a tensor's name in single files; of each parameter that is in it, its rows there
+    "flux single block": (
+        FLUX,
+        "single_blocks_0_linear1",
+        {
+            **{f"single_transformer_blocks.0.attn.to_{x}": range(32 * i, 32 * i + 32) for i, x in enumerate("qkv")},
+            "single_transformer_blocks.0.proj_mlp": range(96, 224),
+        },
+    ),
+    "flux double block": (
+        FLUX,
+        "double_blocks_0_txt_attn_qkv",
+        {f"transformer_blocks.0.attn.add_{x}_proj": range(32 * i, 32 * i + 32) for i, x in enumerate("qkv")},
+    ),
+    "flux modulation": (FLUX, "final_layer_adaLN_modulation_1", {"norm_out.linear": HALVES}),
+    "sd3 block": (
+        SD3,
+        "joint_blocks_0_context_block_attn_qkv",
+        {f"transformer_blocks.0.attn.add_{x}_proj": range(32 * i, 32 * i + 32) for i, x in enumerate("qkv")},
+    ),
+    "sd3 plain": (SD3, "joint_blocks_0_x_block_mlp_fc2", {"transformer_blocks.0.ff.net.2": range(32)}),
+    "sd3 modulation": (SD3, "final_layer_adaLN_modulation_1", {"norm_out.linear": HALVES}),
+    "sd3 last block": (
+        SD3,
+        "joint_blocks_1_context_block_adaLN_modulation_1",
+        {"transformer_blocks.1.norm1_context.linear": HALVES},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", IN_ONE)
+def test_names_of_a_transformers_single_file(tmp_path, case):
+    """Kohya's files for FLUX and Stable Diffusion 3 name the tensors of single files."""
+    raw, name, rows = IN_ONE[case]
+    other = {"transformer_blocks.0.ff_context.net.0.proj.weight": (8, 32)} if raw is SD3 else {}
+    shapes = {f"{key}.weight": (len(these), 32) for key, these in rows.items()} | other
+    tensors = lora(f"lora_unet_{name}", sum(map(len, rows.values())), 32, names=KOHYA)
+    path = written(tmp_path / "a.safetensors", tensors)
+    changes = plan({path: 1.0}, {"transformer": component(raw, **shapes)}).changes["transformer"]
+    whole = tensors[f"lora_unet_{name}.lora_up.weight"] @ tensors[f"lora_unet_{name}.lora_down.weight"]
+    assert set(changes) == {f"{key}.weight" for key in rows}
+    for key, these in rows.items():
+        (change,) = changes[f"{key}.weight"]
+        found = change.of(np.zeros((len(these), 32), np.float32))
+        np.testing.assert_allclose(found, whole[list(these)], rtol=1e-6)
+
+
 # --- merging ---
 
 
