@@ -404,34 +404,29 @@ def test_wrong_calls_are_refused_before_anything_is_loaded(odd, nothing_is_loade
         run("sample", "nowhere", "--out", "o", "--traceback")
 
 
-def test_inspect_tells_what_a_lora_changes(model, tmp_path, capsys):
-    key = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-    factors = {
-        f"{key}.lora_A.weight": np.ones((2, 32), np.float32),
-        f"{key}.lora_B.weight": np.ones((32, 2), np.float32),
-    }
-    save_file(factors, tmp_path / "a.safetensors")
+@pytest.fixture
+def learnt(tmp_path):
+    """The paths of a LoRA, and of a word of three vectors."""
+    key, ones = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q", np.ones((2, 32), np.float32)
+    save_file({f"{key}.lora_A.weight": ones, f"{key}.lora_B.weight": ones.reshape(32, 2)}, tmp_path / "a.safetensors")
     save_file({"emb_params": np.ones((3, 32), np.float32)}, tmp_path / "cat.safetensors")
-    lora, token = f"{tmp_path / 'a.safetensors'}=unet:0.5", f"<cat>={tmp_path / 'cat.safetensors'}"
-    assert run("inspect", model, "--lora", lora, "--textual-inversion", token) == 0
+    return tmp_path / "a.safetensors", tmp_path / "cat.safetensors"
+
+
+def test_inspect_tells_what_a_lora_changes(model, learnt, capsys):
+    lora, word = learnt
+    assert run("inspect", model, "--lora", f"{lora}=unet:0.5", "--textual-inversion", f"<cat>={word}") == 0
     out = capsys.readouterr().out
     assert "a.safetensors: changes 1 tensors of unet, with strength 0.5" in out
     assert "<cat>: 3 new vectors of text_encoder" in out
 
 
 @pytest.mark.slow
-def test_convert_writes_the_merged_model(model, tmp_path):
-    key = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-    factors = {
-        f"{key}.lora_A.weight": np.ones((2, 32), np.float32),
-        f"{key}.lora_B.weight": np.ones((32, 2), np.float32),
-    }
-    save_file(factors, tmp_path / "a.safetensors")
-    save_file({"emb_params": np.ones((3, 32), np.float32)}, tmp_path / "cat.safetensors")
-    lora, token = tmp_path / "a.safetensors", {"<cat>": tmp_path / "cat.safetensors"}
-    given = ("--lora", f"{lora}=0.5", "--textual-inversion", f"<cat>={token['<cat>']}")
+def test_convert_writes_the_merged_model(model, learnt, tmp_path):
+    lora, word = learnt
+    given = ("--lora", f"{lora}=0.5", "--textual-inversion", f"<cat>={word}")
     assert run("convert", model, "--out", tmp_path / "o", *given, "--quiet") == 0
-    _, expected = load(model, lora={lora: 0.5}, textual_inversion=token)
+    _, expected = load(model, lora={lora: 0.5}, textual_inversion={"<cat>": word})
     pipeline, params = load(tmp_path / "o")
     jax.tree.map(np.testing.assert_array_equal, params, expected)
     assert pipeline.tokenizers["text_encoder"](["<cat>"])[0, :4].tolist() == [516, 518, 519, 520]
