@@ -1,6 +1,7 @@
 """LoRAs merged into a model: what each form and each spelling of a name means, and how a wrong file is refused."""
 
 import json
+import shutil
 import tracemalloc
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import sd_tiny
 import sd_toys
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from mmdjax._files.fingerprint import tree_hash
 from mmdjax.checkpoint import Checkpoint, CheckpointError, Entry
@@ -266,6 +267,12 @@ def test_merged_parameters(folder, tmp_path):
             half = convert.flat(halved[name])[where[other]]
             np.testing.assert_array_equal(half, after.astype(half.dtype))
     assert convert.flat(halved["unet"])[convert.keys(plain["unet"])[f"{Q}.weight"]].dtype == np.float16
+    # whatever stands before the names of the model's file
+    shutil.copytree(folder, tmp_path / "prefixed")
+    (weights,) = (tmp_path / "prefixed" / "unet").glob("*.safetensors")
+    save_file({f"module.{key}": value for key, value in load_file(weights).items()}, weights)
+    _, prefixed = load(tmp_path / "prefixed", lora={path: 0.5})
+    assert tree_hash(prefixed) == tree_hash(merged)
     # strength 0 is the plain model bit for bit; another strength is another model to runs and packs
     _, zero = load(folder, lora={path: 0.0})
     assert tree_hash(zero) == tree_hash(plain)
