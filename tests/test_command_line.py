@@ -3,11 +3,12 @@
 import json
 import sys
 
+import jax
 import numpy as np
 import pytest
 import sd_toys
 from PIL import Image
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import mmdjax.__main__
 import mmdjax.sd.run
@@ -367,6 +368,14 @@ WRONG = {
     "sample model --out o --avoid refs --avoid-strength -1": "--avoid-strength is -1; give at least 0",
     "sample model --out o --avoid refs --avoid-radius 0": "--avoid-radius is 0; give a length above 0",
     "sample model --out o --at clean": "--at without --refs; give --refs, or leave --at out",
+    "sample model --out o --lora a.safetensors": "--lora is 'a.safetensors'; give FILE=STRENGTH",
+    "sample model --out o --lora a=strong": "--lora is 'strong'; give a number",
+    "sample model --out o --lora a=unet:inf": "--lora is inf; give a finite number",
+    "sample model --out o --lora a=1 --lora a=2": "--lora is given twice for a; give it once",
+    "sample model --out o --lora nowhere=1": "LoRA nowhere: no such file or folder",
+    "sample model --out o --lora no.safetensors=1": "no.safetensors is not a sound safetensors file",
+    "sample model --out o --textual-inversion cat": "--textual-inversion is 'cat'; give TOKEN=FILE",
+    "encode model refs --out o.safetensors --lora nowhere=1": "LoRA nowhere: no such file or folder",
     "sample model": "the following arguments are required: --out; see mmdjax sample --help",
     "sample model --out o --fast": "unrecognized arguments: --fast",
     "encode model refs --out o.zip": "a pack is a .safetensors file, such as o.safetensors",
@@ -393,6 +402,34 @@ def test_wrong_calls_are_refused_before_anything_is_loaded(odd, nothing_is_loade
         assert sorted(odd.rglob("*")) == before, words
     with pytest.raises(FileNotFoundError):
         run("sample", "nowhere", "--out", "o", "--traceback")
+
+
+@pytest.fixture
+def learnt(tmp_path):
+    """The paths of a LoRA, and of a word of three vectors."""
+    key, ones = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q", np.ones((2, 32), np.float32)
+    save_file({f"{key}.lora_A.weight": ones, f"{key}.lora_B.weight": ones.reshape(32, 2)}, tmp_path / "a.safetensors")
+    save_file({"emb_params": np.ones((3, 32), np.float32)}, tmp_path / "cat.safetensors")
+    return tmp_path / "a.safetensors", tmp_path / "cat.safetensors"
+
+
+def test_inspect_tells_what_a_lora_changes(model, learnt, capsys):
+    lora, word = learnt
+    assert run("inspect", model, "--lora", f"{lora}=unet:0.5", "--textual-inversion", f"<cat>={word}") == 0
+    out = capsys.readouterr().out
+    assert "a.safetensors: changes 1 tensors of unet, with strength 0.5" in out
+    assert "<cat>: 3 new vectors of text_encoder" in out
+
+
+@pytest.mark.slow
+def test_convert_writes_the_merged_model(model, learnt, tmp_path):
+    lora, word = learnt
+    given = ("--lora", f"{lora}=0.5", "--textual-inversion", f"<cat>={word}")
+    assert run("convert", model, "--out", tmp_path / "o", *given, "--quiet") == 0
+    _, expected = load(model, lora={lora: 0.5}, textual_inversion={"<cat>": word})
+    pipeline, params = load(tmp_path / "o")
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    assert pipeline.tokenizers["text_encoder"](["<cat>"])[0, :4].tolist() == [516, 518, 519, 520]
 
 
 def test_help_says_what_is_there(capsys):

@@ -123,6 +123,11 @@ def to_device(array: np.ndarray) -> jax.Array:
     return jnp.array(array) if array.flags.c_contiguous else jax.device_put(array)
 
 
+def shape_of(array: np.ndarray) -> jax.ShapeDtypeStruct:
+    """A `put` that keeps only the shape and type of each array."""
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)
+
+
 def cast(array: np.ndarray, dtype: Any, what: str) -> np.ndarray:
     """The array in another dtype; None leaves it.
 
@@ -151,6 +156,7 @@ def params_from_torch(
     param_dtype: Any = None,
     put: Callable[[np.ndarray], Any] = to_device,
     permits: Callable[[str], bool] = lambda key: False,
+    edit: Callable[[Checkpoint], Checkpoint] = lambda found: found,
 ) -> dict:
     """The parameters of a module from a checkpoint in diffusers' naming, tensor by tensor.
 
@@ -158,8 +164,9 @@ def params_from_torch(
       checkpoint: every tensor must be used, and every parameter found.
       param_dtype: cast parameters to this dtype; None: as stored.
       put: a function for each array, which is a view of the file: `to_device`, a copy, or a `jax.device_put` to a
-        sharding.
+        sharding. With `shape_of` none is read.
       permits: whether a key may go unused.
+      edit: what to change in the checkpoint once its names are the module's.
     Raises:
       CheckpointError: keys missing, unused or of another shape, all in one message; weights in integers; values that
         `param_dtype` cannot hold.
@@ -167,7 +174,7 @@ def params_from_torch(
     tree = abstract(module)
     wanted, leaves = keys(tree), flat(tree)
     shapes = {key: torch_shape(path[-1], leaves[path].shape) for key, path in wanted.items()}
-    found = unprefixed(canonical(checkpoint, module), shapes)
+    found = edit(unprefixed(canonical(checkpoint, module), shapes))
     check(found, shapes, f"{checkpoint.source} as {type(module).__name__}", permits)
     integers = [key for key in wanted if np.dtype(found.stored[key].dtype).kind in "iub"]
     if integers:
@@ -178,6 +185,10 @@ def params_from_torch(
         )
     params = {}
     for key, path in wanted.items():
+        if put is shape_of:
+            array = np.broadcast_to(np.empty((), param_dtype or found.stored[key].dtype), shapes[key])
+            params[path] = put(to_flax(path[-1], array))
+            continue
         array = to_flax(path[-1], found[key].reshape(shapes[key]))
         params[path] = put(cast(array, param_dtype, f"{checkpoint.source}: {key}"))
     return unflatten_dict(params)

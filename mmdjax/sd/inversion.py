@@ -1,7 +1,7 @@
 """Textual inversion: new tokens with learnt embeddings.
 
-A file holds k vectors of the width of one of CLIP's text encoders. They become rows of its table of embeddings, and their names,
-"<cat>", "<cat>_1", …, tokens of its tokenizer, where "<cat>" in a prompt stands for all k.
+A file holds k vectors of the width of one of CLIP's text encoders. They become rows of its table of embeddings, and
+their names, "<cat>", "<cat>_1", …, tokens of its tokenizer, where "<cat>" in a prompt stands for all k.
 
     emb_params                  [k, d]   A1111's safetensors; also string_to_param.* in a .pt
     "<cat>" or another name     [d] or [k, d], alone in the file: diffusers

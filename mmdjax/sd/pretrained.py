@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from mmdjax._core.extras import optional
 from mmdjax.checkpoint import read_json
-from mmdjax.sd.convert import to_device
+from mmdjax.sd.convert import shape_of, to_device
 from mmdjax.sd.families import ENCODERS, TOKENIZERS, family_of
 from mmdjax.sd.fast_tokenizer import FastTokenizer
 from mmdjax.sd.files import open_file
@@ -16,7 +16,7 @@ from mmdjax.sd.flow import CLASS as FLOW_CLASS
 from mmdjax.sd.flow import FlowScheduler
 from mmdjax.sd.inversion import NewRows, add_tokens
 from mmdjax.sd.lora import plan
-from mmdjax.sd.models import Component, load_models, local_path, shape_of
+from mmdjax.sd.models import Component, load_models, local_path
 from mmdjax.sd.pipeline import Pipeline
 from mmdjax.sd.scheduler import Scheduler, in_place
 from mmdjax.sd.spellings import respelled, said_of_sampling
