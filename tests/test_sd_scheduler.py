@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from mmdjax.sd.scheduler import Scheduler
+from mmdjax.sd.scheduler import Scheduler, in_place
 
 FIXTURES = Path(__file__).parent / "fixtures"
 CONFIGS = json.loads((FIXTURES / "sd_schedulers.json").read_text())["configs"]
@@ -38,6 +38,25 @@ def test_where_the_grid_ends(one, offset, end):
     times = Scheduler({"_class_name": "DDIMScheduler", "set_alpha_to_one": one, "steps_offset": offset}).times(10)
     assert times[-1] == end
     assert np.diff(times).max() < 0
+
+
+def test_class_in_place_of_another():
+    """What all classes share is kept; Karras' sigmas go, and x̂0 is not clipped if it was not before."""
+    file = {
+        "_class_name": "LCMScheduler",
+        "beta_schedule": "scaled_linear",
+        "beta_end": 0.012,
+        "use_karras_sigmas": True,
+    }
+    file |= {"prediction_type": "v_prediction", "timestep_spacing": "trailing", "original_inference_steps": 50}
+    found = Scheduler(in_place(file, {"_class_name": "DDIMScheduler"}))
+    assert (found.prediction, found.clip, found.raw["beta_end"]) == ("v", None, 0.012)
+    np.testing.assert_allclose(found.times(4), [1, 0.75, 0.5, 0.25, 0])
+    same = {"_class_name": "DDIMScheduler", "beta_schedule": "linear", "clip_sample_range": 2.0}
+    assert Scheduler(in_place(same, {"_class_name": "DDIMScheduler"})).clip == 2.0
+    assert in_place(same, {"beta_end": 0.5}) == same | {"beta_end": 0.5}
+    with pytest.raises(ValueError, match="DDIMScheduler cannot take the place of the scheduler's class 'FlowMatch"):
+        in_place({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, {"_class_name": "DDIMScheduler"})
 
 
 def test_clipping_is_as_the_config_says():
