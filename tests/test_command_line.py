@@ -278,7 +278,7 @@ def test_quiet(calls, model, refs, tmp_path, capsys):
     assert [call["progress"] for call in calls] == [False, True]
 
 
-@pytest.mark.parametrize("change", [{"_class_name": "TCDScheduler"}, {"use_karras_sigmas": True}])
+@pytest.mark.parametrize("change", [{"_class_name": "TCDScheduler"}, {"use_lu_lambdas": True}])
 def test_scheduler_in_place_of_one_that_is_refused(model, tmp_path, capsys, change):
     """The error names the way out, and that way works."""
     copy = shutil.copytree(model, tmp_path / "model")

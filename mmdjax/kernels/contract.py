@@ -237,13 +237,13 @@ class Custom(Kernel):
 
 
 def check_fitted(kernel: Kernel) -> None:
-    """Raise ValueError if a bandwidth came out as 0 (NaN), as all references are equal; never inside `jit`."""
+    """Raise ValueError if a bandwidth came out as 0 (NaN), as references are equal; never inside `jit`."""
     for leaf in jax.tree.leaves(kernel):
         if is_concrete(leaf) and not all_finite(leaf):
             raise ValueError(
-                f"the references give {type(kernel).__name__} a bandwidth of 0: they are all equal, or so far apart "
-                "that their squared distances overflow; give the bandwidth as a number, such as IMQ(1.0), or "
-                "references that differ"
+                f"the references give {type(kernel).__name__} a bandwidth of 0: they are all equal, or so many are "
+                "repeated that most pairs are equal, or they are so far apart that their squared distances overflow; "
+                "give the bandwidth as a number, such as IMQ(1.0), or references that differ"
             )
 
 

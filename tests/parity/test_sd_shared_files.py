@@ -157,6 +157,22 @@ def test_scheduler_in_place_of_another(name):
     np.testing.assert_allclose(scheduler.times(10)[:-1] * 1000 - 1, expected.timesteps.numpy(), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "HeunDiscreteScheduler"])
+@pytest.mark.parametrize("how", ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"])
+@pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
+def test_spaced_sigmas(name, how, spacing):
+    raw = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "timestep_spacing": spacing}
+    theirs = getattr(diffusers, name)(**raw, **{how: True})
+    theirs.set_timesteps(10)
+    sigmas = theirs.sigmas.numpy()
+    if name.startswith("Heun"):  # it visits each level twice
+        sigmas = np.concatenate([sigmas[:1], sigmas[1:-1:2], sigmas[-1:]])
+    scheduler = Scheduler({"_class_name": name, how: True} | raw)
+    level = jax.vmap(scheduler.schedule())(scheduler.times(10)[:-1])
+    assert len(sigmas) == 11
+    np.testing.assert_allclose(level.sigma / level.alpha, sigmas[:-1], rtol=1e-3)  # theirs interpolates in float32
+
+
 def test_tensors_with_company(tmp_path):
     """Whatever torch's own restricted loader reads is read here; what it refuses is refused by name."""
     company = [
