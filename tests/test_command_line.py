@@ -1,6 +1,7 @@
 """The command line on a tiny model: what it writes, and how it refuses."""
 
 import json
+import shutil
 import sys
 
 import jax
@@ -278,6 +279,31 @@ def test_quiet(calls, model, refs, tmp_path, capsys):
     assert [call["progress"] for call in calls] == [False, True]
 
 
+@pytest.mark.parametrize("change", [{"_class_name": "TCDScheduler"}, {"use_lu_lambdas": True}])
+def test_scheduler_in_place_of_one_that_is_refused(model, tmp_path, capsys, change):
+    """The error names the way out, and that way works."""
+    copy = shutil.copytree(model, tmp_path / "model")
+    file = copy / "scheduler" / "scheduler_config.json"
+    raw = {"_class_name": "DPMSolverMultistepScheduler", "beta_schedule": "scaled_linear"}
+    file.write_text(json.dumps(raw | change))
+    words = ["sample", copy, "--out", tmp_path / "out", "-n", 1, "--steps", 2, "--no-compare", "--quiet"]
+    refused(capsys, *words, text="--scheduler DDIMScheduler")
+    assert run("convert", copy, "--scheduler", "EulerDiscreteScheduler", "--out", tmp_path / "new", "--quiet") == 0
+    written = json.loads((tmp_path / "new" / "scheduler" / "scheduler_config.json").read_text())
+    expected = {"_class_name": "EulerDiscreteScheduler", "beta_schedule": "scaled_linear", "clip_sample": False}
+    assert written == expected
+
+
+def test_unused_keys_and_clip_skip(model, tmp_path, capsys):
+    copy = shutil.copytree(model, tmp_path / "model")
+    weights = copy / "text_encoder" / "model.safetensors"
+    save_file(load_file(weights) | {"extra.x": np.zeros(1, np.float32)}, weights)
+    refused(capsys, "inspect", copy, text='such as "extra.*"')
+    out = tmp_path / "new"
+    assert run("convert", copy, "--allow-unused", "extra.*", "--clip-skip", 1, "--out", out, "--quiet") == 0
+    assert load(out)[0].modules["text_encoder"].config.clip_skip == 1
+
+
 def test_inspect_without_the_extra(model, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     assert run("inspect", model) == 0
@@ -332,7 +358,12 @@ WRONG = {
     "sample refs/0.png --out o": "0.png is neither safetensors nor a PyTorch archive",
     "sample empty --out o": "empty: no model; looked for mmdjax.json",
     "sample no.safetensors --out o": "no.safetensors is not a sound safetensors file: it has 0 bytes",
-    "sample model --out o --variant fp8": "unet: no fp8 weights; there are: plain",
+    "sample model --out o --variant fp8": "no part of the model has fp8 weights; there are: plain",
+    "sample model --out o --variant unet=fp8": "unet: no fp8 weights; there are: plain",
+    "sample model --out o --variant unet=": "--variant is 'unet='; give a name, or PART=NAME for each part",
+    "sample model --out o --scheduler LCMScheduler": "class is 'LCMScheduler'; implemented: DDIMScheduler, DDPM",
+    "sample model --out o --clip-skip -1": "--clip-skip is -1; give at least 0",
+    "sample model --out o --clip-skip 9": "clip_skip is 9; give 0 to 1",
     "sample model --out o --tokenizer empty": "empty: no vocabulary for prompts; needed: vocab.json",
     "sample model --out full": "full exists and is not an empty folder; nothing was overwritten",
     "sample model --out refs/o --refs refs": "--out refs/o is within --refs refs; give an --out outside of it",

@@ -196,6 +196,31 @@ def test_training_leftovers_are_inert(tmp_path):
     assert "pytorch_lightning" not in sys.modules
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("torch float16", "torch Size", "torch device", "torch.nn.parameter Parameter", "torch strided"),
+        *("builtins set", "__builtin__ complex", "collections Counter", "argparse Namespace", "torch bits1x8"),
+    ],
+)
+def test_harmless_types_are_inert(tmp_path, name):
+    """Those that torch's own restricted loader reads: called, filled and read as nothing."""
+    module, cls = name.split()
+    called = f"X\x05\x00\x00\x00extrac{module}\n{cls}\n(K\x01K\x02tR".encode()
+    filled = b"(K\x01K\x02u}X\x01\x00\x00\x00aK\x01sbs"  # as a mapping, and by its state
+    path = archive(tmp_path / "x.ckpt", None, program=tensor_program(extra=called + filled), data=bytes(8))
+    assert list(open_file(path)) == ["w"]
+
+
+@pytest.mark.parametrize("where", ["model", "module", "ema", "params", "state_dict"])
+def test_tensors_within(tmp_path, where):
+    """Training scripts keep them under one of a few names."""
+    program = tensor_program()[2:-1]
+    whole = b"\x80\x02}X" + len(where).to_bytes(4, "little") + where.encode() + program + b"s."
+    path = archive(tmp_path / "x.ckpt", None, program=whole, data=bytes(8))
+    assert list(open_file(path)) == ["w"]
+
+
 def test_pickle_cannot_alter_what_reads_it(tmp_path):
     # BUILD with a pair sets attributes, here on the constructor of tensors: on a copy of it, made for this one mention
     program = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(N}X\x01\x00\x00\x00aK\x01stb0" + tensor_program()[2:]

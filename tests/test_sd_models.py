@@ -431,6 +431,23 @@ def test_which_layer():
     assert relative(out.hidden[-1], out.last) > 0.1
 
 
+def test_clip_skip():
+    """As diffusers counts it: 1 gives the states before the last layer, normed; the projection is of all layers."""
+    raw = sd_tiny.TEXT | {"architectures": ["CLIPTextModelWithProjection"], "projection_dim": 16}
+    made = [sd_tiny.component(raw | change) for change in ({}, {"clip_skip": 1}, {"num_hidden_layers": 1})]
+    ids = jnp.asarray([[1, 2, 3, 4, 49, 49, 49, 49]])
+    every = jax.jit(lambda params: [c.module.apply({"params": p}, ids) for c, p in zip(made, params, strict=True)])
+    whole, skipped, shorter = every([component.params for component in made])
+    for ours, expected in (
+        (skipped.last, shorter.last),
+        (skipped.pooled, shorter.pooled),
+        (skipped.hidden[-2], whole.hidden[-3]),
+        (skipped.projected, whole.projected),
+    ):
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
+    assert relative(skipped.last, whole.last) > 0.1
+
+
 @pytest.mark.parametrize(("eos", "places"), [(2, [4, 1]), (49, [2, 0]), (48, [3, 1])])
 def test_end_of_text(eos, places):
     """Porting 18: eos_token_id 2 means the largest id; else the first eos; without one, the first position."""

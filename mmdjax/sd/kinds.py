@@ -33,7 +33,7 @@ def other_sizes(unet: Any, pooled: int) -> str:
     """Why an SDXL U-Net's condition is not that of its text encoder's projection, of width `pooled`, in words."""
     if unet.projection_class_embeddings_input_dim == pooled + REFINER_SIZES * unet.addition_time_embed_dim:
         return (
-            "this is SDXL's refiner, which is trained for the last fifth of the noise only and finishes another model's "
-            "pictures; load the base model"
+            "this is SDXL's refiner, which is trained for the last fifth of the noise only and finishes another "
+            "model's pictures; load the base model"
         )
     return "these are parts of two models"

@@ -57,7 +57,7 @@ def load(
       ema: take the moving average of a single file's U-Net.
       configs: config.json of a single file's components, in place of what its shapes say.
       scheduler: settings in place of those in scheduler_config.json. With "_class_name", that class takes the place of
-        the file's: the noise and the prediction are kept, other sigmas (Karras') are not. A single file of Stable
+        the file's: the noise and the prediction are kept, spaced sigmas (Karras') are not. A single file of Stable
         Diffusion 2 needs its "prediction_type", unless its metadata say it.
       tokenizer: a folder with the vocabulary, or one for each text encoder; single files have none. None: the model's.
       clip_skip, allow_unused: see `mmdjax.sd.load_models`.

@@ -85,8 +85,8 @@ class Tokenizer:
         if ids.max(initial=0) >= rows:
             token = self.encoding.id_to_token(int(ids.max()))
             raise ValueError(
-                f"the token {token!r} has the id {ids.max()}, but {name} has embeddings for {rows} tokens: the vocabulary "
-                "is another model's, or the text encoder that was trained with the token is missing"
+                f"the token {token!r} has the id {ids.max()}, but {name} has embeddings for {rows} tokens: the "
+                "vocabulary is another model's, or the text encoder that was trained with the token is missing"
             )
 
     @property
