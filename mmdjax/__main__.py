@@ -581,7 +581,7 @@ def _convert(args: argparse.Namespace) -> None:
 
     from mmdjax._files.atomic import folder_written_whole
     from mmdjax.sd import export, load_models, save
-    from mmdjax.sd.convert import shape_of
+    from mmdjax.sd.files.convert import shape_of
     from mmdjax.sd.models import local_path
     from mmdjax.sd.pretrained import assemble, with_tokens
     from mmdjax.sd.run import check_out, check_writable

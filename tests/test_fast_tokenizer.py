@@ -11,10 +11,10 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from mmdjax.checkpoint import CheckpointError
-from mmdjax.sd.fast_tokenizer import CONVERSATION
-from mmdjax.sd.spiece import read_spiece
+from mmdjax.sd.text.fast_tokenizer import CONVERSATION
+from mmdjax.sd.text.spiece import read_spiece
+from mmdjax.sd.text.tokenizer import Tokenizer, load_tokenizer
 from mmdjax.sd.tiny import BYTES, write_vocabulary
-from mmdjax.sd.tokenizer import Tokenizer, load_tokenizer
 
 PAD, END, UNKNOWN = 0, 1, 2
 PIECES = ["<pad>", "</s>", "<unk>", "▁", "▁a", "▁cat", "c", "a", "t", "s", "▁dog", "<mark>"]

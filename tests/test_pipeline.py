@@ -30,8 +30,8 @@ from mmdjax.schedules import RectifiedFlow
 from mmdjax.sd import load
 from mmdjax.sd.families import Network
 from mmdjax.sd.models import export
-from mmdjax.sd.prompts import Apart, pooled, prompt_kernel, tokens
 from mmdjax.sd.scheduler import Scheduler
+from mmdjax.sd.text.prompts import Apart, pooled, prompt_kernel, tokens
 from mmdjax.sd.tiny import write_vocabulary
 
 

@@ -16,7 +16,7 @@ import sd_tiny
 from safetensors.numpy import load_file, save_file
 
 from mmdjax.checkpoint import CheckpointError, open_safetensors
-from mmdjax.sd.files import open_file
+from mmdjax.sd.files.places import open_file
 from mmdjax.sd.models import load_component, load_models, module_from_config, save
 
 
@@ -176,7 +176,7 @@ def test_pickle_with_code_runs_nothing(tmp_path, where):
     ("module", "name"),
     [
         *(("posix", "system"), ("builtins", "eval"), ("torch", "load"), ("torch._utils", "_import_dotted_name")),
-        *(("numpy", "load"), ("collections", "deque"), ("mmdjax.sd.archive", "zipfile")),
+        *(("numpy", "load"), ("collections", "deque"), ("mmdjax.sd.files.archive", "zipfile")),
         *(("torch", "float16.to"), ("torch._utils", "_rebuild_wrapper_subclass"), ("torchx", "Size")),
     ],
 )

@@ -13,10 +13,11 @@ from safetensors.numpy import load_file, save_file
 
 from mmdjax._files.fingerprint import tree_hash
 from mmdjax.checkpoint import Checkpoint, CheckpointError, Entry
-from mmdjax.sd import convert, load
-from mmdjax.sd.lora import merge, plan
+from mmdjax.sd import load
+from mmdjax.sd.files import convert
+from mmdjax.sd.files.lora import merge, plan
+from mmdjax.sd.files.updates import Update
 from mmdjax.sd.models import Component, load_models, module_from_config
-from mmdjax.sd.updates import Update
 
 RNG = np.random.default_rng(0)
 UNET = sd_tiny.UNET | {"cross_attention_dim": 32, "sample_size": 4}

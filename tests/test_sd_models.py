@@ -19,9 +19,10 @@ from safetensors.numpy import load_file
 
 from mmdjax import from_model
 from mmdjax.schedules import DiscreteTime, ScaledLinear
-from mmdjax.sd import convert, layers, primitives
-from mmdjax.sd.clip import end_of_text
+from mmdjax.sd.files import convert
 from mmdjax.sd.models import module_from_config
+from mmdjax.sd.networks import layers, primitives
+from mmdjax.sd.networks.clip import end_of_text
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TOLERANCE = 1e-5  # relative, float32: rounding through some 50 layers is 1e-6

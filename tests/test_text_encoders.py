@@ -14,12 +14,12 @@ from test_sd_models import recorded, relative
 
 from mmdjax import IMQ, Particles
 from mmdjax.checkpoint import Checkpoint
-from mmdjax.sd import convert
+from mmdjax.sd.files import convert
 from mmdjax.sd.models import export, load_component, module_from_config
-from mmdjax.sd.primitives import attend
-from mmdjax.sd.prompts import SAME, pooled, prompt_kernel, tokens
-from mmdjax.sd.qwen3 import rotate
-from mmdjax.sd.t5 import distance_buckets
+from mmdjax.sd.networks.primitives import attend
+from mmdjax.sd.networks.qwen3 import rotate
+from mmdjax.sd.networks.t5 import distance_buckets
+from mmdjax.sd.text.prompts import SAME, pooled, prompt_kernel, tokens
 
 TOLERANCE = 1e-5  # relative, float32: rounding through two layers is 1e-6
 T5, QWEN3 = (recorded(name)[0]["config"] for name in ("t5", "qwen3"))

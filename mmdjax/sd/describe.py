@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from mmdjax._core.extras import installed
 from mmdjax.checkpoint import CheckpointError, open_safetensors
-from mmdjax.sd.convert import shape_of
-from mmdjax.sd.lora import plan
+from mmdjax.sd.files.convert import shape_of
+from mmdjax.sd.files.lora import plan
 from mmdjax.sd.models import Component, load_models, local_path
 from mmdjax.sd.pack import FORMAT, load_references
 from mmdjax.sd.pipeline import Pipeline

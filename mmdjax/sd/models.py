@@ -1,4 +1,4 @@
-"""Loading and saving whole models: the architecture from the configurations, the parameters by `mmdjax.sd.convert`.
+"""Loading and saving whole models: the architecture from the configurations, the parameters by `files/convert.py`.
 
 A model is one of: a folder of diffusers (with a subfolder for each network), one of these subfolders, a single file
 (`.safetensors` or `.ckpt` in the naming of CompVis, Stable Diffusion 3 or FLUX, `.pt` of DiT or SiT), a folder that
@@ -19,23 +19,23 @@ from flax import linen as nn
 from mmdjax._core.progress import progress_bar
 from mmdjax._files.atomic import write_json
 from mmdjax.checkpoint import Checkpoint, CheckpointError, Entry, read_json, write_safetensors
-from mmdjax.sd import compvis, convert, published, single, single_sd3
-from mmdjax.sd.clip import CLIPText, CLIPTextConfig
 from mmdjax.sd.config import class_name
-from mmdjax.sd.files import download, open_file, open_folder, variant_of_each
-from mmdjax.sd.inversion import NewRows
-from mmdjax.sd.lora import Change, merge, plan
-from mmdjax.sd.qwen3 import Qwen3, Qwen3Config
-from mmdjax.sd.spellings import respelled
-from mmdjax.sd.t5 import T5Encoder, T5EncoderConfig
-from mmdjax.sd.transformers.dit import DiT, DiTConfig, PublishedDiTConfig, SiT, SiTConfig
-from mmdjax.sd.transformers.flux import Flux, FluxConfig
-from mmdjax.sd.transformers.flux2 import Flux2, Flux2Config
-from mmdjax.sd.transformers.pixart import PixArt, PixArtConfig
-from mmdjax.sd.transformers.sd3 import SD3, SD3Config
-from mmdjax.sd.unet import UNet2D, UNet2DCondition, UNet2DConditionConfig, UNet2DConfig
-from mmdjax.sd.vae import AutoencoderKL, AutoencoderKLConfig, VQModel, VQModelConfig
-from mmdjax.sd.vae_flux2 import AutoencoderKLFlux2, AutoencoderKLFlux2Config
+from mmdjax.sd.files import compvis, convert, published, single, single_sd3
+from mmdjax.sd.files.inversion import NewRows
+from mmdjax.sd.files.lora import Change, merge, plan
+from mmdjax.sd.files.places import download, open_file, open_folder, variant_of_each
+from mmdjax.sd.files.spellings import respelled
+from mmdjax.sd.networks.clip import CLIPText, CLIPTextConfig
+from mmdjax.sd.networks.qwen3 import Qwen3, Qwen3Config
+from mmdjax.sd.networks.t5 import T5Encoder, T5EncoderConfig
+from mmdjax.sd.networks.transformers.dit import DiT, DiTConfig, PublishedDiTConfig, SiT, SiTConfig
+from mmdjax.sd.networks.transformers.flux import Flux, FluxConfig
+from mmdjax.sd.networks.transformers.flux2 import Flux2, Flux2Config
+from mmdjax.sd.networks.transformers.pixart import PixArt, PixArtConfig
+from mmdjax.sd.networks.transformers.sd3 import SD3, SD3Config
+from mmdjax.sd.networks.unet import UNet2D, UNet2DCondition, UNet2DConditionConfig, UNet2DConfig
+from mmdjax.sd.networks.vae import AutoencoderKL, AutoencoderKLConfig, VQModel, VQModelConfig
+from mmdjax.sd.networks.vae_flux2 import AutoencoderKLFlux2, AutoencoderKLFlux2Config
 
 MODULES = (
     (UNet2DConditionConfig, UNet2DCondition),
@@ -165,7 +165,7 @@ def load_models(
         {"unet": "fp16"}.
       dtype: the dtype that the modules compute in.
       param_dtype: cast parameters to this dtype, all or by component, such as {"unet": jnp.bfloat16}; None: as stored.
-      flash, remat: see `mmdjax.sd.layers.Block`.
+      flash, remat: see `mmdjax.sd.networks.layers.Block`.
       put: a function for each array of parameters, such as a `jax.device_put` to a sharding.
       ema: take the moving average of a single file's U-Net instead of the last step's weights. Of a DiT or a SiT it is
         taken wherever there is one.

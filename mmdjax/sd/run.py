@@ -42,9 +42,9 @@ from mmdjax.runs import sample_many
 from mmdjax.samplers import DDIM, Sampler
 from mmdjax.sd.pack import ReferencePack
 from mmdjax.sd.pipeline import Pipeline
-from mmdjax.sd.prompts import rows
 from mmdjax.sd.sample import REMEMBERED, check_size, decode_each, prepare
-from mmdjax.sd.tokenizer import FILES
+from mmdjax.sd.text.prompts import rows
+from mmdjax.sd.text.tokenizer import FILES
 
 IN_GRID, IN_COMPARISON = 64, 16  # pictures
 SMALL = 64  # pixels: smaller pictures are enlarged in grids

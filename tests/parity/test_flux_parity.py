@@ -16,7 +16,7 @@ from diffusers.loaders import single_file_utils  # noqa: E402
 from diffusers.pipelines.flux2.pipeline_flux2_klein import Flux2KleinPipeline  # noqa: E402
 
 from mmdjax.checkpoint import Checkpoint, Entry  # noqa: E402
-from mmdjax.sd import convert, single_flux  # noqa: E402
+from mmdjax.sd.files import convert, single_flux  # noqa: E402
 from mmdjax.sd.models import load_component, load_models, module_from_config  # noqa: E402
 
 TOLERANCE = 1e-5  # float32 rounding through four blocks is 1e-6

@@ -30,9 +30,9 @@ from transformers import (  # noqa: E402
     T5Tokenizer,
 )
 
-from mmdjax.sd import convert  # noqa: E402
+from mmdjax.sd.files import convert  # noqa: E402
 from mmdjax.sd.models import export, load_component, module_from_config  # noqa: E402
-from mmdjax.sd.tokenizer import load_tokenizer  # noqa: E402
+from mmdjax.sd.text.tokenizer import load_tokenizer  # noqa: E402
 
 TOLERANCE = 1e-5  # float32 rounding through a few layers is 1e-6; the promise is 1e-4
 LENGTHS = (1, 4, 150)

@@ -25,9 +25,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from mmdjax.sd.config import Config, check_size
-from mmdjax.sd.layers import Block, pack, timestep_embedding, unpack
-from mmdjax.sd.primitives import attend
-from mmdjax.sd.transformers.blocks import (
+from mmdjax.sd.networks.layers import Block, pack, timestep_embedding, unpack
+from mmdjax.sd.networks.primitives import attend
+from mmdjax.sd.networks.transformers.blocks import (
     FeedForward,
     JointAttention,
     PlainNorm,

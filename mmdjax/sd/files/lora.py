@@ -1,6 +1,6 @@
 """LoRA: changes to a model's weights, merged into them as the model is loaded.
 
-    W' = W + Σ_files strength · ΔW                           ΔW: `mmdjax.sd.updates`
+    W' = W + Σ_files strength · ΔW                           ΔW: `mmdjax.sd.files.updates`
 
 Merging is on the host, tensor by tensor, as each is read, so that the merged model takes the memory of the plain one.
 
@@ -28,13 +28,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mmdjax.checkpoint import Checkpoint, CheckpointError, Entry
-from mmdjax.sd import compvis, convert, single_sd3
-from mmdjax.sd.compvis import FluxNetwork, Source
-from mmdjax.sd.lora_files import LoRAFile, open_lora
-from mmdjax.sd.single_flux import Rows
-from mmdjax.sd.transformers.sd3 import SD3
-from mmdjax.sd.unet import UNet2D, UNet2DCondition
-from mmdjax.sd.updates import Update
+from mmdjax.sd.files import compvis, convert, single_sd3
+from mmdjax.sd.files.compvis import FluxNetwork, Source
+from mmdjax.sd.files.lora_files import LoRAFile, open_lora
+from mmdjax.sd.files.single_flux import Rows
+from mmdjax.sd.files.updates import Update
+from mmdjax.sd.networks.transformers.sd3 import SD3
+from mmdjax.sd.networks.unet import UNet2D, UNet2DCondition
 
 T5 = ("text_encoder_3", "text_encoder_2")  # of Stable Diffusion 3, of FLUX
 TEXTS = {"": ("text_encoder",), "1": ("text_encoder",), "2": ("text_encoder_2",), "3": T5}

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Int
 
 from mmdjax._core.extras import optional
 from mmdjax.checkpoint import CheckpointError, read_json
-from mmdjax.sd.spiece import unigram
+from mmdjax.sd.text.spiece import unigram
 
 CONVERSATION = ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")
 WRITTEN = ("<|im_start|>", "<|im_end|>", "<think>", "enable_thinking")  # in the chat template of Qwen3
@@ -171,7 +171,7 @@ def kind_of(folder: Path) -> Kind | None:
 
 
 def load_fast(folder: Path, kind: Kind) -> FastTokenizer:
-    """The tokenizer of a kind in a folder; see `mmdjax.sd.tokenizer.load_tokenizer`."""
+    """The tokenizer of a kind in a folder; see `mmdjax.sd.text.tokenizer.load_tokenizer`."""
     library = optional("tokenizers", "sd", "to read prompts")
     settings = _settings(folder)
     found = next((folder / name for name in kind.vocabulary if (folder / name).exists()), None)

@@ -1,4 +1,4 @@
-"""The configurations of the U-Nets: config.json of `mmdjax.sd.unet`'s networks."""
+"""The configurations of the U-Nets: config.json of `mmdjax.sd.networks.unet`'s networks."""
 
 import dataclasses
 from typing import Any, ClassVar

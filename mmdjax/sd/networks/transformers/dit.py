@@ -24,8 +24,15 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from mmdjax.sd.config import Config, check_size
-from mmdjax.sd.layers import timestep_embedding
-from mmdjax.sd.transformers.blocks import AdaLNZeroBlock, PlainNorm, Transformer, modulate, sincos_positions, unpatchify
+from mmdjax.sd.networks.layers import timestep_embedding
+from mmdjax.sd.networks.transformers.blocks import (
+    AdaLNZeroBlock,
+    PlainNorm,
+    Transformer,
+    modulate,
+    sincos_positions,
+    unpatchify,
+)
 from mmdjax.tree import is_concrete
 
 WAVES = 256  # sines and cosines of t
@@ -76,7 +83,7 @@ class DiTConfig(Config):
 
 @dataclasses.dataclass(frozen=True)
 class PublishedDiTConfig(DiTConfig):
-    """A DiT as its authors published it; see `mmdjax.sd.published`."""
+    """A DiT as its authors published it; see `mmdjax.sd.files.published`."""
 
     CLASSES: ClassVar = ("DiT",)
 
@@ -87,7 +94,7 @@ class PublishedDiTConfig(DiTConfig):
 
 @dataclasses.dataclass(frozen=True)
 class SiTConfig(PublishedDiTConfig):
-    """A SiT as its authors published it; see `mmdjax.sd.published`."""
+    """A SiT as its authors published it; see `mmdjax.sd.files.published`."""
 
     CLASSES: ClassVar = ("SiT",)
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mmdjax.sd.config import Config, check_size
-from mmdjax.sd.layers import Block, ResnetBlock, SpatialAttention, upsample
+from mmdjax.sd.networks.layers import Block, ResnetBlock, SpatialAttention, upsample
 
 COMMON = {"act_fn": "silu", "mid_block_add_attention": True}
 EPS = 1e-6  # of every norm here, where the U-Nets have 1e-5

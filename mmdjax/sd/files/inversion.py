@@ -18,9 +18,9 @@ import numpy as np
 from jaxtyping import Float
 
 from mmdjax.checkpoint import Checkpoint, CheckpointError, Entry
-from mmdjax.sd import convert
-from mmdjax.sd.clip import CLIPText
-from mmdjax.sd.files import open_file
+from mmdjax.sd.files import convert
+from mmdjax.sd.files.places import open_file
+from mmdjax.sd.networks.clip import CLIPText
 
 ALONE = ("emb_params", "string_to_param.*", "*")
 ENCODERS = {

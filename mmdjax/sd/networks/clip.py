@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mmdjax.sd.config import Config, check_size, class_name
-from mmdjax.sd.layers import Block, attend
+from mmdjax.sd.networks.layers import Block, attend
 
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # CLIP-L

@@ -16,8 +16,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mmdjax.sd.layers import Block, pack, unpack
-from mmdjax.sd.vae import COMMON, AutoencoderConfig, AutoencoderKL, Decoder, Encoder
+from mmdjax.sd.networks.layers import Block, pack, unpack
+from mmdjax.sd.networks.vae import COMMON, AutoencoderConfig, AutoencoderKL, Decoder, Encoder
 
 PATCH = 2  # latents packed as one, along each side
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mmdjax.sd.config import Config, check_size
-from mmdjax.sd.layers import Block, attend
+from mmdjax.sd.networks.layers import Block, attend
 
 UNPREFIXED = re.compile(r"(embed_tokens|layers|norm)\.")
 NUMBER = re.compile(r"model\.layers\.(\d+)\.")

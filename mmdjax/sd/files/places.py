@@ -11,8 +11,8 @@ from pathlib import Path
 
 from mmdjax._core.extras import optional
 from mmdjax.checkpoint import Checkpoint, CheckpointError, open_safetensors, read_json, refuse_pointer
-from mmdjax.sd.archive import open_archive
-from mmdjax.sd.quantised import scaled
+from mmdjax.sd.files.archive import open_archive
+from mmdjax.sd.files.quantised import scaled
 
 WEIGHTS = re.compile(
     r"(?P<stem>diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>\w+))?"
@@ -24,7 +24,7 @@ SHARD = re.compile(r"-\d{5}-of-\d{5}(\.\w+)?\.(safetensors|bin)$")
 def open_file(path: str | Path) -> Checkpoint:
     """A `.safetensors`, `.ckpt`, `.bin`, `.pt` or `.pth` file; the format is known from its first bytes, not its name.
 
-    Weights that were stored with a scale, in 8 bits, are read as value × scale: see `mmdjax.sd.quantised`.
+    Weights that were stored with a scale, in 8 bits, are read as value × scale: see `mmdjax.sd.files.quantised`.
 
     Raises:
       FileNotFoundError: no such file.

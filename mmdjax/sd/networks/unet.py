@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from mmdjax.sd.layers import Block, ResnetBlock, SpatialAttention, timestep_embedding, upsample
-from mmdjax.sd.unet_config import UNet2DConditionConfig, UNet2DConfig
+from mmdjax.sd.networks.layers import Block, ResnetBlock, SpatialAttention, timestep_embedding, upsample
+from mmdjax.sd.networks.unet_config import UNet2DConditionConfig, UNet2DConfig
 
 
 class UNet(Block):

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from mmdjax.sd.primitives import attend, convolve
+from mmdjax.sd.networks.primitives import attend, convolve
 
 
 class Block(nn.Module, kw_only=True):

@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from mmdjax.sd.config import Config, check_size
-from mmdjax.sd.layers import Block, attend
+from mmdjax.sd.networks.layers import Block, attend
 
 FEED_FORWARDS = {"relu": (nn.relu, False), "gated-gelu": (lambda x: nn.gelu(x, approximate=True), True)}
 GATED = {"relu": "relu", "gated-gelu": "gelu_new"}  # what a config calls the function between

@@ -26,8 +26,8 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from mmdjax.sd.config import Config, check_size
-from mmdjax.sd.layers import Block, timestep_embedding
-from mmdjax.sd.transformers.blocks import (
+from mmdjax.sd.networks.layers import Block, timestep_embedding
+from mmdjax.sd.networks.transformers.blocks import (
     AdaLNOut,
     Embedder,
     FeedForward,

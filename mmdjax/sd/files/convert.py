@@ -6,8 +6,8 @@ dots is its key, up to the leaf,
     kernel, scale, embedding ↔ weight        others keep their names,
 
 and only kernels change their layout: [out, in, h, w] ↔ [h, w, in, out], [out, in] ↔ [in, out]. The keys and shapes must
-be those of the module's `init` (by `jax.eval_shape`, which takes no memory); an error tells all differences
-(`mmdjax.sd.differences`). Spellings that mean the same are read as such: older names, and a prefix before all names.
+be those of the module's `init` (by `jax.eval_shape`, which takes no memory); an error tells all differences, see
+`differences.py`. Spellings that mean the same are read as such: older names, and a prefix before all names.
 """
 
 import fnmatch
@@ -23,8 +23,8 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mmdjax.checkpoint import Checkpoint, CheckpointError, Entry
-from mmdjax.sd.clip import CLIPText
-from mmdjax.sd.differences import differences
+from mmdjax.sd.files.differences import differences
+from mmdjax.sd.networks.clip import CLIPText
 
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 

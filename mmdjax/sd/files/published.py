@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from mmdjax.checkpoint import Checkpoint, CheckpointError
-from mmdjax.sd.compvis import Source
-from mmdjax.sd.transformers.blocks import sincos_positions
+from mmdjax.sd.files.compvis import Source
+from mmdjax.sd.networks.transformers.blocks import sincos_positions
 
 MARKS = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "blocks.0.adaLN_modulation.1.weight")
 POSITIONS = "pos_embed"

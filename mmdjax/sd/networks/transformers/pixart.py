@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Shaped
 
 from mmdjax.sd.config import Config, check_size
-from mmdjax.sd.layers import Block, timestep_embedding
-from mmdjax.sd.transformers.blocks import (
+from mmdjax.sd.networks.layers import Block, timestep_embedding
+from mmdjax.sd.networks.transformers.blocks import (
     Attention,
     FeedForward,
     PlainNorm,
@@ -29,7 +29,7 @@ from mmdjax.sd.transformers.blocks import (
     sincos_positions,
     unpatchify,
 )
-from mmdjax.sd.transformers.dit import WAVES, check_channels
+from mmdjax.sd.networks.transformers.dit import WAVES, check_channels
 
 PIXELS = 8  # for each latent along an axis, of the autoencoders that PixArt was trained with
 

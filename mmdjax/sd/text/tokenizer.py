@@ -25,7 +25,7 @@ from jaxtyping import Int
 
 from mmdjax._core.extras import optional
 from mmdjax.checkpoint import CheckpointError, read_json
-from mmdjax.sd.fast_tokenizer import FastTokenizer, kind_of, load_fast
+from mmdjax.sd.text.fast_tokenizer import FastTokenizer, kind_of, load_fast
 from mmdjax.tree import short_repr
 
 START, END = "<|startoftext|>", "<|endoftext|>"

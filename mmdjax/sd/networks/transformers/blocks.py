@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from mmdjax.sd.layers import Block
-from mmdjax.sd.primitives import attend
+from mmdjax.sd.networks.layers import Block
+from mmdjax.sd.networks.primitives import attend
 
 Rotary = tuple[Any, Any]  # cosines and sines, [l, d/2] each
 

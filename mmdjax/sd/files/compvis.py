@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mmdjax.checkpoint import Checkpoint, Entry
-from mmdjax.sd import single_flux
-from mmdjax.sd.clip import CLIPText
-from mmdjax.sd.transformers.flux import FluxNetwork
-from mmdjax.sd.unet import UNet2D, UNet2DCondition
+from mmdjax.sd.files import single_flux
+from mmdjax.sd.networks.clip import CLIPText
+from mmdjax.sd.networks.transformers.flux import FluxNetwork
+from mmdjax.sd.networks.unet import UNet2D, UNet2DCondition
 
 UNET_RESNET = {
     "norm1": "in_layers.0",

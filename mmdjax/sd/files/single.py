@@ -16,10 +16,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from mmdjax.checkpoint import Checkpoint, CheckpointError
-from mmdjax.sd import single_flux
-from mmdjax.sd.convert import kind, refuse_foreign
-from mmdjax.sd.differences import unused_lines
-from mmdjax.sd.spellings import EDM, EDM_NAME
+from mmdjax.sd.files import single_flux
+from mmdjax.sd.files.convert import kind, refuse_foreign
+from mmdjax.sd.files.differences import unused_lines
+from mmdjax.sd.files.spellings import EDM, EDM_NAME
 
 UNET, VAE, EMA = "model.diffusion_model.", "first_stage_model.", "model_ema."
 TEXTS = (  # component, prefix, whether the names are OpenCLIP's
@@ -30,7 +30,7 @@ TEXTS = (  # component, prefix, whether the names are OpenCLIP's
     ("text_encoder_2", "conditioner.embedders.0.model.", True),  # the only one of SDXL's refiner
 )
 # Beside the networks: schedules that the configs repeat, the training's losses and tools, the moving average, and marks
-# that `mmdjax.sd.spellings` reads.
+# that `mmdjax.sd.files.spellings` reads.
 IGNORED = re.compile(
     r"^(betas|alphas_cumprod(_prev)?|sqrt_\w+|log_one_minus_\w+|posterior_\w+|logvar|lvlb_weights|scale_factor|global_step"
     r"|denoiser\.\w+|model_ema\..+|first_stage_model\.(loss|model_ema)\..+|cond_stage_model\.(model\.)?logit_scale"

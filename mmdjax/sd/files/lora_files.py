@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mmdjax.checkpoint import Checkpoint, CheckpointError, read_json
-from mmdjax.sd import convert
-from mmdjax.sd.files import open_file
-from mmdjax.sd.updates import Update
+from mmdjax.sd.files import convert
+from mmdjax.sd.files.places import open_file
+from mmdjax.sd.files.updates import Update
 
 # How a key ends, and which part of an `Update` it is. An adapter's name may stand before ".weight".
 ENDINGS = tuple(

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from mmdjax.checkpoint import Checkpoint, Entry
-from mmdjax.sd.compvis import Source
-from mmdjax.sd.single import UNET, VAE, Part, checked, clip_config, count, vae_config
+from mmdjax.sd.files.compvis import Source
+from mmdjax.sd.files.single import UNET, VAE, Part, checked, clip_config, count, vae_config
 
 MARKER = "joint_blocks.0.x_block.attn.qkv.weight"
 TEXTS = {name: f"text_encoders.{part}.transformer." for name, part in (

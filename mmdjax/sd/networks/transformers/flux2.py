@@ -21,10 +21,18 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from mmdjax.sd.config import Config
-from mmdjax.sd.layers import Block
-from mmdjax.sd.primitives import attend
-from mmdjax.sd.transformers.blocks import PlainNorm, Rotary, modulate, rotary_tables, rotate, split_heads, swiglu
-from mmdjax.sd.transformers.flux import FluxNetwork, Streams, check_flux, grid_places, in_range
+from mmdjax.sd.networks.layers import Block
+from mmdjax.sd.networks.primitives import attend
+from mmdjax.sd.networks.transformers.blocks import (
+    PlainNorm,
+    Rotary,
+    modulate,
+    rotary_tables,
+    rotate,
+    split_heads,
+    swiglu,
+)
+from mmdjax.sd.networks.transformers.flux import FluxNetwork, Streams, check_flux, grid_places, in_range
 
 
 @dataclasses.dataclass(frozen=True)
