@@ -127,7 +127,9 @@ def _check_positions(file: Checkpoint, config: Mapping[str, Any]) -> None:
     _, length, width = file.shape(POSITIONS)
     side = math.isqrt(length)
     # .01: the moving average of a constant drifts by rounding
-    if side**2 != length or not np.allclose(file[POSITIONS][0], sincos_positions(side, side, width), atol=0.01):
+    if side**2 != length or not np.allclose(
+        file[POSITIONS][0].astype(np.float32), sincos_positions(side, side, width), atol=0.01
+    ):
         raise CheckpointError(
             f"{file.source}: {POSITIONS} of shape {list(file.shape(POSITIONS))} are not the sines and cosines of a "
             "square grid; other positions are not implemented"
