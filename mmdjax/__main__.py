@@ -134,9 +134,15 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--cfg-scale",
         type=_real(),
-        default=7.5,
         metavar="X",
-        help="strength of classifier-free guidance by the prompts; 1 is none (default 7.5)",
+        help="strength of classifier-free guidance by the prompts; 1 is none (default: the usual one of the model's "
+        "family, 7.5 for Stable Diffusion 1, 2 and XL)",
+    )
+    group.add_argument(
+        "--embedded-guidance",
+        type=_real(),
+        metavar="X",
+        help="strength of guidance that is an input of the network (FLUX.1 dev; default 3.5)",
     )
     group = sample.add_argument_group("guidance by the references")
     group.add_argument(
@@ -232,7 +238,10 @@ def _model_options(command: argparse.ArgumentParser, computes: bool = True) -> N
         help="a folder in the layout of diffusers or of mmdjax, a .safetensors or .ckpt file, or a hub id",
     )
     group.add_argument(
-        "--variant", metavar="NAME", help='weights of a folder, such as "fp16" (default: the plain ones)'
+        "--variant",
+        type=_variant,
+        metavar="NAME",
+        help='weights of a folder, such as "fp16", or "unet=fp16,vae=fp16" by part (default: the plain ones)',
     )
     group.add_argument("--ema", action="store_true", help="the averaged weights of a single file")
     group.add_argument(
@@ -245,6 +254,49 @@ def _model_options(command: argparse.ArgumentParser, computes: bool = True) -> N
         "--prediction",
         choices=("epsilon", "v_prediction", "sample"),
         help="what the network predicts, if the checkpoint does not say (single files of Stable Diffusion 2)",
+    )
+    group.add_argument(
+        "--lora",
+        action=_Pairs,
+        convert=_strength,
+        metavar="FILE=STRENGTH",
+        help="merge a LoRA into the model, a file or PEFT's folder, such as style.safetensors=0.8; may be repeated. By "
+        "component: FILE=unet:0.8,text_encoder:0.5, which leaves the others as they are (default: none)",
+    )
+    group.add_argument(
+        "--textual-inversion",
+        action=_Pairs,
+        convert=str,
+        first=True,
+        metavar="TOKEN=FILE",
+        help='a learnt word for the prompts, such as "<cat>=cat.safetensors"; may be repeated (default: none)',
+    )
+    group.add_argument(
+        "--part",
+        action=_Pairs,
+        convert=str,
+        first=True,
+        metavar="NAME=FOLDER",
+        help="a network that a single file does not hold, such as vae=FOLDER; may be repeated (default: none)",
+    )
+    group.add_argument(
+        "--scheduler",
+        metavar="CLASS",
+        help="a scheduler in place of the checkpoint's, such as DDIMScheduler, with its noise and prediction",
+    )
+    group.add_argument(
+        "--clip-skip",
+        type=_whole(0),
+        metavar="N",
+        help="leave out the last N layers of CLIP's text encoders (default: the checkpoint's, mostly 0; what other "
+        'programs call "clip skip 2" is 1)',
+    )
+    group.add_argument(
+        "--allow-unused",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help='keys of the checkpoint that may be left out, such as "extra.*"; may be repeated (default: none)',
     )
     if computes:
         group.add_argument("--dtype", choices=DTYPES, default="float32", help="of the computation (default float32)")
@@ -274,6 +326,34 @@ def _picture_options(group: Any) -> None:
     )
 
 
+class _Pairs(argparse.Action):
+    """A repeatable option KEY=VALUE, as a dictionary; the key ends at the first or at the last sign of equality."""
+
+    def __init__(self, *args: Any, convert: Callable[[str], Any], first: bool = False, **kwargs: Any):
+        super().__init__(*args, default={}, **kwargs)
+        self.convert, self.first = convert, first
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        key, sign, value = values.partition("=") if self.first else values.rpartition("=")
+        given = getattr(namespace, self.dest)
+        try:
+            if not (key and sign and value):
+                raise argparse.ArgumentTypeError(f"is {values!r}; give {self.metavar}")
+            if key in given:
+                raise argparse.ArgumentTypeError(f"is given twice for {key}; give it once")
+            setattr(namespace, self.dest, {**given, key: self.convert(value)})
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentError(self, str(error)) from None
+
+
+def _strength(text: str) -> float | dict[str, float]:
+    """A number, or numbers by component."""
+    if ":" not in text:
+        return _real()(text)
+    pairs = [part.partition(":") for part in text.split(",")]
+    return {name: _real()(value) for name, _, value in pairs}
+
+
 def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
     def convert(text: str) -> int:
         try:
@@ -301,6 +381,16 @@ def _real(least: float = -math.inf) -> Callable[[str], float]:
         return value
 
     return convert
+
+
+def _variant(text: str) -> Any:
+    """ "fp16", or {"unet": "fp16"} of "unet=fp16"."""
+    if "=" not in text:
+        return text
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    if not all(part and equals and name for part, equals, name in pairs):
+        raise argparse.ArgumentTypeError(f"is {text!r}; give a name, or PART=NAME for each part, separated by commas")
+    return {part: name for part, _, name in pairs}
 
 
 def _sample(args: argparse.Namespace) -> None:
@@ -345,6 +435,7 @@ def _sample(args: argparse.Namespace) -> None:
         prompts=prompts,
         negative=args.negative,
         cfg_scale=args.cfg_scale,
+        embedded_guidance=args.embedded_guidance,
         num_steps=args.steps,
         sampler=samplers[args.sampler],
         guidance=MMDGuidance(scale=args.guidance_scale, at=args.at),
@@ -472,17 +563,22 @@ def _convert(args: argparse.Namespace) -> None:
 
     from mmdjax._files.atomic import folder_written_whole
     from mmdjax.sd import export, load_models, save
-    from mmdjax.sd.models import local_path
-    from mmdjax.sd.pretrained import assemble
+    from mmdjax.sd.models import local_path, shape_of
+    from mmdjax.sd.pretrained import assemble, with_tokens
     from mmdjax.sd.run import check_out, check_writable
 
     check_out(args.out)
     check_writable(args.out)
-    path = local_path(args.model, args.variant)
-    # put: the file's own memory map, so that one tensor at a time is in memory
+    path, assembly = local_path(args.model, args.variant), _assembly(args)
+    # put: the file's own memory map, so that one tensor at a time is in memory; what a LoRA changes is there as a whole
     how = {"param_dtype": None if args.dtype is None else jnp.dtype(args.dtype), "put": lambda array: array}
-    found = load_models(path, variant=args.variant, ema=args.ema, progress=not args.quiet, **how)
-    pipeline = assemble(path, found, **_assembly(args)) if len(found) > 1 else None
+    how |= {"progress": not args.quiet, "lora": args.lora}
+    if args.textual_inversion:
+        plain = load_models(path, put=shape_of, **_weights(args))
+        tokenizers, how["new_rows"] = with_tokens(path, plain, args.tokenizer, args.textual_inversion)
+        assembly["tokenizer"] = tokenizers
+    found = load_models(path, **_weights(args), **how)
+    pipeline = assemble(path, found, **assembly) if len(found) > 1 else None
     with folder_written_whole(args.out) as out:
         if pipeline is None:
             (save if args.to == "mmdjax" else export)(out, found)
@@ -498,21 +594,18 @@ def _inspect(args: argparse.Namespace) -> None:
     from mmdjax.sd.describe import describe
 
     dtype = jnp.dtype(args.dtype)
-    how = {"variant": args.variant, "ema": args.ema, "dtype": dtype, **_assembly(args)}
+    how = {"dtype": dtype, **_weights(args), **_assembly(args), **_added(args)}
     print(describe(args.model, batch_size=args.batch_size, **how))
 
 
 def _outline(args: argparse.Namespace) -> Any:
-    """The pipeline without its weights: every configuration, vocabulary and key is checked, in seconds."""
+    """The pipeline without its weights."""
     import jax.numpy as jnp
 
-    from mmdjax.sd.describe import shape_of
-    from mmdjax.sd.models import load_models, local_path
-    from mmdjax.sd.pretrained import assemble
+    from mmdjax.sd.pretrained import outline
 
-    path = local_path(args.model, args.variant)
-    how = {"variant": args.variant, "ema": args.ema, "dtype": jnp.dtype(args.dtype), "put": shape_of}
-    return assemble(path, load_models(path, **how), **_assembly(args))
+    how = {"dtype": jnp.dtype(args.dtype), **_weights(args)}
+    return outline(args.model, **how, **_assembly(args), **_added(args))
 
 
 def _load(args: argparse.Namespace) -> Any:
@@ -524,29 +617,45 @@ def _load(args: argparse.Namespace) -> Any:
     return load(
         args.model,
         dtype=dtype,
-        param_dtype=None if args.dtype == "float32" else {"unet": dtype},  # the encoders' stay: packs depend on them
-        variant=args.variant,
-        ema=args.ema,
+        # the encoders' stay: packs depend on them
+        param_dtype=None if args.dtype == "float32" else {"unet": dtype, "transformer": dtype},
         progress=not args.quiet,
+        **_weights(args),
         **_assembly(args),
+        **_added(args),
     )
 
 
+def _weights(args: argparse.Namespace) -> dict[str, Any]:
+    """Which weights to read, for `load_models`."""
+    names = ("variant", "ema", "clip_skip", "allow_unused")
+    return {name: getattr(args, name) for name in names} | {"parts": args.part}
+
+
 def _assembly(args: argparse.Namespace) -> dict[str, Any]:
-    scheduler = None if args.prediction is None else {"prediction_type": args.prediction}
-    return {"scheduler": scheduler, "tokenizer": args.tokenizer}
+    given = {"_class_name": args.scheduler, "prediction_type": args.prediction}
+    return {
+        "scheduler": {key: value for key, value in given.items() if value is not None} or None,
+        "tokenizer": args.tokenizer,
+    }
+
+
+def _added(args: argparse.Namespace) -> dict[str, Any]:
+    return {"lora": args.lora, "textual_inversion": args.textual_inversion}
 
 
 def _lines(path: Path) -> list[str]:
+    from mmdjax._files.text import lines, read_text
+
     if not path.is_file():
         raise FileNotFoundError(f"--prompts {path} is not a file; give a text file with a prompt in each line")
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--prompts {path} is not UTF-8 text; save it as such") from error
-    if not any(lines):
+        found = [line.strip() for line in lines(read_text(path))]
+    except ValueError as error:
+        raise ValueError(f"--prompts {error}") from error
+    if not any(found):
         raise ValueError(f"{path} holds no prompts; write one in each line")
-    return [line for line in lines if line]
+    return [line for line in found if line]
 
 
 def _say(args: argparse.Namespace, *lines: str) -> None:

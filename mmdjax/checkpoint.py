@@ -35,13 +35,20 @@ DTYPES = {
     "BF16": ml_dtypes.bfloat16,
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
     "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F8_E4M3FNUZ": ml_dtypes.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
     "I64": np.int64,
     "I32": np.int32,
     "I16": np.int16,
     "I8": np.int8,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
+POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 class CheckpointError(ValueError):
@@ -226,13 +233,24 @@ def header_limit(size: int) -> int:
     return 2**20 + size // 16
 
 
+def refuse_pointer(path: Path) -> None:
+    """Raise CheckpointError if a file is what Git leaves in place of a large file that it did not fetch."""
+    with path.open("rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise CheckpointError(
+                f"{path.parent.name}/{path.name} is a Git LFS pointer, a note in place of the file: it was cloned "
+                "without Git LFS. Run `git lfs pull` in its folder, or download the file"
+            )
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; CheckpointError if it holds none."""
     name = f"{path.parent.name}/{path.name}"
+    refuse_pointer(path)
     if path.stat().st_size > MAX_JSON:
         raise CheckpointError(f"{name} has {path.stat().st_size:,} bytes, more than a configuration or index has")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{name} is not JSON: {error}") from error
     if not isinstance(raw, dict):

@@ -41,6 +41,8 @@ def draw(key, shape):
     noise = rng.standard_normal(shape)
     if "norm" in key and key.endswith("weight") and len(shape) == 1:
         noise = 1 + 0.3 * noise
+    elif key.endswith("running_var"):
+        noise = 0.5 + noise**2
     elif len(shape) == 1:
         noise = 0.2 * noise
     elif "embedding" not in key or "linear" in key:

@@ -28,8 +28,9 @@ from mmdjax import (
 )
 from mmdjax.schedules import RectifiedFlow
 from mmdjax.sd import load
+from mmdjax.sd.families import Network
 from mmdjax.sd.models import export
-from mmdjax.sd.prompts import Apart, Network, pooled, prompt_kernel, tokens
+from mmdjax.sd.prompts import Apart, pooled, prompt_kernel, tokens
 from mmdjax.sd.scheduler import Scheduler
 from mmdjax.sd.tiny import write_vocabulary
 

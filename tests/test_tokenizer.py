@@ -60,6 +60,84 @@ def test_saved_and_loaded(tmp_path):
     np.testing.assert_array_equal(again(prompts), tokenizer(prompts))
 
 
+def token(content, **flags):
+    return {"content": content, "lstrip": False, "rstrip": False, "normalized": True, "single_word": False} | flags
+
+
+def config(folder, **changes):
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("where", ["added_tokens.json", "added_tokens_decoder", "tokenizer.json", "all"])
+def test_tokens_that_training_added(tmp_path, where):
+    """They are one id wherever they stand and however they are written, from each of the files that may name them."""
+    folder = vocabulary(tmp_path / "a", length=9)
+    if where in ("tokenizer.json", "all"):
+        load_tokenizer(folder).with_tokens(["<Toy>", "<toy>_1"]).save(folder)  # beside vocab.json and merges.txt
+    if where in ("added_tokens.json", "all"):
+        folder.joinpath("added_tokens.json").write_text(json.dumps({"<toy>_1": 519, "<Toy>": 518}))
+    if where in ("added_tokens_decoder", "all"):
+        special = {str(START): token("<|startoftext|>", special=True), str(END): token("<|endoftext|>", special=True)}
+        config(folder, added_tokens_decoder=special | {"518": token("<Toy>"), "519": token("<toy>_1")})
+    tokenizer = load_tokenizer(folder)
+    toy = {
+        "a <toy> cat": [256 + BYTES.index("a"), 518, 513],
+        "cat<TOY>cat": [513, 518, 513],
+        "<toy>_1 <": [519, 256 + 27],
+    }
+    for prompt, ids in toy.items():
+        assert tokenizer([prompt])[0, 1 : 2 + len(ids)].tolist() == [*ids, END]
+    tokenizer.save(tmp_path / "b")
+    np.testing.assert_array_equal(load_tokenizer(tmp_path / "b")(list(toy)), tokenizer(list(toy)))
+    assert tokenizer.size == 520
+
+
+def test_flags_of_added_tokens(tmp_path):
+    """As transformers reads them: `normalized` false is found only as it is written, `single_word` alone."""
+    folder = vocabulary(tmp_path, length=9)
+    exact, alone = token("<Toy>", normalized=False), token("mew", single_word=True)
+    config(folder, added_tokens_decoder={"518": exact, "519": alone})
+    tokenizer = load_tokenizer(folder)
+    ids = [set(row) for row in tokenizer(["<Toy>", "<toy>", "a mew", "mews"]).tolist()]
+    assert [518 in ids[0], 518 in ids[1], 519 in ids[2], 519 in ids[3]] == [True, False, True, False]
+
+
+def test_token_of_several_vectors(tmp_path):
+    """As in diffusers, the name alone stands for all of them; and a prompt is cut between them."""
+    tokenizer = load_tokenizer(vocabulary(tmp_path, length=7))
+    more = tokenizer.with_tokens(["<toy>", "<toy>_1", "<toy>_2", "<toy>_4"])
+    assert more(["cat <toy>"])[0].tolist() == [START, 513, 518, 519, 520, END, END]
+    assert more(["<toy>_2 <toy>_4"])[0].tolist() == [START, 520, 521, END, END, END, END]
+    with pytest.warns(UserWarning, match="of 7 tokens was cut to the 5 .* left out: '<toy> dog'"):
+        assert more(["cat cat cat <toy> dog"])[0].tolist() == [START, 513, 513, 513, 518, 519, END]
+    assert tokenizer(["<toy>"]).max() == END  # as it was
+    for name, text in {"": "is not a name", " x": "is not a name", "<toy>": "already, with id 518"}.items():
+        with pytest.raises(ValueError, match=text):
+            more.with_tokens([name])
+
+
+@pytest.mark.parametrize(
+    ("added", "text"),
+    [
+        ({"<toy>": 600}, "'<toy>' has the id 600, but the vocabulary's next is 518"),
+        ({"<toy>": "x"}, "added_tokens.json names no token by its id: 'x'"),
+        ({"<toy>": -1}, "added_tokens.json names no token by its id: '-1'"),
+        ([5], "tokenizer_config.json: added_tokens_decoder names no token by its id"),
+        ({"518": {"content": 5}}, "added_tokens_decoder names no token by its id: '518'"),
+        ({"518": "<toy>"}, "added_tokens_decoder names no token by its id: '518'"),
+    ],
+)
+def test_added_tokens_that_do_not_fit(tmp_path, added, text):
+    folder = vocabulary(tmp_path)
+    if isinstance(added, dict) and "<toy>" in added:
+        folder.joinpath("added_tokens.json").write_text(json.dumps(added))
+    else:
+        config(folder, added_tokens_decoder=added)
+    with pytest.raises(CheckpointError, match=text):
+        load_tokenizer(folder)
+
+
 def test_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no vocabulary for prompts; needed: vocab.json with merges.txt"):
         load_tokenizer(tmp_path)

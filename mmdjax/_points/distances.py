@@ -17,8 +17,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from mmdjax._core.numerics import inline_jit, product
-from mmdjax._points.blocks import block_beside, columns_of
+from mmdjax._points.blocks import Rows, block_beside, columns_of
 from mmdjax._points.particles import Particles, flat
+from mmdjax._points.streaming import HostReferences
 from mmdjax.tree import is_traced
 
 CANCELLATION = 1e-3  # of |x|² + |y|²; there a float32 product is off by about 1e-4
@@ -69,10 +70,19 @@ def squared_distance(
 
     def block(columns):
         diagonal = columns.index == jnp.arange(x.shape[0])[:, None] if same else None
-        moved = flat(columns.of(y)) - left.centre
-        return centred_distance(left, moved, y, columns.index, diagonal=diagonal, accurate=accurate)
+        rows, given, index = read(y, columns)
+        return centred_distance(left, rows - left.centre, given, index, diagonal=diagonal, accurate=accurate)
 
     return columns_of(block, jax.tree.leaves(y)[0].shape[0], block_beside(x.shape[0], y))
+
+
+def read(y: Any, columns: Rows) -> tuple[Float[Array, "k d"], Any, Int[Array, " k"]]:
+    """Some rows of y as a matrix; and an array or pytree of which they are rows, with which ones.
+
+    The latter are y and the block's; where y is on the host, the matrix itself, so that no row is read twice.
+    """
+    rows = flat(columns.of(y))
+    return (rows, rows, jnp.arange(rows.shape[0])) if isinstance(y, HostReferences) else (rows, y, columns.index)
 
 
 def middle(y: Any) -> Float[Array, " d"]:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from mmdjax._core.numerics import product, reciprocal, safe_sqrt
 from mmdjax._points.blocks import block_beside, sum_over
-from mmdjax._points.distances import about, centred_distance, middle, squared_distance
+from mmdjax._points.distances import about, centred_distance, middle, read, squared_distance
 from mmdjax._points.particles import Particles, flat
 from mmdjax.kernels.bandwidths import Median, Neighbourhood
 from mmdjax.kernels.contract import Kernel
@@ -86,9 +86,9 @@ class Radial(Kernel):
         x = points - centre
 
         def pull(columns):
-            y, c = flat(columns.of(b.x)), columns.weights(coef.T).T
+            (y, given, index), c = read(b.x, columns), columns.weights(coef.T).T
             diagonal = columns.index == jnp.arange(a.n)[:, None] if same else None
-            d2 = centred_distance(left, y - left.centre, b.x, columns.index, diagonal=diagonal, accurate=True)
+            d2 = centred_distance(left, y - left.centre, given, index, diagonal=diagonal, accurate=True)
             weight = self.preconditioned_weight(a, d2, precondition)
             pulls = c * weight
             mass = jnp.sum(jnp.abs(c) * weight, axis=1) if precondition == "mass" else jnp.zeros_like(left.squares)
@@ -99,6 +99,37 @@ class Radial(Kernel):
         gradient = towards - total[:, None] * x
         mass = mass if precondition == "mass" else jnp.ones_like(left.squares)
         return unflatten(gradient.astype(points.dtype))[0], mass
+
+
+@pytree
+class AtDistances(Radial, autodiff=True):
+    """A kernel of the distance between two sets whose distances are known already.
+
+    Args:
+      kernel: a kernel of the distance.
+      d2: the squared distances [n, m].
+    """
+
+    kernel: Any
+    d2: Any
+
+    def profile(self, d2):
+        """As of the kernel."""
+        return self.kernel.profile(d2)
+
+    def weight(self, d2):
+        """As of the kernel."""
+        return self.kernel.weight(d2)
+
+    def distance2(self, a, b, *, same=False):
+        return self.d2
+
+
+def weights_and_distance2(kernel: Kernel, a: Particles, b: Particles, *, same: bool = False) -> tuple[Array, Array]:
+    """`pair_weights` and `distance2`, from distances that are computed once, however many terms the kernel has."""
+    d2 = kernel.distance2(a, b, same=same)
+    known = kernel.map_radial(lambda part: AtDistances(part, d2)) if kernel.is_radial else kernel
+    return known.pair_weights(a, b, same=same), d2
 
 
 class Scaled(Radial, autodiff=True):

@@ -9,14 +9,14 @@ References:
 """
 
 import collections
-import dataclasses
 import io
 import math
 import pickle
+import re
 import struct
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -34,20 +34,38 @@ STORAGES = {
     "CharStorage": np.int8,
     "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
+    "UntypedStorage": np.uint8,
 }
-# What the training scripts' checkpoints carry beside tensors. Read as inert objects: neither imported nor called.
-INERT = {
-    ("numpy", "dtype"),
-    ("numpy.core.multiarray", "scalar"),
-    ("numpy._core.multiarray", "scalar"),
-    ("_codecs", "encode"),
-    ("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint"),
+NEW_DTYPES = {  # of tensors whose storage does not say it
+    "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
+    "float8_e5m2": ml_dtypes.float8_e5m2,
+    "float8_e4m3fnuz": ml_dtypes.float8_e4m3fnuz,
+    "float8_e5m2fnuz": ml_dtypes.float8_e5m2fnuz,
+    "float8_e8m0fnu": ml_dtypes.float8_e8m0fnu,
+    "uint16": np.uint16,
+    "uint32": np.uint32,
+    "uint64": np.uint64,
 }
+# What checkpoints carry beside tensors, and torch's own restricted loader reads; and what training scripts leave there.
+# Read as inert objects: neither imported nor called.
+INERT = re.compile(
+    r"torch\.(Size|device|Tensor|nn\.parameter\.Parameter|serialization\._get_layout"
+    r"|(b?float|complex|u?int|quint|qint|bits)\d+\w*|bool|strided|per_(tensor|channel)_\w+|\w+_format)"
+    r"|torch\._utils\._rebuild_(qtensor|sparse_tensor|nested_tensor|meta_tensor_no_storage)"
+    r"|collections\.Counter|(builtins|__builtin__)\.(set|frozenset|complex|bytearray)|argparse\.Namespace|_codecs\.encode"
+    r"|numpy\.(dtype|ndarray|_?core\.multiarray\.(scalar|_reconstruct))|pathlib\.(Posix|Windows)Path"
+    r"|pytorch_lightning\.callbacks\.model_checkpoint\.ModelCheckpoint"
+)
+# where tensors lie, if not on top; an average before the last step's
+NESTED = ("state_dict", "ema", "model", "module", "params_ema", "params", "generator")
 COMPRESSED = "the archive is compressed; torch.save writes it plain. Unpack and repack it"
 
 
 def open_archive(path: str | Path) -> Checkpoint:
-    """A file of `torch.save`, read without torch; the tensors may lie under "state_dict". See `open_file`."""
+    """A file of `torch.save`, read without torch. See `open_file`.
+
+    The tensors lie at the top or under one of `NESTED`, whose name is then the metadata's "group".
+    """
     path = Path(path)
     try:
         with zipfile.ZipFile(path) as archive:
@@ -72,12 +90,7 @@ def open_archive(path: str | Path) -> Checkpoint:
         raise
     except Exception as error:  # a pickle is a program: it can fail in any way
         raise CheckpointError(f"{path.name} holds a pickle that cannot be read: {error}") from error
-    if isinstance(tree, dict) and isinstance(tree.get("state_dict"), dict):
-        tree = tree["state_dict"]
-    tree = tree if isinstance(tree, dict) else {}
-    tensors = {key: value for key, value in tree.items() if isinstance(value, _Tensor)}
-    if not tensors:
-        raise CheckpointError(f'{path.name} holds no tensors, neither at the top nor under "state_dict"')
+    group, tensors = _tensors(tree, path.name)
     prefix = pickles[0].removesuffix("data.pkl")
     with path.open("rb") as file:
         mapped = map_file(file)
@@ -86,21 +99,46 @@ def open_archive(path: str | Path) -> Checkpoint:
     if order is not None and mapped[start : start + 3] == b"big":
         raise CheckpointError(f"{path.name} was written on a big-endian machine, which is not supported")
     stored = {key: _locate(path.name, key, value, prefix, entries, mapped) for key, value in tensors.items()}
-    return Checkpoint(stored, path.name)
+    return Checkpoint(stored, path.name, None if group is None else {"group": group})
 
 
-@dataclasses.dataclass(frozen=True)
-class _Storage:
+# Tuples, which a pickle cannot alter once they are made.
+
+
+class _Kind(NamedTuple):
+    """The name of a class of storages or of a dtype."""
+
+    name: str
+
+
+class _Storage(NamedTuple):
     dtype: np.dtype
     key: str
 
 
-@dataclasses.dataclass(frozen=True)
-class _Tensor:
+class _Tensor(NamedTuple):
     storage: _Storage
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+
+
+def _tensors(tree: Any, source: str) -> tuple[str | None, dict[str, _Tensor]]:
+    """The tensors at the top of what a pickle holds, else those of the first of NESTED that has any, and its name."""
+    tree = tree if isinstance(tree, dict) else {}
+    places = {"state_dict": tree.get("state_dict"), None: tree} | {name: tree.get(name) for name in NESTED}
+    for group, inner in places.items():
+        found = inner if isinstance(inner, dict) else {}
+        if isinstance(found.get("state_dict"), dict):
+            found = found["state_dict"]
+        tensors = {key: value for key, value in found.items() if isinstance(value, _Tensor)}
+        if tensors:
+            return group, tensors
+    there = [repr(key) for key in tree]
+    beside = f"; there are {', '.join(there[:10])}" if there else ""
+    raise CheckpointError(
+        f'{source} holds no tensors, neither at the top nor under "state_dict" or {", ".join(NESTED[1:])}{beside}'
+    )
 
 
 class _Unpickler(pickle._Unpickler):
@@ -115,35 +153,65 @@ class _Unpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
             return collections.OrderedDict
-        if module == "torch" and name in STORAGES:
-            return np.dtype(STORAGES[name])
-        if module == "torch._utils" and name in ("_rebuild_tensor", "_rebuild_tensor_v2"):
-            return lambda storage, offset, shape, strides, *_: _Tensor(storage, offset, tuple(shape), tuple(strides))
-        if module == "torch._utils" and name == "_rebuild_parameter":
-            return lambda tensor, *_: tensor
-        if (module, name) in INERT:
-            return type(
-                name, (), {"__new__": lambda cls, *_: object.__new__(cls), "__setstate__": lambda self, state: None}
-            )
+        if (module in ("torch", "torch.storage") and name in STORAGES) or (module == "torch" and name in NEW_DTYPES):
+            return _Kind(name)
+        match module, name:
+            case "torch._utils", "_rebuild_tensor" | "_rebuild_tensor_v2":
+                return lambda storage, offset, shape, strides, *_: _Tensor(
+                    storage, offset, tuple(shape), tuple(strides)
+                )
+            case "torch._utils", "_rebuild_tensor_v3":
+                return _rebuild_v3
+            case "torch._utils", "_rebuild_parameter" | "_rebuild_parameter_with_state":
+                return lambda tensor, *_: tensor
+            case "torch._utils", "_rebuild_device_tensor_from_cpu_tensor":
+                return lambda tensor, *_: tensor
+            case "torch._tensor", "_rebuild_from_type_v2":
+                return lambda function, cls, args, state: function(*args)
+        if INERT.fullmatch(f"{module}.{name}"):
+            return type(name, (), dict.fromkeys(_METHODS, _nothing) | {"__new__": _made})
         raise CheckpointError(
             f"{self.source} asks for {module}.{name}, which is not a tensor; it was refused and nothing in it was run. "
             "Files with code in them can harm you: use a safetensors version of this checkpoint"
         )
 
     def persistent_load(self, pid: Any) -> _Storage:
-        kind, dtype, key, *_ = pid
-        if kind != "storage" or not isinstance(dtype, np.dtype) or not isinstance(key, str):
+        kind, of, key, *_ = pid
+        if kind != "storage" or not isinstance(of, _Kind) or of.name not in STORAGES or not isinstance(key, str):
             raise CheckpointError(
                 f"{self.source} refers to {kind!r} outside the pickle; only tensors' storage is known"
             )
-        return _Storage(dtype, key)
+        return _Storage(np.dtype(STORAGES[of.name]), key)
+
+
+_METHODS = ("__setstate__", "__setitem__", "append", "extend", "add", "update")  # that the opcodes of a pickle call
+
+
+def _nothing(self: Any, *_: Any) -> None:
+    """Any method of an inert object."""
+
+
+def _made(cls: Any, *_: Any, **__: Any) -> Any:
+    return object.__new__(cls)
+
+
+def _rebuild_v3(storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, *_: Any) -> Any:
+    # a storage of bytes, and the dtype said beside it
+    kind = NEW_DTYPES[dtype.name] if isinstance(dtype, _Kind) and dtype.name in NEW_DTYPES else None
+    if kind is None or not isinstance(storage, _Storage):
+        return None  # of a dtype that no checkpoint's weights have: reported as missing
+    return _Tensor(_Storage(np.dtype(kind), storage.key), offset, tuple(shape), tuple(strides))
 
 
 def _locate(source, key, tensor, prefix, entries, mapped) -> Stored:
     """A tensor's place in the archive, checked against the size of its storage."""
     storage = tensor.storage
     numbers = (tensor.offset, *tensor.shape, *tensor.strides)
-    sound = len(tensor.shape) == len(tensor.strides) and all(type(n) is int and n >= 0 for n in numbers)
+    sound = (
+        isinstance(key, str)
+        and len(tensor.shape) == len(tensor.strides)
+        and all(type(n) is int and n >= 0 for n in numbers)
+    )
     if not isinstance(storage, _Storage) or not sound:
         raise CheckpointError(f"{source}: {key!r} is not a tensor that torch.save wrote")
     info = entries.get(f"{prefix}data/{storage.key}")

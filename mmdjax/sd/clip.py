@@ -3,13 +3,16 @@
     h_0 = token + position,   h_i = h + W_o attn(ln h),   then h + fc2 act(fc1 ln h),   y = ln h_L.
 
 All are returned, as diffusion models use different ones: Stable Diffusion 1 and 2 are conditioned on y (2 has an
-encoder of one layer less), SDXL on h_{L−1} of two encoders and on the second's projected pooled state.
+encoder of one layer less), SDXL on h_{L−1} of two encoders and on the second's projected pooled state. With `clip_skip`
+k, which some fine-tuned models were trained with, the states are those of the first L − k layers, y = ln h_{L−k}; only
+the projection is of the whole encoder.
 
 References:
   Radford et al. 2021 (CLIP), Cherti et al. 2023 (OpenCLIP), Podell et al. 2023, section 2.1 (SDXL's pair).
 """
 
 import dataclasses
+import re
 from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -24,6 +27,7 @@ ACTIVATIONS = {
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # CLIP-L
     "gelu": lambda x: nn.gelu(x, approximate=False),  # OpenCLIP: the erf one
 }
+UNPREFIXED = re.compile(r"(embeddings|encoder\.layers|final_layer_norm)\.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,14 +48,15 @@ class CLIPTextConfig(Config):
     projection_dim: int = 512
     eos_token_id: int = 49407
     with_projection: bool = False
+    clip_skip: int = 0  # no setting of transformers: `mmdjax.sd.load` writes it here
 
     @classmethod
     def from_json(cls, raw):
         """See `Config.from_json`.
 
         Raises:
-          ValueError: another model's file, an unknown `hidden_act`, or no `architectures` to say whether there is a
-            projection.
+          ValueError: another model's file, an unknown `hidden_act`, no `architectures` to say whether there is a
+            projection, or a `clip_skip` of all layers.
         """
         if not raw.get("architectures"):
             raise ValueError(f"a text encoder's config.json must name its architecture: one of {cls.CLASSES}")
@@ -59,6 +64,11 @@ class CLIPTextConfig(Config):
         check_size(config, config.num_hidden_layers)
         if config.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act is {config.hidden_act!r}; implemented: {tuple(ACTIVATIONS)}")
+        if not 0 <= config.clip_skip < config.num_hidden_layers:
+            raise ValueError(
+                f"clip_skip is {config.clip_skip}; give 0 to {config.num_hidden_layers - 1}, as the text encoder has "
+                f"{config.num_hidden_layers} layers"
+            )
         return dataclasses.replace(config, with_projection=str(class_name(raw)).endswith("WithProjection"))
 
 
@@ -66,10 +76,10 @@ class TextOutput(NamedTuple):
     """The output of a text encoder for ids [n, l].
 
     Args:
-      last: y = ln h_L, [n, l, d].
-      hidden: h_0 … h_L before the final norm, each [n, l, d]; hidden[-2] is SDXL's condition.
+      last: y = ln h_{L−k}, [n, l, d], k = `clip_skip`.
+      hidden: h_0 … h_{L−k} before the final norm, each [n, l, d]; hidden[-2] is SDXL's condition.
       pooled: y at the end-of-text token, [n, d].
-      projected: pooled times the projection, [n, p]; None in a model without one.
+      projected: ln h_L at the end-of-text token times the projection, [n, p]; None in a model without one.
     """
 
     last: Float[Array, "n l d"]
@@ -86,6 +96,9 @@ class CLIPText(Block):
     def inputs(self):
         return (jax.ShapeDtypeStruct((1, 2), jnp.int32),)
 
+    def checkpoint_key(self, key):
+        return f"text_model.{key}" if UNPREFIXED.match(key) else key  # transformers 5 leaves it out
+
     @nn.compact
     def __call__(self, ids: Int[Array, "n l"]) -> TextOutput:
         cfg = self.config
@@ -96,12 +109,14 @@ class CLIPText(Block):
         for i in range(cfg.num_hidden_layers):
             h = self.part(EncoderLayer, f"text_model.encoder.layers.{i}", cfg)(h)
             hidden.append(h)
-        last = self.layer_norm("text_model.final_layer_norm", cfg.layer_norm_eps)(h)
-        pooled = last[jnp.arange(ids.shape[0]), end_of_text(ids, cfg.eos_token_id)]
-        projected = (
-            self.dense("text_projection", cfg.projection_dim, bias=False)(pooled) if cfg.with_projection else None
-        )
-        return TextOutput(last, tuple(hidden), pooled, projected)
+        norm, ends = self.layer_norm("text_model.final_layer_norm", cfg.layer_norm_eps), jnp.arange(ids.shape[0])
+        at_end = (ends, end_of_text(ids, cfg.eos_token_id))
+        hidden = hidden[: len(hidden) - cfg.clip_skip]
+        last, projected = norm(hidden[-1]), None
+        if cfg.with_projection:
+            whole = norm(h) if cfg.clip_skip else last
+            projected = self.dense("text_projection", cfg.projection_dim, bias=False)(whole[at_end])
+        return TextOutput(last, tuple(hidden), last[at_end], projected)
 
 
 class EncoderLayer(Block):

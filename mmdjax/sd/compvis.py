@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mmdjax.checkpoint import Checkpoint, Entry
+from mmdjax.sd import single_flux
 from mmdjax.sd.clip import CLIPText
+from mmdjax.sd.transformers.flux import FluxNetwork
 from mmdjax.sd.unet import UNet2D, UNet2DCondition
 
 UNET_RESNET = {
@@ -35,7 +37,9 @@ OPENCLIP_LAYER = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.
 
 
 class Source(NamedTuple):
-    """Where a parameter is: a key, and a piece of its tensor: all, a third, one of three by head, or the transpose."""
+    """Where a parameter is: a key, and a piece of its tensor: all, a third, one of three by head, the transpose, or its
+    halves swapped.
+    """
 
     key: str
     piece: str = "all"
@@ -49,6 +53,8 @@ class Source(NamedTuple):
             return whole
         if self.piece == "transposed":
             return Entry(whole.shape[::-1], whole.dtype, lambda: whole.read().T)
+        if self.piece == "swapped":
+            return Entry(whole.shape, whole.dtype, lambda: np.roll(whole.read(), whole.shape[0] // 2, axis=0))
         rows = whole.shape[0] // 3
         return Entry((rows, *whole.shape[1:]), whole.dtype, lambda: self._third(whole.read()))
 
@@ -58,20 +64,22 @@ class Source(NamedTuple):
         return by_head[:, self.third].reshape(-1, *array.shape[1:])
 
 
-def translate(checkpoint: Checkpoint, sources: Mapping[str, Source]) -> Checkpoint:
+def translate(checkpoint: Checkpoint, sources: Mapping[str, Source | single_flux.Rows]) -> Checkpoint:
     """A single file's tensors under diffusers' names. Those that have none keep theirs, and are reported as unused."""
     used = {source.key for source in sources.values()}
     found = {key: source.of(checkpoint) for key, source in sources.items() if source.key in checkpoint}
     return Checkpoint(found | {k: v for k, v in checkpoint.stored.items() if k not in used}, checkpoint.source)
 
 
-def sources(module: Any, keys: Iterable[str], *, openclip: bool = False) -> dict[str, Source]:
+def sources(module: Any, keys: Iterable[str], *, openclip: bool = False) -> Mapping[str, Source | single_flux.Rows]:
     """The places of diffusers' keys of a module in the module's part of a single file (without its prefix)."""
     cfg = module.config
     if isinstance(module, CLIPText):
         return {key: openclip_source(key) if openclip else Source(key) for key in keys}
     if isinstance(module, UNet2D | UNet2DCondition):
         return {key: unet_source(key, cfg) for key in keys}
+    if isinstance(module, FluxNetwork):
+        return single_flux.sources(keys, cfg.width)
     return {key: Source(vae_key(key, len(cfg.block_out_channels))) for key in keys}
 
 

@@ -11,7 +11,19 @@ import typing
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+# diffusers 0.27 and before had one class for these; which of them it is, is in "norm_type"
+TRANSFORMERS = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
 MAX_LEVELS, MAX_BLOCKS = 12, 2000  # Stable Diffusion XL's U-Net has 3 and some 150
+HARMLESS = {"dropout", "attention_dropout", "gradient_checkpointing"}  # without effect when sampling
+HARMLESS |= {
+    "decay",
+    "min_decay",
+    "inv_gamma",
+    "power",
+    "use_ema_warmup",
+    "update_after_step",
+    "optimization_step",
+}  # EMA
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +50,7 @@ class Config:
             if key in cls.FIXED and frozen(value) != cls.FIXED[key] and value is not None:
                 problems.append(f"{key} = {value!r} (implemented: {cls.FIXED[key]!r})")
             known = key in names or key in cls.FIXED or key.startswith("_") or cls.OPEN
-            if not known and value not in (None, False):
+            if not known and key not in HARMLESS and value not in (None, False):
                 problems.append(f"{key} = {value!r} (unknown)")
         if problems:
             raise ValueError(
@@ -58,6 +70,8 @@ class Config:
 def class_name(raw: Mapping[str, Any]) -> Any:
     """The class that a config.json names; None if it names none."""
     architectures = raw.get("architectures")
+    if raw.get("_class_name") == "Transformer2DModel":
+        return TRANSFORMERS.get(str(raw.get("norm_type")), "Transformer2DModel")
     return raw.get("_class_name") or (architectures[0] if isinstance(architectures, list) and architectures else None)
 
 

@@ -6,12 +6,14 @@ dots is its key, up to the leaf,
     kernel, scale, embedding ↔ weight        others keep their names,
 
 and only kernels change their layout: [out, in, h, w] ↔ [h, w, in, out], [out, in] ↔ [in, out]. The keys and shapes must
-be those of the module's `init` (by `jax.eval_shape`, which takes no memory); an error lists all differences.
+be those of the module's `init` (by `jax.eval_shape`, which takes no memory); an error tells all differences
+(`mmdjax.sd.differences`). Spellings that mean the same are read as such: older names, and a prefix before all names.
 """
 
+import fnmatch
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +24,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mmdjax.checkpoint import Checkpoint, CheckpointError, Entry
 from mmdjax.sd.clip import CLIPText
+from mmdjax.sd.differences import differences
 
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 
@@ -31,21 +34,29 @@ RENAMED = (
     (re.compile(r"(attentions\.\d+)\.key\."), r"\1.to_k."),
     (re.compile(r"(attentions\.\d+)\.value\."), r"\1.to_v."),
     (re.compile(r"(attentions\.\d+)\.proj_attn\."), r"\1.to_out.0."),
-    (
-        re.compile(r"^(embeddings|encoder\.layers|final_layer_norm)\."),
-        r"text_model.\1.",
-    ),  # transformers 5; text encoders only
 )
-DROPPED = re.compile(r"(^|\.)embeddings\.position_ids$")
-# Other things that come in the same file formats, by what only they have.
+COMPILED = re.compile(r"(^|\.)_orig_mod\.")  # torch.compile writes it before the names in what it compiled
+DROPPED = re.compile(r"(^|\.)embeddings\.position_ids$|(^|\.)bn\.num_batches_tracked$")
+LAYER = re.compile(r"text_model\.encoder\.layers\.(\d+)\.")
+# Other things that come in the same file formats, by what only they have: first those that change no weights.
 FOREIGN = (
     (
-        re.compile(r"(^|[._])lora[._]|\.(hada|lokr)_|\.lora_(A|B|up|down)"),
-        "a LoRA: a change to a model; merge it into its model first",
+        re.compile(r"^(control_model\.|controlnet_|input_hint_block|lora_controlnet$)"),
+        "a ControlNet, which needs a model of its own",
     ),
-    (re.compile(r"^(control_model\.|controlnet_|input_hint_block)"), "a ControlNet, which needs a model of its own"),
-    (re.compile(r"^(string_to_param|emb_params)"), "a textual inversion: an embedding, not a model"),
-    (re.compile(r"^double_blocks\."), "a diffusion transformer (Flux), not a U-Net"),
+    (
+        re.compile(r"^(image_proj|ip_adapter)\.|\.to_[kv]_ip\."),
+        "an IP-Adapter, which needs an image encoder; it is not implemented",
+    ),
+    (
+        re.compile(r"^(string_to_param|emb_params|clip_[lg]$)"),
+        "a textual inversion: an embedding, not a model; give it beside its model, "
+        "load(model, textual_inversion={token: file}) or --textual-inversion TOKEN=FILE",
+    ),
+    (
+        re.compile(r"(^|[._])lora[._]|\.(hada|lokr)_|\.lora_(A|B|up|down)"),
+        "a LoRA: a change to a model; give it beside its model, load(model, lora={file: 1.0}) or --lora FILE=1",
+    ),
 )
 
 
@@ -71,7 +82,12 @@ def _init(module: nn.Module) -> Any:
 
 def keys(tree: Mapping) -> dict[str, tuple[str, ...]]:
     """PyTorch's key of each parameter, and its path in the tree."""
-    return {".".join((*path[:-1], LEAVES.get(path[-1], path[-1]))): path for path in flat(tree)}
+    return {torch_key(path): path for path in flat(tree)}
+
+
+def torch_key(path: tuple[str, ...]) -> str:
+    """PyTorch's key of the parameter at a path."""
+    return ".".join((*path[:-1], LEAVES.get(path[-1], path[-1])))
 
 
 def flat(tree: Mapping) -> dict[tuple[str, ...], Any]:
@@ -134,6 +150,7 @@ def params_from_torch(
     *,
     param_dtype: Any = None,
     put: Callable[[np.ndarray], Any] = to_device,
+    permits: Callable[[str], bool] = lambda key: False,
 ) -> dict:
     """The parameters of a module from a checkpoint in diffusers' naming, tensor by tensor.
 
@@ -142,15 +159,23 @@ def params_from_torch(
       param_dtype: cast parameters to this dtype; None: as stored.
       put: a function for each array, which is a view of the file: `to_device`, a copy, or a `jax.device_put` to a
         sharding.
+      permits: whether a key may go unused.
     Raises:
-      CheckpointError: keys missing, unused or of another shape, all in one message; values that `param_dtype` cannot
-        hold.
+      CheckpointError: keys missing, unused or of another shape, all in one message; weights in integers; values that
+        `param_dtype` cannot hold.
     """
     tree = abstract(module)
     wanted, leaves = keys(tree), flat(tree)
-    found = canonical(checkpoint, module)
     shapes = {key: torch_shape(path[-1], leaves[path].shape) for key, path in wanted.items()}
-    check(found, shapes, f"{checkpoint.source} as {type(module).__name__}")
+    found = unprefixed(canonical(checkpoint, module), shapes)
+    check(found, shapes, f"{checkpoint.source} as {type(module).__name__}", permits)
+    integers = [key for key in wanted if np.dtype(found.stored[key].dtype).kind in "iub"]
+    if integers:
+        name = np.dtype(found.stored[integers[0]].dtype).name
+        raise CheckpointError(
+            f"{checkpoint.source}: {len(integers)} weights are integers, such as {integers[0]} ({name}), quantised in "
+            "a way that is not read; take the model in float32, 16 bits or 8-bit floats"
+        )
     params = {}
     for key, path in wanted.items():
         array = to_flax(path[-1], found[key].reshape(shapes[key]))
@@ -171,38 +196,83 @@ def params_to_torch(params: Mapping) -> dict[str, Entry]:
 
 
 def canonical(checkpoint: Checkpoint, module: nn.Module) -> Checkpoint:
-    """The checkpoint under current names: attention's old names replaced, buffers left out."""
-    rules = RENAMED if isinstance(module, CLIPText) else RENAMED[:-1]
+    """The checkpoint under the module's names: old names replaced; buffers and what it does not use left out, such as
+    a text encoder's projection, or its last layers ("clip skip").
+    """
+    text = module.config if isinstance(module, CLIPText) else None
     found = {}
-    for key, stored in checkpoint.stored.items():
+    for old, stored in checkpoint.stored.items():
+        key = COMPILED.sub(r"\1", old)
         if DROPPED.search(key):
             continue
-        for pattern, new in rules:
+        for pattern, new in RENAMED:
             key = pattern.sub(new, key)
-        found[key] = stored
+        key = module.checkpoint_key(key)  # pyright: ignore[reportAttributeAccessIssue]
+        if key is None or (text is not None and _beyond(key, text)):
+            continue
+        if key == old or key not in found:  # of two names of one tensor, the module's own
+            found[key] = stored
     return Checkpoint(found, checkpoint.source, checkpoint.metadata)
 
 
-def check(found: Checkpoint, shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
-    """Raise one CheckpointError that lists all keys missing, unused or of another shape."""
-    refuse_foreign(found)
-    missing = sorted(shapes.keys() - found.keys())
-    unused = sorted(found.keys() - shapes.keys())
-    other = [key for key in sorted(shapes.keys() & found.keys()) if not _same(found.shape(key), shapes[key])]
-    if not (missing or unused or other):
-        return
-    lines = [f"{what}: {len(missing)} keys missing, {len(unused)} unused, {len(other)} of another shape"]
-    lines += [f"  missing: {key} {list(shapes[key])}" for key in missing]
-    lines += [f"  unused: {key} {list(found.shape(key))}" for key in unused]
-    lines += [f"  shape: {key} is {list(found.shape(key))}, the model wants {list(shapes[key])}" for key in other]
-    raise CheckpointError("\n".join(lines))
+def _beyond(key: str, text: Any) -> bool:
+    layer = LAYER.match(key)
+    if key == "text_projection.weight":
+        return not text.with_projection
+    return key == "logit_scale" or (layer is not None and int(layer[1]) >= text.num_hidden_layers)
 
 
-def refuse_foreign(found: Checkpoint) -> None:
-    """Raise CheckpointError if the keys are those of a LoRA, a ControlNet or the like."""
-    for pattern, name in FOREIGN:
-        if any(pattern.search(key) for key in found):
+def unprefixed(found: Checkpoint, wanted: Collection[str]) -> Checkpoint:
+    """The checkpoint without what stands before all of the wanted names, such as "module." or "unet."."""
+    first = next(iter(wanted), "")
+    before = [key.removesuffix(first) for key in found if key.endswith("." + first)]
+    if first in found or len(before) != 1 or not all(before[0] + key in found for key in wanted):
+        return found
+    short = {key.removeprefix(before[0]): stored for key, stored in found.stored.items()}
+    return Checkpoint(short, found.source, found.metadata)
+
+
+def check(
+    found: Checkpoint,
+    shapes: Mapping[str, tuple[int, ...]],
+    what: str,
+    permits: Callable[[str], bool] = lambda key: False,
+) -> None:
+    """Raise one CheckpointError that tells all keys missing, unused (unless permitted) or of another shape."""
+    there = {key: tuple(found.shape(key)) for key in found}
+    lines = differences(there, shapes, _same, permits, kind)
+    if lines:
+        if shapes.keys() - found.keys():
+            refuse_foreign(found)
+        raise CheckpointError("\n".join([f"{what}: {lines[0]}", *lines[1:]]))
+
+
+def refuse_foreign(found: Checkpoint, *, changes: bool = False) -> None:
+    """Raise CheckpointError if the keys are those of a LoRA, a ControlNet or the like.
+
+    Args:
+      changes: whether the file may be a LoRA, with the names of any network.
+    """
+    for _, name in FOREIGN[:3] if changes else FOREIGN:
+        if any(kind(key) == name for key in found):
             raise CheckpointError(f"{found.source} is {name}")
+
+
+def kind(key: str) -> str | None:
+    """What a key is part of, if not of the networks here: a LoRA, a ControlNet or the like."""
+    return next((name for pattern, name in FOREIGN if pattern.search(key)), None)
+
+
+def permitted(patterns: str | Sequence[str]) -> Callable[[str], bool]:
+    """Whether a key is like one of the patterns, in which "*" stands for anything and "?" for one sign.
+
+    Example:
+      >>> permits = permitted(["extra.*", "step"])
+      >>> [permits(key) for key in ("extra.a.b", "step", "steps")]
+      [True, True, False]
+    """
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    return lambda key: any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
 
 
 def _same(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:

@@ -27,8 +27,9 @@ class Block(nn.Module, kw_only=True):
     Args:
       dtype: of the computation.
       param_dtype: of the parameters that `init` makes.
-      flash: use cuDNN's fused attention if possible (a GPU, half precision, heads of at most 128, no upcast).
-      remat: in a U-Net, keep only the inputs of each block for the backward pass, and compute the rest again.
+      flash: use cuDNN's fused attention if possible (a GPU, half precision, heads of at most 128, no upcast, no mask).
+      remat: in a U-Net or a transformer, keep only the inputs of each block for the backward pass, and compute the rest
+        again.
     """
 
     dtype: Any = jnp.float32
@@ -40,10 +41,19 @@ class Block(nn.Module, kw_only=True):
         """Of a whole network: arguments to trace `init` with. The parameters do not depend on sizes of the input."""
         raise NotImplementedError
 
+    def checkpoint_key(self, key: str) -> str | None:
+        """Of a whole network: its name of a tensor that other checkpoints spell otherwise; None: it does not use it."""
+        return key
+
     @property
     def compute_dtype(self) -> Any:
         """The dtype of the computation: `dtype`, unless a config asks for another."""
         return self.dtype
+
+    @property
+    def wide_dtype(self) -> Any:
+        """The same with the range of float32: for values that outgrow float16."""
+        return jnp.float32 if self.compute_dtype == jnp.float16 else self.compute_dtype
 
     def part(self, cls, name: str | None, *args, **kwargs) -> Any:
         """A submodule with this one's dtypes and settings."""
@@ -64,9 +74,15 @@ class Block(nn.Module, kw_only=True):
             name=name,
         )
 
-    def dense(self, name: str, features: int, bias: bool = True) -> nn.Dense:
-        """A linear map."""
-        return nn.Dense(features, use_bias=bias, dtype=self.compute_dtype, param_dtype=self.param_dtype, name=name)
+    def dense(self, name: str, features: int, bias: bool = True, *, zero: bool = False) -> nn.Dense:
+        """A linear map; with `zero` it starts at zero."""
+        init = nn.initializers.zeros if zero else nn.linear.default_kernel_init
+        how = {"dtype": self.compute_dtype, "param_dtype": self.param_dtype, "kernel_init": init}
+        return nn.Dense(features, use_bias=bias, **how, name=name)
+
+    def wide_dense(self, name: str, features: int) -> nn.Dense:
+        """A linear map without bias, computed in `wide_dtype`."""
+        return nn.Dense(features, use_bias=False, dtype=self.wide_dtype, param_dtype=self.param_dtype, name=name)
 
     def embed(self, name: str, num: int, features: int) -> nn.Embed:
         """A table of embeddings."""
@@ -86,13 +102,13 @@ class Block(nn.Module, kw_only=True):
         """x over the root of its mean square, times a scale; along the last axis.  Zhang & Sennrich 2019."""
         return nn.RMSNorm(epsilon=eps, dtype=self.compute_dtype, param_dtype=self.param_dtype, name=name)
 
-    def attention(self, x, context, heads: int, *, bias: bool = False, upcast: bool = False):
-        """softmax(q kᵀ/√d) v with its four projections: x [n, l, c], context [n, m, d] -> [n, l, c]."""
+    def attention(self, x, context, heads: int, *, bias: bool = False, upcast: bool = False, mask: Any = None):
+        """softmax(q kᵀ/√d) v with its four projections: x [n, l, c], context [n, m, d], mask [n, m] -> [n, l, c]."""
         n, length, channels = x.shape
         q = self.dense("to_q", channels, bias)(x).reshape(n, length, heads, -1)
         k = self.dense("to_k", channels, bias)(context).reshape(n, context.shape[1], heads, -1)
         v = self.dense("to_v", channels, bias)(context).reshape(n, context.shape[1], heads, -1)
-        y = attend(q, k, v, upcast=upcast, flash=self.flash).astype(self.compute_dtype)
+        y = attend(q, k, v, mask=mask, upcast=upcast, flash=self.flash).astype(self.compute_dtype)
         return self.dense("to_out.0", channels)(y.reshape(n, length, channels))
 
 
@@ -147,3 +163,27 @@ def upsample(x: Float[Array, "n h w c"], size: tuple[int, ...]) -> Float[Array, 
         old = x.shape[axis]
         x = jnp.repeat(x, 2, axis) if new == 2 * old else jnp.take(x, jnp.arange(new) * old // new, axis)
     return x
+
+
+def pack(x: Float[Array, "n h w c"], size: int = 2) -> Float[Array, "n h2 w2 k"]:
+    """Each size × size positions as one, of c size² channels; these run over c, then the rows, then the columns.
+
+    Raises:
+      ValueError: height or width is no multiple of the size.
+
+    Example:
+      >>> pack(jnp.arange(8.0).reshape(1, 2, 2, 2)).tolist()
+      [[[[0.0, 2.0, 4.0, 6.0, 1.0, 3.0, 5.0, 7.0]]]]
+    """
+    n, h, w, c = x.shape
+    if h % size or w % size:
+        raise ValueError(f"the latents are {h} × {w}; give multiples of {size}, which are packed {size} × {size}")
+    x = x.reshape(n, h // size, size, w // size, size, c)
+    return x.transpose(0, 1, 3, 5, 2, 4).reshape(n, h // size, w // size, c * size**2)
+
+
+def unpack(x: Float[Array, "n h w k"], size: int = 2) -> Float[Array, "n h2 w2 c"]:
+    """The inverse of `pack`."""
+    n, h, w, k = x.shape
+    x = x.reshape(n, h, w, k // size**2, size, size)
+    return x.transpose(0, 1, 4, 2, 5, 3).reshape(n, h * size, w * size, k // size**2)

@@ -178,4 +178,6 @@ def identity(pipeline: Pipeline, params: Any, *, prompts: bool = True) -> str:
     if prompts:
         said += [pipeline.tokenizers[encoder].encoding.to_str() for encoder in pipeline.encoders]
         parts += [params[encoder] for encoder in pipeline.encoders]
+        skips = [getattr(pipeline.modules[encoder].config, "clip_skip", 0) for encoder in pipeline.encoders]
+        said += [skips] if any(skips) else []  # packs without it are as they were
     return sha256([json.dumps(said).encode(), *tree_bytes(parts)])

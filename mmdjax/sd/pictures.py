@@ -2,24 +2,34 @@
 
 A picture is rotated by its EXIF tag, cropped around its centre to the wanted shape, and resized (Lanczos). Colours are
 converted to 8-bit RGB: also grey, CMYK and 16 bits a channel; transparent pictures get a white background. Pictures
-with several frames, and those smaller than one latent, are errors.
+with several frames, and those smaller than one latent, are errors. A picture whose EXIF data are damaged is used; if
+they do not tell how to rotate it, it is not rotated.
 
-Captions are `name.txt` beside `name.png`, or a `metadata.jsonl` of lines {"file_name": "name.png", "text": "…"}. If
-there is a metadata.jsonl, text files are ignored.
+What else lies in the folder is named as skipped, but for hidden files. For captions see `mmdjax.sd.captions`.
 """
 
 import dataclasses
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
-METADATA = "metadata.jsonl"
+from mmdjax.checkpoint import POINTER
+from mmdjax.sd.captions import TABLES, find_captions, is_caption
+
+ENDINGS = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".dib", ".tif", ".tiff", ".gif", ".apng"),
+    *(".jp2", ".j2k", ".jpx", ".jpf", ".tga", ".ppm", ".pgm", ".pbm", ".pnm", ".pcx", ".qoi", ".ico", ".psd", ".mpo"),
+)
+UNKNOWN = (".heic", ".heif", ".jxl", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".raw")
 NO_CAPTION = "it has no caption and others have"
+TURNS = {  # EXIF's orientation, and the name of Pillow's operation that undoes it
+    **{2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE"},
+    **{6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"},
+}
+ORIENTATION = 0x0112
 
 
 class PictureError(ValueError):
@@ -70,15 +80,28 @@ def open_pictures(folder: str | Path, *, smallest: int = 2, skip: bool = False, 
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder of pictures")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS and path.is_file())
+    there = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    paths = [path for path in there if path.suffix.lower() in ENDINGS + UNKNOWN and not path.is_dir()]
     if not paths:
         raise FileNotFoundError(f"{folder}: no pictures; looked for {', '.join('*' + ending for ending in ENDINGS)}")
     problems = {path: problem for path in paths if (problem := _problem(path, smallest)) is not None}
-    found, stray = _captions(folder, paths) if captions else ({}, [])
+    found, stray = find_captions(folder, paths) if captions else ({}, [])
     for path in paths if found else ():
         if path not in found:
             problems.setdefault(path, NO_CAPTION)
-    return _usable(paths, found or None, problems, stray, skip)
+    others = [path for path in there if not (path in paths or is_caption(path) or path.name in TABLES)]
+    return _usable(paths, found or None, problems, stray, skip, tuple(_left_out(others)))
+
+
+def _left_out(paths: Iterable[Path]) -> Iterator[str]:
+    """Files and folders that are neither pictures nor captions, a line for each kind."""
+    kinds: dict[str, list[str]] = {}
+    for path in paths:
+        kinds.setdefault("/" if path.is_dir() else path.suffix.lower(), []).append(path.name)
+    for kind, names in kinds.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        what = "a folder; the pictures in folders within are not read" if kind == "/" else "neither picture nor caption"
+        yield f"{names[0]}{more}: {what}"
 
 
 def read_picture(path: str | Path, height: int, width: int, *, channels: int = 3) -> Float[np.ndarray, "h w c"]:
@@ -86,16 +109,38 @@ def read_picture(path: str | Path, height: int, width: int, *, channels: int = 3
 
     Args:
       channels: 3, or 1 for grey.
+    Raises:
+      PictureError: it cannot be read; `open_pictures` finds out before.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-    with Image.open(path) as picture:
-        picture = _eight_bit(ImageOps.exif_transpose(picture), "RGB" if channels == 3 else "L")
+    try:
+        picture = _opened(Path(path), "RGB" if channels == 3 else "L")
+    except Exception as error:  # a file can spoil a decoder in any way, and the user needs its name
+        raise PictureError(f"{path}: not readable as a picture ({error})") from error
     shrink = min(picture.width / width, picture.height / height)
     cut = round(width * shrink), round(height * shrink)
     left, top = (picture.width - cut[0]) // 2, (picture.height - cut[1]) // 2
     fitted = picture.crop((left, top, left + cut[0], top + cut[1])).resize((width, height), Image.Resampling.LANCZOS)
     return (np.asarray(fitted, np.float32) / 127.5 - 1).reshape(height, width, channels)
+
+
+def _opened(path: Path, mode: str) -> Any:
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        return _eight_bit(_upright(picture), mode)
+
+
+def _upright(picture: Any) -> Any:
+    """The picture as its EXIF data say that it was held; damaged ones say nothing, which harms no pixel."""
+    from PIL import Image
+
+    try:
+        turn = TURNS.get(picture.getexif().get(ORIENTATION, 1))
+    except Exception:  # Pillow's readers of EXIF fail in their own ways: struct's, SyntaxError, ValueError
+        turn = None
+    return picture if turn is None else picture.transpose(Image.Transpose[turn])
 
 
 def _eight_bit(picture: Any, mode: str) -> Any:
@@ -144,35 +189,20 @@ def _problem(path: Path, smallest: int, *, sizes_only: bool = False) -> str | No
                 return f"it has {frames} frames; save the one that is meant"
             if min(picture.size) < smallest:
                 return f"it has {picture.width} × {picture.height} pixels; the shorter side needs {smallest}"
-            if not sizes_only:
-                picture.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return f"not readable as a picture ({error})"
+        if not sizes_only:
+            _opened(path, "RGB")  # all that reading it does
+    except Exception as error:  # a file can spoil a decoder in any way
+        return _why(path, error)
     return None
 
 
-def _captions(folder: Path, paths: Sequence[Path]) -> tuple[dict[Path, str], list[str]]:
-    """Captions by picture, and their problems."""
-    names, stems = {path.name: path for path in paths}, {path.stem: path for path in paths}
-    found, stray = {}, []
-    metadata = folder / METADATA
-    if metadata.exists():
-        lines = enumerate(metadata.read_text(encoding="utf-8", errors="replace").splitlines(), start=1)
-        for number, line in ((number, line) for number, line in lines if line.strip()):
-            try:
-                entry = json.loads(line)
-                name, text = entry.get("file_name"), entry.get("text")
-            except (ValueError, AttributeError):
-                name = text = None
-            if not (isinstance(name, str) and isinstance(text, str)):
-                stray.append(f'{METADATA}, line {number}: not a JSON object with "file_name" and "text"')
-            elif name not in names:
-                stray.append(f"{METADATA}, line {number}: a caption without its picture {name}")
-            else:
-                found[names[name]] = text
-    for path in sorted(folder.glob("*.txt")):
-        if path.stem not in stems:
-            stray.append(f"{path.name}: a caption without a picture")
-        elif not metadata.exists():
-            found[stems[path.stem]] = " ".join(path.read_text(encoding="utf-8", errors="replace").split())
-    return found, stray
+def _why(path: Path, error: Exception) -> str:
+    """Why a picture cannot be read."""
+    if not path.exists():
+        return "a link to a file that is not there" if path.is_symlink() else "it vanished while it was read"
+    if path.suffix.lower() in UNKNOWN:
+        return f"Pillow reads no {path.suffix.lower()}; save it as .png or .jpg"
+    with path.open("rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            return "a Git LFS pointer, a note in place of the picture; run `git lfs pull`"
+    return f"not readable as a picture ({error})"

@@ -8,26 +8,29 @@ References:
   Vaswani et al. 2017 (attention), Rabe & Staats 2021 (in blocks of queries).
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 SCORES_IN_MEMORY = 2**28  # attention logits held at once: 1 GiB in float32
 SCORES_IN_CACHE = 2**19  # of them on a CPU: 2 MiB
 FEW_POSITIONS = 1024  # of a convolution's output, over the batch
+HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)  # the logit of a masked key; finite, as in JAX's own attention
 
 
 def attend(
     q: Float[Array, "n l h d"],
-    k: Float[Array, "n m h d"],
-    v: Float[Array, "n m h d"],
+    k: Float[Array, "n m g d"],
+    v: Float[Array, "n m g d"],
     *,
+    mask: Bool[Array, "n m"] | None = None,
     causal: bool = False,
+    bias: Float[Array, "b h l m"] | None = None,
+    scale: float | None = None,
     upcast: bool = False,
     flash: bool = False,
     limit: int | None = None,
@@ -35,53 +38,75 @@ def attend(
     """softmax(q kᵀ/√d) v, in blocks of queries where the logits would not fit.
 
     Args:
+      mask: which keys of each sample count; None: all. A sample without any attends to all keys equally.
+      causal: a query attends to keys up to its own place.
+      bias: added to the logits.
+      scale: of q kᵀ, in place of 1/√d.
       upcast: compute all in float32, as is done for float16 unless with `flash`; else only logits and softmax.
-      limit: the most logits in memory at once, by default `SCORES_IN_MEMORY` or, on a CPU, `SCORES_IN_CACHE`. Causal
-        attention ignores it.
+      flash: use cuDNN's fused attention if possible: half precision, d a multiple of 8 up to 128, none of the above but
+        `causal`.
+      limit: the most logits in memory at once, by default `SCORES_IN_MEMORY` or, on a CPU, `SCORES_IN_CACHE`.
+
+    With `causal`, `bias` or `scale` all logits are in memory at once, and there may be fewer heads g of keys than h of
+    queries: each serves h/g neighbours.
     """
     dim = q.shape[-1]
+    plain = bias is None and scale is None
     if upcast:
         q, k, v = (a.astype(jnp.float32) for a in (q, k, v))
     half = q.dtype in (jnp.bfloat16, jnp.float16)
-    if flash and half and dim <= 128 and dim % 8 == 0:
+    if flash and plain and mask is None and half and dim <= 128 and dim % 8 == 0:
         return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
     if q.dtype == jnp.float16:  # JAX's float16 product with float32 sums exists on GPUs only
         q, k, v = (a.astype(jnp.float32) for a in (q, k, v))
-    if causal:
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    if causal or not plain:
+        return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=_of_keys(mask), is_causal=causal, scale=scale)
+
+    def form(f, limit):
+        return lambda q, k, v, mask: f(q, k, v, limit, mask)
+
     return jax.lax.platform_dependent(
         q,
         k,
         v,
-        cpu=functools.partial(_by_head, limit=limit or SCORES_IN_CACHE),
-        default=functools.partial(_all_heads, limit=limit or SCORES_IN_MEMORY),
+        mask,
+        cpu=form(_by_head, limit or SCORES_IN_CACHE),
+        default=form(_all_heads, limit or SCORES_IN_MEMORY),
     )
 
 
-def _all_heads(q, k, v, limit):
+def _of_keys(mask):
+    # [n, m] as JAX's attention takes it, [n, heads, queries, m]
+    return None if mask is None else mask[:, None, None]
+
+
+def _all_heads(q, k, v, limit, mask=None):
     n, _, heads, _ = q.shape
 
     def block(q):  # [rows, n, h, d]
-        return jnp.moveaxis(jax.nn.dot_product_attention(jnp.moveaxis(q, 0, 1), k, v), 1, 0)
+        return jnp.moveaxis(jax.nn.dot_product_attention(jnp.moveaxis(q, 0, 1), k, v, mask=_of_keys(mask)), 1, 0)
 
     return jnp.moveaxis(_in_blocks(block, jnp.moveaxis(q, 1, 0), limit // (n * heads * k.shape[1])), 0, 1)
 
 
-def _by_head(q, k, v, limit):
+def _by_head(q, k, v, limit, mask=None):
     n, length, heads, dim = q.shape
 
     def one(head):
-        q, k, v = head  # [l, d], [m, d]
+        q, k, v, seen = head  # [l, d], [m, d], [m]
 
         def block(q):
             scores = jnp.dot(q * dim**-0.5, k.T)
+            if seen is not None:
+                scores = jnp.where(seen, scores, HIDDEN)
             exponentials = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
             return jnp.dot(exponentials, v) / exponentials.sum(-1, keepdims=True)
 
         return _in_blocks(block, q, limit // k.shape[0])
 
     apart = [jnp.moveaxis(a.astype(jnp.float32), 2, 1).reshape(n * heads, -1, dim) for a in (q, k, v)]
-    return jnp.moveaxis(jax.lax.map(one, apart).reshape(n, heads, length, dim), 1, 2).astype(q.dtype)
+    seen = None if mask is None else jnp.repeat(mask, heads, axis=0)
+    return jnp.moveaxis(jax.lax.map(one, (*apart, seen)).reshape(n, heads, length, dim), 1, 2).astype(q.dtype)
 
 
 def _in_blocks(f: Callable[[Array], Array], q: Array, rows: int) -> Array:

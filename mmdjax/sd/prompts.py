@@ -1,16 +1,12 @@
-"""Prompts as conditions, the U-Net that takes them, and kernels that compare them.
+"""Kernels that compare prompts, by their conditions.
 
-A condition is {"context": [n, l, d], "pooled": [n, p]}: the token states that the U-Net attends to, and one vector for
-each prompt. For Stable Diffusion 1 and 2 these are the text encoder's last state and its row at the end of the prompt.
-For SDXL they are the states before the last of both encoders, concatenated, and the second encoder's projection.
+A condition is {"context": [n, l, d], "pooled": [n, p], …}: the token states that the network attends to, and one vector
+for each prompt; `mmdjax.sd.families` says what they are in each family.
 """
 
-import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,55 +19,8 @@ from mmdjax._points.particles import Particles, flat
 from mmdjax.kernels import IMQ, RBF, Kernel, Mapped, Product, as_kernel
 from mmdjax.tree import pytree
 
-ENCODERS = ("text_encoder", "text_encoder_2")
 LEVELS = ("pooled", "tokens")
 SAME = 0.02  # distance of two unit vectors: one prompt, rounded differently
-
-
-@dataclasses.dataclass(frozen=True)
-class Network:
-    """A U-Net as `from_model` calls it: (params, x, t, cond) -> prediction, with the parameters of the whole pipeline.
-
-    Args:
-      module: `UNet2DCondition` or `UNet2D`.
-      downscale: pixels for each latent; SDXL takes the picture's size.
-    """
-
-    module: nn.Module
-    downscale: int
-
-    def __call__(self, params, x, t, cond):
-        variables, config = {"params": params["unet"]}, self.module.config  # pyright: ignore[reportAttributeAccessIssue]
-        if not hasattr(config, "cross_attention_dim"):
-            if cond is not None:
-                raise ValueError("this model is unconditional; leave cond out")
-            return self.module.apply(variables, x, t)
-        if not isinstance(cond, Mapping) or not {"context", "pooled"} <= set(cond):
-            raise ValueError(
-                f"cond is {type(cond).__name__}; this model takes prompts: cond=pipeline.encode_prompts(params, [...])"
-            )
-        if config.addition_embed_type is None:
-            return self.module.apply(variables, x, t, cond["context"])
-        size = jnp.array([side * self.downscale for side in x.shape[1:3]], jnp.float32)
-        time_ids = jnp.tile(jnp.concatenate([size, jnp.zeros(2), size]), (x.shape[0], 1))
-        return self.module.apply(variables, x, t, {"time_ids": time_ids, **cond})
-
-
-@functools.partial(jax.jit, static_argnames=("encoders",))
-def encode_ids(
-    params: Mapping[str, Any], ids: Mapping[str, Array], *, encoders: tuple[tuple[str, nn.Module], ...]
-) -> dict[str, Float[Array, "n ..."]]:
-    """The condition of token ids [n, l], a row of ids for each encoder: see the top of this module.
-
-    Args:
-      encoders: (name, module); two for SDXL, or its second alone.
-    """
-    outputs = {name: module.apply({"params": params[name]}, ids[name]) for name, module in encoders}
-    last: Any = outputs[encoders[-1][0]]
-    if "text_encoder_2" not in outputs:
-        return {"context": last.last, "pooled": last.pooled}
-    context = jnp.concatenate([out.hidden[-2] for out in outputs.values()], axis=-1)  # pyright: ignore
-    return {"context": context, "pooled": last.projected}
 
 
 def rows(cond: Any, index: Any) -> Any:
@@ -81,16 +30,31 @@ def rows(cond: Any, index: Any) -> Any:
 
 
 def pooled(cond: Mapping[str, Array]) -> Float[Array, "n p"]:
-    """One unit vector for each prompt, for `Mapped`."""
-    return _unit(cond["pooled"])
+    """One unit vector for each prompt, for `Mapped`: its "pooled" state, or its `mean_token` if it has none."""
+    return _unit(cond["pooled"]) if "pooled" in cond else mean_token(cond)
+
+
+def mean_token(cond: Mapping[str, Array]) -> Float[Array, "n d"]:
+    """The direction of the mean of a prompt's tokens, for text encoders that make no pooled state: unit vectors.
+
+    Each token counts with its direction alone, as language models give the first token a state hundreds of times as
+    long as others', the same for all prompts. Padding, by "mask", does not count.
+    """
+    return _unit(_directions(cond).sum(1))
 
 
 def tokens(cond: Mapping[str, Array]) -> Float[Array, "n l d"]:
     """One unit vector for each token, for `Mapped`; their distance compares the tokens at the same places.
 
-    The start token is left out, as it is the same in all prompts.
+    Without a "mask" the first is left out: it is CLIP's start token, the same in all prompts. With one, padding is zero.
     """
-    return _unit(cond["context"][:, 1:])
+    return _directions(cond) if "mask" in cond else _unit(cond["context"][:, 1:])
+
+
+def _directions(cond: Mapping[str, Array]) -> Array:
+    # a zero state has no direction, not even under a mask that lets it pass
+    states = _unit(cond["context"])
+    return jnp.where(cond["mask"][..., None], states, 0) if "mask" in cond else states
 
 
 def _unit(x: Array) -> Array:

@@ -29,7 +29,14 @@ GRIDS = {  # which kind of grid each class visits, and its default spacing
     "DPMSolverMultistepScheduler": ("multistep", "linspace"),
     "UniPCMultistepScheduler": ("multistep", "linspace"),
 }
+SHARED = {  # settings that mean the same in every class
+    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"),
+    *("timestep_spacing", "steps_offset", "clip_sample", "clip_sample_range", "set_alpha_to_one"),
+    *("rescale_betas_zero_snr", "thresholding"),
+}
+CLIPPING = ("DDIMScheduler", "DDPMScheduler")  # x̂0, unless their file says otherwise
 OWN_GRIDS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+REMEDY = '--scheduler DDIMScheduler, or load(..., scheduler={"_class_name": "DDIMScheduler"})'
 MAX_STEPS = 1_000_000
 TINY = 2.0**-24  # diffusers' zero where σ/α is formed
 
@@ -64,8 +71,7 @@ class Scheduler:
                 raise ValueError(f"the scheduler's {key} is {self.raw[key]!r}, of another type or out of range")
         if name not in GRIDS:
             raise ValueError(
-                f"the scheduler's class is {name!r}; implemented: {', '.join(GRIDS)}. "
-                'load(..., scheduler={"_class_name": "DDIMScheduler"}) overrides it'
+                f"the scheduler's class is {name!r}; implemented: {', '.join(GRIDS)}. Take one in its place: {REMEDY}"
             )
         if prediction not in PREDICTIONS:
             raise ValueError(
@@ -89,7 +95,7 @@ class Scheduler:
     def clip(self) -> float | None:
         """x̂0 is clipped to ± this number; None: it is not clipped."""
         name = self.raw["_class_name"]
-        clips = self.raw.get("clip_sample", name in ("DDIMScheduler", "DDPMScheduler"))
+        clips = self.raw.get("clip_sample", name in CLIPPING)
         return float(self.raw.get("clip_sample_range", 1.0)) if clips else None
 
     @property
@@ -124,7 +130,8 @@ class Scheduler:
         if other:
             raise ValueError(
                 f"the scheduler's {other[0]} is not implemented; give guided_sample(times=...) yourself, for Karras' "
-                "sigmas mmdjax.schedules.karras_times(pipeline.schedule, num_steps)"
+                "sigmas mmdjax.schedules.karras_times(pipeline.schedule, num_steps); or take a scheduler without it: "
+                f"{REMEDY}"
             )
         grid = discrete_times(total, num_steps, spacing=spacing, offset=offset)
         if kind == "ddim":
@@ -138,6 +145,35 @@ class Scheduler:
         elif spacing == "leading" and kind == "multistep":
             grid[:-1] = (np.arange(num_steps, 0, -1) * (total // (num_steps + 1)) + offset + 1.0) / total
         return grid
+
+
+def in_place(raw: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A scheduler's settings with others in their place.
+
+    If these name a class, it takes the place of the file's: the table of noise, the prediction, spacing and offset are
+    kept, which all classes share; other sigmas and whatever only the file's class has are not.
+
+    Raises:
+      ValueError: the file's scheduler has no table of noise that another could take.
+
+    Example:
+      >>> file = {"_class_name": "LCMScheduler", "beta_schedule": "linear", "use_karras_sigmas": True}
+      >>> in_place(file, {"_class_name": "EulerDiscreteScheduler"})
+      {'beta_schedule': 'linear', 'clip_sample': False, '_class_name': 'EulerDiscreteScheduler'}
+    """
+    name = settings.get("_class_name")
+    if name is None:
+        return {**raw, **settings}
+    kept = {key: value for key, value in raw.items() if key in SHARED}
+    if name != raw.get("_class_name"):
+        if not {"beta_schedule", "trained_betas"} & {*kept, *settings}:
+            raise ValueError(
+                f"{name} cannot take the place of the scheduler's class {raw.get('_class_name')!r}: its file has no "
+                "beta_schedule, the table of noise"
+            )
+        if raw.get("_class_name") not in CLIPPING:
+            kept.setdefault("clip_sample", False)  # what DDIM does unless told not to, the file's class did not
+    return {**kept, **settings}
 
 
 def _is_number(raw: Mapping[str, Any], key: str, low: Any, high: Any, *kinds: type) -> bool:

@@ -12,10 +12,14 @@ References:
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from mmdjax.checkpoint import Checkpoint, CheckpointError
+from mmdjax.sd import single_flux
+from mmdjax.sd.convert import kind, refuse_foreign
+from mmdjax.sd.differences import unused_lines
+from mmdjax.sd.spellings import EDM, EDM_NAME
 
 UNET, VAE, EMA = "model.diffusion_model.", "first_stage_model.", "model_ema."
 TEXTS = (  # component, prefix, whether the names are OpenCLIP's
@@ -23,13 +27,27 @@ TEXTS = (  # component, prefix, whether the names are OpenCLIP's
     ("text_encoder", "cond_stage_model.model.", True),
     ("text_encoder", "conditioner.embedders.0.transformer.", False),
     ("text_encoder_2", "conditioner.embedders.1.model.", True),
+    ("text_encoder_2", "conditioner.embedders.0.model.", True),  # the only one of SDXL's refiner
 )
-# Beside the networks: schedules that the configs repeat, the training's losses, the moving average.
+# Beside the networks: schedules that the configs repeat, the training's losses and tools, the moving average, and marks
+# that `mmdjax.sd.spellings` reads.
 IGNORED = re.compile(
     r"^(betas|alphas_cumprod(_prev)?|sqrt_\w+|log_one_minus_\w+|posterior_\w+|logvar|lvlb_weights|scale_factor|global_step"
     r"|denoiser\.\w+|model_ema\..+|first_stage_model\.(loss|model_ema)\..+|cond_stage_model\.(model\.)?logit_scale"
-    r"|conditioner\.embedders\.\d\.(model\.|transformer\.)?logit_scale)$"
+    r"|conditioner\.embedders\.\d\.(model\.|transformer\.)?logit_scale|embedding_manager\..+|v_pred|ztsnr)$"
 )
+OTHERS = (  # networks of other models than those here
+    (EDM, EDM_NAME),
+    (re.compile(r"^depth_model\."), "a depth model: Stable Diffusion 2's for depth has a network for it"),
+    (re.compile(r"^(embedder|noise_augmentor)\."), "unCLIP, which is conditioned on pictures"),
+    (re.compile(r"^low_scale_model\."), "an upscaler, which is conditioned on small pictures"),
+    (re.compile(r"\.(time_stack|temporal_transformer|time_mixer)\."), "a video model"),
+)
+
+
+DROPPED = re.compile(r"^loss\.|^model_ema\.|(^|\.)logit_scale$|^attn_mask$")
+RESBLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.")
+DIFFUSERS = re.compile(r"^(unet\.)?(down_blocks|mid_block|up_blocks|(en|de)coder\.(down|up|mid)_blocks?)\.")
 
 
 class Part(NamedTuple):
@@ -48,17 +66,24 @@ class Part(NamedTuple):
     tensors: Checkpoint | None = None
 
 
-def parts(file: Checkpoint, configs: Mapping[str, Mapping] | None = None) -> dict[str, Part]:
-    """The networks in a single file by component ("unet", "vae", "vqvae", "text_encoder", "text_encoder_2").
+def parts(
+    file: Checkpoint,
+    configs: Mapping[str, Mapping] | None = None,
+    permits: Callable[[str], bool] = lambda key: False,
+) -> dict[str, Part]:
+    """The networks in a single file by component ("unet" or "transformer", "vae" or "vqvae", and text encoders).
 
     Args:
       configs: parsed config.json of components, in place of what the shapes say.
+      permits: whether a key may go unused.
     Raises:
       CheckpointError: no U-Net and no autoencoder in CompVis's naming; or keys that belong to no network.
     """
     found = {}
     if f"{UNET}input_blocks.0.0.weight" in file:
         found["unet"] = Part(UNET, unet_config(file.part(UNET)))
+    if flux := single_flux.network(file):
+        found["transformer"] = Part(*flux)
     if f"{VAE}encoder.conv_in.weight" in file:
         quantised = f"{VAE}quantize.embedding.weight" in file
         sdxl = f"{UNET}label_emb.0.0.weight" in file
@@ -72,14 +97,16 @@ def parts(file: Checkpoint, configs: Mapping[str, Mapping] | None = None) -> dic
             config = openclip_config if openclip else clip_config
             found[name] = Part(prefix, config(file.part(prefix), second=name == "text_encoder_2"), openclip)
     if not found:
-        raise CheckpointError(
-            f"{file.source} holds no U-Net, autoencoder or text encoder in the naming of single-file checkpoints"
-        )
-    return checked(file, found, configs)
+        _refuse(file)
+    return checked(file, found, configs, permits)
 
 
 def checked(
-    file: Checkpoint, found: Mapping[str, Part], configs: Mapping[str, Mapping] | None, ignored: re.Pattern = IGNORED
+    file: Checkpoint,
+    found: Mapping[str, Part],
+    configs: Mapping[str, Mapping] | None,
+    permits: Callable[[str], bool],
+    ignored: re.Pattern = IGNORED,
 ) -> dict[str, Part]:
     """The networks with the caller's configurations.
 
@@ -87,26 +114,52 @@ def checked(
       CheckpointError: keys that belong to no network and are not to be ignored.
     """
     known = tuple(part.prefix for part in found.values())
-    stray = sorted(key for key in file if not key.startswith(known) and not ignored.match(key))
+    stray = [k for k in file if not (k.startswith(known) or ignored.match(k) or permits(k))]
     if stray:
-        raise CheckpointError(
-            "\n".join([f"{file.source}: {len(stray)} keys unused", *(f"  unused: {key}" for key in stray)])
-        )
+        lines = unused_lines(stray, {key: tuple(file.shape(key)) for key in file}, _reason)
+        raise CheckpointError("\n".join([f"{file.source}: {len(stray)} keys unused", *lines]))
     given: Mapping[str, Any] = configs or {}
     return {name: part._replace(config={**given.get(name, part.config)}) for name, part in found.items()}
+
+
+def _reason(key: str) -> str | None:
+    """What a key is part of, if not of the networks here."""
+    return next((name for pattern, name in OTHERS if pattern.search(key)), kind(key))
+
+
+def _refuse(file: Checkpoint) -> None:
+    """Raise CheckpointError for a file without any network that is known, with the reason."""
+    refuse_foreign(file)
+    if any(key.startswith(EMA) for key in file):
+        reason = (
+            "holds only a moving average (model_ema.*), whose names do not say what network it is: take the file that "
+            "also has the network itself (model.diffusion_model.*), and load it with ema=True"
+        )
+    elif any(DIFFUSERS.match(key) for key in file):
+        reason = (
+            "holds a network in the naming of diffusers, and no config.json that says which: put it in a folder with "
+            "its config.json, as diffusion_pytorch_model.safetensors (a text encoder's: model.safetensors)"
+        )
+    else:
+        reason = "holds no U-Net, autoencoder or text encoder in the naming of single-file checkpoints"
+    raise CheckpointError(f"{file.source} {reason}")
 
 
 def used(part: Part, config: Any, file: Checkpoint) -> Checkpoint:
     """A part's tensors under their names in it, without those that its network does not use.
 
     Stable Diffusion 2 is conditioned on OpenCLIP's layer before the last, so its text encoder has one layer less than
-    the file, and no projection.
+    OpenCLIP's, which the file may hold whole, and no projection.
     """
     mine = file.part(part.prefix)
-    dropped = re.compile(r"^loss\.|^model_ema\.|(^|\.)logit_scale$")
-    if part.openclip and not config.with_projection:
-        dropped = re.compile(rf"^logit_scale$|^text_projection$|^transformer\.resblocks\.{config.num_hidden_layers}\.")
-    return Checkpoint({k: v for k, v in mine.stored.items() if not dropped.search(k)}, file.source)
+
+    def drops(key: str) -> bool:
+        layer = RESBLOCK.match(key)
+        if part.openclip and (key == "text_projection" or layer is not None):
+            return int(layer[1]) >= config.num_hidden_layers if layer else not config.with_projection
+        return DROPPED.search(key) is not None
+
+    return Checkpoint({k: v for k, v in mine.stored.items() if not drops(k)}, file.source)
 
 
 def unet_config(unet: Checkpoint) -> dict[str, Any]:
@@ -122,7 +175,8 @@ def unet_config(unet: Checkpoint) -> dict[str, Any]:
             attends[-1] |= f"input_blocks.{k}.1.norm.weight" in unet
         k += 1
     channels = [blocks[-1] for blocks in levels]
-    transformer = "middle_block.1.proj_in.weight" in unet
+    contexts = [key for key in unet if key.endswith(".transformer_blocks.0.attn2.to_k.weight")]
+    transformer = bool(contexts)
     prefix = "CrossAttn" if transformer else "Attn"
     config: dict[str, Any] = {
         "_class_name": "UNet2DConditionModel" if transformer else "UNet2DModel",
@@ -133,22 +187,24 @@ def unet_config(unet: Checkpoint) -> dict[str, Any]:
         "down_block_types": [f"{prefix}DownBlock2D" if attend else "DownBlock2D" for attend in attends],
         "up_block_types": [f"{prefix}UpBlock2D" if attend else "UpBlock2D" for attend in attends[::-1]],
     }
+    if "middle_block.1.norm.weight" not in unet:
+        config["mid_block_type"] = "UNetMidBlock2D" if "middle_block.0.in_layers.2.weight" in unet else None
     if not transformer:
         return config | {"attention_head_dim": 32}
-    linear = len(unet.shape("middle_block.1.proj_in.weight")) == 2
-    added = {}
-    if "label_emb.0.0.weight" in unet:
-        added = {
+    linear = len(unet.shape(re.sub(r"transformer_blocks\..*", "proj_in.weight", contexts[0]))) == 2
+    added = _depths(unet, len(channels), len(levels[0]))
+    text_time = "label_emb.0.0.weight" in unet
+    if text_time:
+        added |= {
             "addition_embed_type": "text_time",
             "addition_time_embed_dim": 256,
             "projection_class_embeddings_input_dim": unet.shape("label_emb.0.0.weight")[1],
         }
     return config | added | {
-        "cross_attention_dim": unet.shape("middle_block.1.transformer_blocks.0.attn2.to_k.weight")[1],
+        "cross_attention_dim": unet.shape(contexts[0])[1],
         "attention_head_dim": [c // 64 for c in channels] if linear else 8,
         "use_linear_projection": linear,
-        "transformer_layers_per_block": _depths(unet, len(channels), len(levels[0]) + 1),
-        "upcast_attention": linear and not added,  # Stable Diffusion 2 overflows in half precision without
+        "upcast_attention": linear and not text_time,  # Stable Diffusion 2 overflows in half precision without
     }  # fmt: skip
 
 
@@ -190,8 +246,8 @@ def clip_config(text: Checkpoint, second: bool = False) -> dict[str, Any]:
 
 
 def openclip_config(text: Checkpoint, second: bool) -> dict[str, Any]:
-    """config.json of an OpenCLIP text encoder: SDXL's second has its projection, Stable Diffusion 2's lacks the last
-    layer.
+    """config.json of an OpenCLIP text encoder: SDXL's second has its projection, Stable Diffusion 2's the first 23 of
+    OpenCLIP-H's 24 layers. A file that was written from a folder of diffusers has just those.
     """
     vocabulary, width = text.shape("token_embedding.weight")
     layers = count(text, "transformer.resblocks.{}.mlp.c_fc.weight")
@@ -200,7 +256,7 @@ def openclip_config(text: Checkpoint, second: bool) -> dict[str, Any]:
         "vocab_size": vocabulary,
         "hidden_size": width,
         "max_position_embeddings": text.shape("positional_embedding")[0],
-        "num_hidden_layers": layers if second else layers - 1,
+        "num_hidden_layers": 23 if layers == 24 and not second else layers,
         "intermediate_size": text.shape("transformer.resblocks.0.mlp.c_fc.weight")[0],
         "num_attention_heads": width // 64,
         "hidden_act": "gelu",
@@ -209,13 +265,23 @@ def openclip_config(text: Checkpoint, second: bool) -> dict[str, Any]:
     }
 
 
-def _depths(unet: Checkpoint, levels: int, per_level: int) -> list[int]:
-    # a level that does not attend takes 1, a number that nothing reads; the middle has the last level's
-    depths = [
-        count(unet, f"input_blocks.{1 + i * per_level}.1.transformer_blocks.{{}}.norm1.weight") for i in range(levels)
-    ]
+def _depths(unet: Checkpoint, levels: int, layers: int) -> dict[str, Any]:
+    """The numbers of transformer blocks: one for each level, or for each attention where they differ."""
+
+    def counts(way: str, first: int, number: int) -> list[int]:
+        places = (f"{way}_blocks.{first + j}.1.transformer_blocks.{{}}.norm1.weight" for j in range(number))
+        return [count(unet, place) for place in places]
+
+    down = [counts("input", 1 + i * (layers + 1), layers) for i in range(levels)]
+    up = [counts("output", i * (layers + 1), layers + 1) for i in range(levels)]
     middle = count(unet, "middle_block.1.transformer_blocks.{}.norm1.weight")
-    return [depth or 1 for depth in depths[:-1]] + [middle]
+    # a level that does not attend takes 1, a number that nothing reads; the middle has the last level's
+    each = [max(depths) or 1 for depths in down]
+    each[-1] = middle or each[-1]
+    regular = all({*depths} <= {0, n} for n, depths in zip([*each, *each[::-1]], [*down, *up], strict=True))
+    if regular:
+        return {"transformer_layers_per_block": each}
+    return {"transformer_layers_per_block": down, "reverse_transformer_layers_per_block": up}
 
 
 def count(tensors: Checkpoint, pattern: str) -> int:

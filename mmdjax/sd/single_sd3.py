@@ -13,7 +13,7 @@ References:
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -68,7 +68,11 @@ def found_in(file: Checkpoint) -> bool:
     return UNET + MARKER in file or MARKER in file
 
 
-def parts(file: Checkpoint, configs: Mapping[str, Mapping] | None = None) -> dict[str, Part]:
+def parts(
+    file: Checkpoint,
+    configs: Mapping[str, Mapping] | None = None,
+    permits: Callable[[str], bool] = lambda key: False,
+) -> dict[str, Part]:
     """The networks by component ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3").
 
     Args:
@@ -92,7 +96,7 @@ def parts(file: Checkpoint, configs: Mapping[str, Mapping] | None = None) -> dic
             found[name] = Part(start, t5_config(text), tensors=tensors)
         elif "text_model.embeddings.token_embedding.weight" in text:
             found[name] = Part(start, text_config(text, name), tensors=text_tensors(text, name))
-    return checked(file, found, configs, IGNORED)
+    return checked(file, found, configs, permits, IGNORED)
 
 
 def transformer_config(tensors: Checkpoint) -> dict[str, Any]:
@@ -192,16 +196,44 @@ def _renamed(tensors: Checkpoint) -> Iterator[tuple[str, Any]]:
                     continue
                 # the last block's context has no feed-forward, and so no gate
                 last = f"joint_blocks.{i}.context_block.mlp.fc1.weight" not in tensors
-                ungated = last and new == "norm1_context.linear"
-                yield f"transformer_blocks.{i}.{new}.{leaf}", _swapped(stored) if ungated else stored
+                swapped = last and new == "norm1_context.linear"
+                yield f"transformer_blocks.{i}.{new}.{leaf}", _whole(key, swapped).of(tensors)
             case _ if place in OUTSIDE:
                 new = OUTSIDE[place]
-                yield f"{new}.{leaf}", _swapped(stored) if new == "norm_out.linear" else stored
+                yield f"{new}.{leaf}", _whole(key, new == "norm_out.linear").of(tensors)
             case _:
                 yield key, stored
 
 
-def _swapped(stored: Any) -> Entry:
+def _whole(key: str, swapped: bool) -> Source:
     # layers without a gate have shift and scale here, scale and shift in diffusers
-    half = stored.shape[0] // 2
-    return Entry(stored.shape, stored.dtype, lambda: np.roll(stored.read(), half, axis=0))
+    return Source(key, "swapped" if swapped else "all")
+
+
+def sources(keys: Collection[str]) -> dict[str, Source]:
+    """The places of diffusers' keys of the transformer in such a file: the inverse of `renamed`.
+
+    Example:
+      >>> sources(["transformer_blocks.3.attn.to_k.bias"])
+      {'transformer_blocks.3.attn.to_k.bias': Source(key='joint_blocks.3.x_block.attn.qkv.bias', piece='third', third=1,
+      heads=1)}
+    """
+    outside = {new: old for old, new in OUTSIDE.items()}
+    inside = {}
+    for side, names in INSIDE.items():
+        for old, new in names.items():
+            several = new if isinstance(new, tuple) else (new,)
+            inside |= {name: (f"{side}.{old}", None if new is name else i) for i, name in enumerate(several)}
+    found = {}
+    for key in keys:
+        name, _, leaf = key.rpartition(".")
+        match name.split(".", 2):
+            case ["transformer_blocks", i, part] if part in inside:
+                place, third = inside[part]
+                old = f"joint_blocks.{i}.{place}.{leaf}"
+                last = f"transformer_blocks.{i}.ff_context.net.0.proj.weight" not in keys
+                swapped = last and part == "norm1_context.linear"
+                found[key] = _whole(old, swapped) if third is None else Source(old, "third", third)
+            case _ if name in outside:
+                found[key] = _whole(f"{outside[name]}.{leaf}", name == "norm_out.linear")
+    return found

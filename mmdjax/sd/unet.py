@@ -9,135 +9,16 @@ References:
   conditions).
 """
 
-import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from mmdjax.sd.config import Config, check_size, per_level
 from mmdjax.sd.layers import Block, ResnetBlock, SpatialAttention, timestep_embedding, upsample
-
-COMMON = {
-    "act_fn": "silu",
-    "center_input_sample": False,
-    "class_embed_type": None,
-    "dropout": 0.0,
-    "mid_block_scale_factor": 1,
-    "num_class_embeds": None,
-    "resnet_time_scale_shift": "default",
-    "time_embedding_dim": None,
-    "time_embedding_type": "positional",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class UNet2DConditionConfig(Config):
-    """Stable Diffusion's unet/config.json."""
-
-    CLASSES: ClassVar = ("UNet2DConditionModel",)
-    FIXED: ClassVar = COMMON | {
-        "addition_embed_type_num_heads": 64,  # read by other kinds of added condition only
-        "attention_type": "default",
-        "class_embeddings_concat": False,
-        "conv_in_kernel": 3,
-        "conv_out_kernel": 3,
-        "cross_attention_norm": None,
-        "dual_cross_attention": False,
-        "encoder_hid_dim": None,
-        "encoder_hid_dim_type": None,
-        "mid_block_only_cross_attention": None,
-        "mid_block_type": "UNetMidBlock2DCrossAttn",
-        "only_cross_attention": False,
-        "resnet_out_scale_factor": 1.0,
-        "resnet_skip_time_act": False,
-        "reverse_transformer_layers_per_block": None,
-        "time_cond_proj_dim": None,
-        "time_embedding_act_fn": None,
-        "timestep_post_act": None,
-    }
-
-    sample_size: Any = None
-    in_channels: int = 4
-    out_channels: int = 4
-    flip_sin_to_cos: bool = True
-    freq_shift: int | float = 0
-    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
-    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    layers_per_block: int = 2
-    downsample_padding: int = 1
-    norm_num_groups: int = 32
-    norm_eps: float = 1e-5
-    cross_attention_dim: int = 1280
-    transformer_layers_per_block: int | tuple[int, ...] = 1
-    attention_head_dim: int | tuple[int, ...] = 8  # a number of heads, whatever it is called
-    num_attention_heads: int | tuple[int, ...] | None = None
-    use_linear_projection: bool = False
-    addition_embed_type: str | None = None
-    addition_time_embed_dim: int | None = None
-    projection_class_embeddings_input_dim: int | None = None
-    upcast_attention: bool | None = False  # SDXL's file has null
-
-    @property
-    def heads(self) -> tuple[int, ...]:
-        """Heads at each level. They are in `attention_head_dim`, a misnomer that the format keeps for old files."""
-        return per_level(self.num_attention_heads or self.attention_head_dim, len(self.block_out_channels))
-
-    @property
-    def depths(self) -> tuple[int, ...]:
-        """Transformer blocks at each level that attends."""
-        return per_level(self.transformer_layers_per_block, len(self.block_out_channels))
-
-    def __post_init__(self):
-        check_blocks(self, {"DownBlock2D", "CrossAttnDownBlock2D"}, {"UpBlock2D", "CrossAttnUpBlock2D"})
-        sizes = (self.addition_time_embed_dim, self.projection_class_embeddings_input_dim)
-        if self.addition_embed_type == "text_time" and None in sizes:
-            raise ValueError("an SDXL U-Net needs addition_time_embed_dim and projection_class_embeddings_input_dim")
-        if self.addition_embed_type not in (None, "text_time"):
-            raise ValueError(
-                f'addition_embed_type is {self.addition_embed_type!r}; implemented: None and "text_time" (SDXL)'
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class UNet2DConfig(Config):
-    """An unconditional U-Net's config.json."""
-
-    CLASSES: ClassVar = ("UNet2DModel",)
-    FIXED: ClassVar = COMMON | {
-        "add_attention": True,
-        "attn_norm_num_groups": None,
-        "downsample_type": "conv",
-        "mid_block_type": "UNetMidBlock2D",
-        "upsample_type": "conv",
-    }
-
-    sample_size: Any = None
-    in_channels: int = 3
-    out_channels: int = 3
-    flip_sin_to_cos: bool = True
-    freq_shift: int | float = 0
-    down_block_types: tuple[str, ...] = ("DownBlock2D",) + ("AttnDownBlock2D",) * 3
-    up_block_types: tuple[str, ...] = ("AttnUpBlock2D",) * 3 + ("UpBlock2D",)
-    block_out_channels: tuple[int, ...] = (224, 448, 672, 896)
-    layers_per_block: int = 2
-    downsample_padding: int = 1
-    attention_head_dim: int | None = 8  # here it is the size of a head; None: one head
-    norm_num_groups: int = 32
-    norm_eps: float = 1e-5
-    num_train_timesteps: int | None = None
-
-    @property
-    def heads(self) -> tuple[int, ...]:
-        """Heads at each level."""
-        return tuple(channels // (self.attention_head_dim or channels) for channels in self.block_out_channels)
-
-    def __post_init__(self):
-        check_blocks(self, {"DownBlock2D", "AttnDownBlock2D"}, {"UpBlock2D", "AttnUpBlock2D"})
+from mmdjax.sd.unet_config import UNet2DConditionConfig, UNet2DConfig
 
 
 class UNet(Block):
@@ -192,9 +73,11 @@ class UNet(Block):
                 h = self.conv(f"down_blocks.{i}.downsamplers.0.conv", features, stride=2, padding=padding)(h)
                 kept.append(h)
 
-        h = resnet("mid_block.resnets.0", features, h)
-        h = self.level("mid_block.attentions.0", last, h, context)
-        h = resnet("mid_block.resnets.1", features, h)
+        if cfg.middle > 0:
+            h = resnet("mid_block.resnets.0", features, h)
+        if cfg.middle > 1:
+            h = self.level("mid_block.attentions.0", last, h, context)
+            h = resnet("mid_block.resnets.1", features, h)
 
         for i, (kind, features) in enumerate(zip(cfg.up_block_types, cfg.block_out_channels[::-1], strict=True)):
             for j in range(cfg.layers_per_block + 1):
@@ -224,7 +107,7 @@ class UNet2DCondition(UNet):
         context = jax.ShapeDtypeStruct((1, 2, cfg.cross_attention_dim), jnp.float32)
         if cfg.addition_embed_type is None:
             return (*super().inputs(), context)
-        pooled = cfg.projection_class_embeddings_input_dim - 6 * cfg.addition_time_embed_dim
+        pooled = (cfg.projection_class_embeddings_input_dim or 0) - 6 * (cfg.addition_time_embed_dim or 0)
         added = {
             "pooled": jax.ShapeDtypeStruct((1, pooled), jnp.float32),
             "time_ids": jax.ShapeDtypeStruct((1, 6), jnp.float32),
@@ -259,7 +142,7 @@ class UNet2DCondition(UNet):
     def level(self, name, i, x, context):
         """Attention at level i of resolution."""
         cfg = self.config
-        return self.part(SpatialTransformer, name, cfg, cfg.heads[i], cfg.depths[i])(x, context)
+        return self.part(SpatialTransformer, name, cfg, cfg.heads[i], cfg.depth(name))(x, context)
 
 
 class UNet2D(UNet):
@@ -338,25 +221,3 @@ class Attention(Block):
     @nn.compact
     def __call__(self, x, context):
         return self.attention(x, context, self.heads, upcast=self.upcast)
-
-
-def check_blocks(cfg: Any, down: set[str], up: set[str]) -> None:
-    """Raise ValueError for a block that is not implemented, other numbers of blocks than levels, or heads that do not
-    divide the channels.
-    """
-    unknown = sorted({*cfg.down_block_types} - down | {*cfg.up_block_types} - up)
-    if unknown:
-        raise ValueError(f"blocks {unknown} are not implemented; implemented: {sorted(down | up)}")
-    depth = max(getattr(cfg, "depths", ()), default=1)
-    height = len(cfg.block_out_channels)
-    check_size(cfg, 2 * height * (cfg.layers_per_block + 1) * (1 + depth), height)
-    levels = {height, len(cfg.down_block_types), len(cfg.up_block_types), len(cfg.heads)}
-    if len(levels) > 1:
-        raise ValueError(
-            f"block_out_channels, down_block_types, up_block_types and heads differ in length: {sorted(levels)}"
-        )
-    for channels, heads in zip(cfg.block_out_channels, cfg.heads, strict=True):
-        if heads < 1 or channels % heads:
-            raise ValueError(f"{channels} channels cannot be split in {heads} heads")
-    if not isinstance(cfg.layers_per_block, int):
-        raise ValueError(f"layers_per_block is {cfg.layers_per_block!r}; one number for all levels is implemented")

@@ -12,8 +12,9 @@ import pytest
 
 pytest.importorskip("transformers", reason="parity needs the extra mmdjax[parity]")
 
-from transformers import CLIPTokenizer
+from transformers import AddedToken, CLIPTokenizer
 
+from mmdjax.sd.tiny import write_vocabulary
 from mmdjax.sd.tokenizer import load_tokenizer
 
 PADS = {"clip-l": "<|endoftext|>", "second": "!"}
@@ -112,3 +113,56 @@ def test_what_was_cut_is_named(folder):
     with pytest.warns(UserWarning, match="of 79 tokens was cut to the 75 .* left out: 'under the Eiffel  Tower'"):
         ids = load_tokenizer(folder)([prompt])
     assert ids[0, -1] == 49407
+
+
+ADDED = ("<cat-toy>", "<Cat-Toy>_1", "<cat-toy>_2", "sks")
+WITH_ADDED = (
+    *("a <cat-toy> on a mat", "<CAT-TOY>", "cat<cat-toy>dog", "<cat-toy>_1", "<cat-toy>_2 <cat-toy>", "<cat-toy>_10"),
+    *("sks dog", "sksdog", "SKS", "<cat -toy>", "<cat-toy", "<cat-toy><cat-toy>", "é<cat-toy>é", " <cat-toy> "),
+)
+
+
+@pytest.mark.parametrize("form", ["tokenizer.json", "added_tokens_decoder", "added_tokens.json"])
+@pytest.mark.parametrize(
+    "flags", [{}, {"normalized": False}, {"single_word": True}, {"special": True}, {"lstrip": True}]
+)
+def test_added_tokens(tmp_path, form, flags):
+    """Written by transformers in its form of today, and in the two older ones."""
+    size = write_vocabulary(tmp_path / "plain", length=20)
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "plain")
+    tokenizer.add_tokens([AddedToken(token, **flags) for token in ADDED])
+    folder = tmp_path / "added"
+    if form == "tokenizer.json":
+        tokenizer.save_pretrained(folder)
+    else:
+        write_vocabulary(folder, length=20)
+        decoder = {i: token.__getstate__() for i, token in tokenizer.added_tokens_decoder.items()}
+        path = folder / "tokenizer_config.json"
+        if form == "added_tokens_decoder":
+            path.write_text(json.dumps(json.loads(path.read_text()) | {form: decoder}))
+        else:
+            plain = {token["content"]: i for i, token in decoder.items() if i >= size}
+            (folder / form).write_text(json.dumps(plain))
+    expected = CLIPTokenizer.from_pretrained(folder)(list(WITH_ADDED), padding="max_length", max_length=20).input_ids
+    ours = load_tokenizer(folder)
+    object.__setattr__(ours, "_vectors", {})  # of several vectors: `test_several_vectors`
+    np.testing.assert_array_equal(ours(WITH_ADDED), expected)
+    assert ours.size == size + len(ADDED)
+    ours.save(tmp_path / "ours")
+    again = CLIPTokenizer.from_pretrained(tmp_path / "ours")
+    np.testing.assert_array_equal(again(list(WITH_ADDED), padding="max_length", max_length=20).input_ids, expected)
+
+
+def test_several_vectors(tmp_path):
+    """diffusers writes the names of a token's other vectors into the prompt."""
+    from diffusers.loaders import TextualInversionLoaderMixin
+
+    write_vocabulary(tmp_path, length=20)
+    theirs = CLIPTokenizer.from_pretrained(tmp_path)
+    names = ["<cat-toy>", "<cat-toy>_1", "<cat-toy>_2", "sks"]
+    theirs.add_tokens(names)
+    ours = load_tokenizer(tmp_path).with_tokens(names)
+    for prompt in ("a <cat-toy> mat", "sks <cat-toy>", "<cat-toy>_2", "dog", "<cat-toy>,<cat-toy>"):
+        text = TextualInversionLoaderMixin().maybe_convert_prompt(prompt, theirs)
+        expected = theirs([text], padding="max_length", max_length=20, truncation=True).input_ids
+        np.testing.assert_array_equal(ours([prompt]), expected)

@@ -174,7 +174,7 @@ class SD3Block(Block):
     @nn.compact
     def __call__(self, x, context, c):
         cfg = self.config
-        heads = {"heads": cfg.num_attention_heads, "qk_norm": cfg.qk_norm is not None}
+        heads = {"heads": cfg.num_attention_heads, "qk_eps": None if cfg.qk_norm is None else 1e-6}
         parts = self.modulation("norm1.linear", 9 if self.dual else 6, c)
         normed = self.part(PlainNorm, "norm1")(x)
         if self.last:
