@@ -148,25 +148,77 @@ def centred_distance(
     """
     if x.points.shape[1] <= DIRECT:
         return jnp.sum((x.moved[:, None] - moved[None]) ** 2, axis=-1)
+    return finished([_by_products(x, moved, y, index, diagonal)], accurate)[0]
+
+
+class Unfinished(NamedTuple):
+    """Squared distances that cancellation may have spoilt; what `finished` needs to mend them.
+
+    Args:
+      d2: [n, m], with the derivative that the distances shall have.
+      close: which pairs cancel.
+      of_pairs: (row [k], column [k]) -> d2 [k] without cancellation, detached.
+      width: how many numbers this takes for a pair.
+      diagonal: where distances are 0; None: nowhere.
+      more: what is to be added to `d2`, [n, m]; None: nothing.
+    """
+
+    d2: Float[Array, "n m"]
+    close: Bool[Array, "n m"]
+    of_pairs: Callable
+    width: int
+    diagonal: Bool[Array, "n m"] | None = None
+    more: Any = None
+
+
+def _by_products(x, moved, y, index, diagonal):
     norms = x.squares[:, None] + squares(moved)[None, :]
     d2 = norms - 2 * product(x.moved, moved.T)
-    value = jax.lax.stop_gradient(d2)
+    close = jax.lax.stop_gradient(d2) < CANCELLATION * jax.lax.stop_gradient(norms)
+    points, given, near = jax.lax.stop_gradient((x.points, y, moved))
+    # of half precision, XLA would cast all rows before the loop over their blocks; but there the difference from
+    # `middle`, whose coordinates are such rows', is exact
+    half = any(jnp.result_type(leaf).itemsize < 4 for leaf in jax.tree.leaves(y))
+
+    def of_pairs(row, column):
+        other = near[column] + x.centre if half else flat(jax.tree.map(lambda leaf: leaf[index[column]], given))
+        return jnp.sum((points[row] - other) ** 2, axis=1)
+
+    return Unfinished(d2, close, of_pairs, x.points.shape[1], diagonal)
+
+
+def finished(parts: list[Unfinished], accurate: bool = True) -> list[Array]:
+    """Squared distances, never negative; with `accurate`, close pairs of all parts computed anew in one loop."""
+    values = [jax.lax.stop_gradient(part.d2) for part in parts]
     if accurate:
-        close = value < CANCELLATION * jax.lax.stop_gradient(norms)
-        close = close if diagonal is None else close & ~diagonal
-        points, given, near = jax.lax.stop_gradient((x.points, y, moved))
-        # of half precision, XLA would cast all rows before the loop over their blocks; but there the difference from
-        # `middle`, whose coordinates are such rows', is exact
-        half = any(jnp.result_type(leaf).itemsize < 4 for leaf in jax.tree.leaves(y))
+        close = [part.close if part.diagonal is None else part.close & ~part.diagonal for part in parts]
+        values = by_difference([part.of_pairs for part in parts], values, close, max(part.width for part in parts))
+    done = []
+    for part, value in zip(parts, values, strict=True):
+        value, d2 = jnp.maximum(value, 0.0), part.d2
+        if part.more is not None:
+            value, d2 = jnp.maximum(value + jax.lax.stop_gradient(part.more), 0.0), d2 + part.more
+        done.append(with_derivative(value if part.diagonal is None else jnp.where(part.diagonal, 0.0, value), d2))
+    return done
 
-        def of_pairs(row, column):
-            other = near[column] + x.centre if half else flat(jax.tree.map(lambda leaf: leaf[index[column]], given))
-            return jnp.sum((points[row] - other) ** 2, axis=1)
 
-        value = by_difference(of_pairs, value, close, x.points.shape[1])
-    value = jnp.maximum(value, 0.0)
-    value = value if diagonal is None else jnp.where(diagonal, 0.0, value)
-    return with_derivative(value, d2)
+def distances_together(*pairs: tuple[Float[Array, "n d"], Any, bool]) -> list[Array]:
+    """Accurate `squared_distance`s of several pairs (x [n, d], y, same), all x of one shape, in one program.
+
+    Those for which y is read in blocks are apart.
+    """
+    parts: list[Any] = []
+    for x, y, same in pairs:
+        m = jax.tree.leaves(y)[0].shape[0]
+        if x.shape[1] <= DIRECT or block_beside(x.shape[0], y) < m:
+            parts.append(squared_distance(x, y, same=same, accurate=True))
+            continue
+        left, rows = about(x, middle(y)), flat(y)
+        diagonal = jnp.eye(x.shape[0], m, dtype=bool) if same else None
+        parts.append(_by_products(left, rows - left.centre, y, jnp.arange(m), diagonal))
+    open_parts = [part for part in parts if isinstance(part, Unfinished)]
+    done = iter(finished(open_parts) if open_parts else [])
+    return [next(done) if isinstance(part, Unfinished) else part for part in parts]
 
 
 @jax.custom_jvp
@@ -180,22 +232,33 @@ def _(primals, tangents):
     return with_derivative(*primals), tangents[1]
 
 
-def by_difference(
-    of_pairs: Callable, d2: Float[Array, "n m"], close: Bool[Array, "n m"], width: int
-) -> Float[Array, "n m"]:
-    """d2 with the pairs in `close` computed anew, a stretch of pairs at a time: costs nothing when there are none.
+def by_difference(of_pairs: list[Callable], d2: list[Array], close: list[Array], width: int) -> list[Array]:
+    """Matrices of squared distances with the pairs in `close` computed anew; costs nothing when there are none.
 
-    Stretches in which no pair is close are left out. So few, simple operations compile fast; there are many copies.
+    The pairs of all matrices stand in one row, which is gone through in stretches; those without a close pair are left
+    out. These are few operations, as a sampler has many copies of them to compile.
 
     Args:
-      of_pairs: (row [k], column [k]) -> d2 [k], which takes `width` numbers a pair.
+      of_pairs: for each matrix, (row [k], column [k]) -> d2 [k].
+      d2, close: matrices of n rows.
+      width: how many numbers a pair takes.
     """
-    total, columns = d2.size, d2.shape[1]
+    firsts = np.cumsum([0, *(part.shape[1] for part in d2)])
+    n, columns = d2[0].shape[0], int(firsts[-1])
+    total = n * columns
     size = max(1, min(-(-total // 16), 2**16 // width))
     count = -(-total // size)
 
-    def stretches(v):
-        return jnp.pad(v.reshape(-1), (0, count * size - total)).reshape(count, size)
+    def stretches(parts):
+        row = jnp.concatenate(parts, axis=1).reshape(-1)
+        return jnp.pad(row, (0, count * size - total)).reshape(count, size)
+
+    def computed(row, column):
+        found = of_pairs[0](row, jnp.minimum(column, d2[0].shape[1] - 1))
+        for first, part, one in zip(firsts[1:], d2[1:], of_pairs[1:], strict=False):
+            there = one(row, jnp.clip(column - first, 0, part.shape[1] - 1))
+            found = jnp.where(column >= first, there, found)
+        return found
 
     def recompute(d2):
         marked = stretches(close)
@@ -207,13 +270,14 @@ def by_difference(
             here = order[i]
             pair = jnp.minimum(here * size + jnp.arange(size), total - 1)
             row = jax.lax.div(pair, jnp.full_like(pair, columns))
-            there = jnp.where(marked[here], of_pairs(row, pair - columns * row), values[here])
+            there = jnp.where(marked[here], computed(row, pair - columns * row), values[here])
             return i + 1, jax.lax.dynamic_update_index_in_dim(values, there, here, 0)
 
         _, values = jax.lax.while_loop(lambda state: state[0] < some.sum(), next_stretch, (0, stretches(d2)))
-        return values.reshape(-1)[:total].reshape(d2.shape)
+        return jnp.split(values.reshape(-1)[:total].reshape(n, columns), firsts[1:-1], axis=1)
 
-    return jax.lax.cond(close.any(), recompute, lambda d2: d2, d2)
+    any_close = functools.reduce(jnp.logical_or, (part.any() for part in close))
+    return jax.lax.cond(any_close, recompute, lambda d2: d2, d2)
 
 
 def subset(m: int, weight: Any = None, most: int = SUBSET) -> Any:

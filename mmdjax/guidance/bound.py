@@ -201,10 +201,15 @@ class BoundGuidance:
         def gather(z):
             return shards.everyone(z) if shards.batch else ()  # to be carried along, and not twice on one device
 
-        def sides(z, gathered, *, kernel: Any = kernel, refs: Any = refs, shards: Shards = shards):
+        def sides(z, gathered, known=(), *, kernel: Any = kernel, refs: Any = refs, shards: Shards = shards):
             everyone = Particles(gathered, all_cond) if shards.batch else None
             rows = Particles(z, cond)
-            return Sides(kernel, rows, refs, memory, guidance.estimator, numbers["reach"], everyone, shards)
+            return Sides(kernel, rows, refs, memory, guidance.estimator, numbers["reach"], everyone, shards, known)
+
+        def at(z):
+            """The particles' coordinates, everyone's, and the distances that a step or the trace asks for next."""
+            gathered = gather(z)
+            return z, gathered, sides(z, gathered).distances()
 
         def away(z, gathered):
             assert avoid is not None
@@ -212,8 +217,8 @@ class BoundGuidance:
             beside = sides(z, gathered, kernel=avoid.kernel, refs=avoided, shards=of_avoided)
             return (avoid.strength * rule.away(Negatives(beside, avoid, floor))).astype(z.dtype)
 
-        def move(plan, z, gathered, state):
-            direction = jnp.zeros_like(z) if refs is None else rule.direction(sides(z, gathered), plan)
+        def move(plan, z, gathered, known, state):
+            direction = jnp.zeros_like(z) if refs is None else rule.direction(sides(z, gathered, known), plan)
             if jnp.shape(direction) != z.shape:
                 raise ValueError(
                     f"{type(rule).__name__}.direction returned shape {jnp.shape(direction)} for particles of shape "
@@ -224,13 +229,12 @@ class BoundGuidance:
                 direction += jax.lax.cond(avoiding, away, lambda z, _: jnp.zeros_like(z), z, gathered)
             if guidance.transform is not None:
                 direction, state = jax.vmap(guidance.transform.update)(direction, state, z)
-            z = (z - numbers["scale"] * direction).astype(z.dtype)
-            return z, gather(z), state
+            return *at((z - numbers["scale"] * direction).astype(z.dtype)), state
 
         def guided(*carry):
             plan = None
             if refs is not None:
-                plan = rule.prepare(sides(*carry[:2]), numbers["level"], numbers["seen"])
+                plan = rule.prepare(sides(*carry[:3]), numbers["level"], numbers["seen"])
 
             def inner(carry, index):
                 if length is None:
@@ -247,12 +251,12 @@ class BoundGuidance:
         def left(*carry):
             return *carry, x, jnp.zeros((), x.dtype), jnp.full((), jnp.nan, x.dtype)
 
-        carry = first, gather(first), transform_state
-        z, gathered, transform_state, there, norm, share = jax.lax.cond(pulled | avoiding, guided, left, *carry)
+        carry = *at(first), transform_state
+        z, gathered, known, transform_state, there, norm, share = jax.lax.cond(pulled | avoiding, guided, left, *carry)
         if refs is None:
             return there, transform_state, norm, share, jnp.full((), jnp.nan, x.dtype)
-        kernel, refs, memory, z, gathered = jax.lax.stop_gradient((kernel, refs, memory, z, gathered))
-        mmd2 = sides(z, gathered, kernel=kernel, refs=refs).mmd2(numbers["refs_own"])
+        kernel, refs, memory, *z = jax.lax.stop_gradient((kernel, refs, memory, z, gathered, known))
+        mmd2 = sides(*z, kernel=kernel, refs=refs).mmd2(numbers["refs_own"])
         return there, transform_state, norm, share, mmd2
 
 

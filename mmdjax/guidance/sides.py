@@ -27,7 +27,7 @@ from mmdjax._points.mesh import WHOLE, Shards
 from mmdjax._points.particles import Particles, flat, on_device, wide_dtype
 from mmdjax._points.streaming import HostReferences
 from mmdjax.kernels import Kernel
-from mmdjax.kernels.radial import weights_and_distance2
+from mmdjax.kernels.radial import at_distances, radial_parts, weights_and_distance2
 from mmdjax.mmd import pair_norm, pair_sum
 
 
@@ -45,6 +45,7 @@ class Sides:
       reach: `Kernel.reach` of the kernel between clean points.
       everyone: the batch of all devices, this one's rows first; None: `rows` is the whole batch.
       shards: how batch and references are split over devices.
+      known: what `distances` returned for these particles, not to be computed again; (): nothing.
     """
 
     kernel: Kernel | tuple[Kernel, Kernel]
@@ -55,6 +56,7 @@ class Sides:
     reach: Any = 0.0
     everyone: Any = None
     shards: Shards = WHOLE
+    known: tuple[Array, ...] = ()
 
     def __post_init__(self):
         if self.everyone is None:
@@ -69,6 +71,32 @@ class Sides:
     def fixed(self) -> Kernel:
         """The kernel between the batch and references or memory."""
         return self.kernel[1] if isinstance(self.kernel, tuple) else self.kernel
+
+    def distances(self) -> tuple[Array, ...]:
+        """Squared distances [n, ·] to everyone, the references and the memory, in one pass, for `known`.
+
+        (): the kernels need something else, or there are too many for one pass, or references on other devices.
+        """
+        refs, sets = self.refs, [self.everyone, self.refs, *([] if self.memory is None else [self.memory])]
+        if refs is None or self.shards.refs or isinstance(refs.x, HostReferences):
+            return ()
+        among, fixed = radial_parts(self.among), radial_parts(self.fixed)
+        alike = {type(part).distance2 for part in among + fixed}
+        if not among or not fixed or len(alike) > 1 or any(block_beside(self.rows.n, s.x) < s.n for s in sets):
+            return ()
+        return tuple(fixed[0].distances2(self.rows, *sets))
+
+    @property
+    def _among(self) -> Kernel:
+        return at_distances(self.among, self.known[0]) if self.known else self.among
+
+    @property
+    def _to_refs(self) -> Kernel:
+        return at_distances(self.fixed, self.known[1]) if self.known else self.fixed
+
+    @property
+    def _to_memory(self) -> Kernel:
+        return at_distances(self.fixed, self.known[2]) if self.known else self.fixed
 
     @functools.cached_property
     def weights(self) -> Float[Array, " all"]:
@@ -97,9 +125,9 @@ class Sides:
           precondition: as in `Kernel.gradient`; the mass is 1 unless it is "mass".
         """
         own, of_memory = self.shares
-        pushed, mass = self.among.gradient(self.rows, self.everyone, own, same=True, precondition=precondition)
+        pushed, mass = self._among.gradient(self.rows, self.everyone, own, same=True, precondition=precondition)
         if self.memory is not None:
-            by_memory, more = self.fixed.gradient(
+            by_memory, more = self._to_memory.gradient(
                 self.rows, self.memory, of_memory, same=False, precondition=precondition
             )
             pushed, mass = pushed + by_memory, mass + more
@@ -109,28 +137,28 @@ class Sides:
         """Σ_j v_j ∂k(z_i, y_j)/∂z_i over the references, and their kernel mass; see `push`."""
         if isinstance(self.refs.x, HostReferences):
             (pulled, mass), _ = self._in_blocks(
-                lambda z, refs, v: (self.fixed.gradient(z, refs, v, same=False, precondition=precondition), ())
+                lambda kernel, z, refs, v: (kernel.gradient(z, refs, v, same=False, precondition=precondition), ())
             )
             return pulled, mass if precondition == "mass" else jnp.ones_like(mass)
         v = self.shards.probabilities(self.refs).astype(self.weights.dtype)
 
         def by_refs(rows):
-            return self.fixed.gradient(rows, self.refs, v, same=False, precondition=precondition)
+            return self._to_refs.gradient(rows, self.refs, v, same=False, precondition=precondition)
 
         return self.shards.pull(by_refs, self.rows, self.everyone)
 
     def pair_weights(self) -> Float[Array, "n all"]:
         """w(z_i, z_j) = −2 ∂k/∂d² among the batch, for a kernel of the distance."""
-        return self.among.pair_weights(self.rows, self.everyone, same=True)
+        return self._among.pair_weights(self.rows, self.everyone, same=True)
 
     def memory_weights(self) -> Float[Array, "n k"]:
         """w(z_i, z_j) with the memory."""
         assert self.memory is not None
-        return self.fixed.pair_weights(self.rows, self.memory, same=False)
+        return self._to_memory.pair_weights(self.rows, self.memory, same=False)
 
     def distance2(self) -> Float[Array, "n all"]:
         """|z_i − z_j|² among the batch, for a kernel of the distance."""
-        return self.among.distance2(self.rows, self.everyone, same=True)
+        return self._among.distance2(self.rows, self.everyone, same=True)
 
     def over_refs(self, term: Callable[[Array, Particles, Array], Any], *, nearest: bool = False) -> Any:
         """Σ_j over the references, in blocks: term(w(z_i, y_j), the references y_j, their weights) -> [n, ...].
@@ -139,10 +167,10 @@ class Sides:
           nearest: find what `nearest2` returns in the same pass.
         """
 
-        def of_block(z, refs, v):
+        def of_block(kernel, z, refs, v):
             if not nearest:
-                return term(self.fixed.pair_weights(z, refs, same=False), refs, v), ()
-            weights, d2 = weights_and_distance2(self.fixed, z, refs)
+                return term(kernel.pair_weights(z, refs, same=False), refs, v), ()
+            weights, d2 = weights_and_distance2(kernel, z, refs)
             return term(weights, refs, v), _nearest(d2, v)
 
         sums, least = self._in_blocks(of_block)
@@ -156,15 +184,17 @@ class Sides:
 
     @functools.cached_property
     def _nearest2(self):
-        return self._in_blocks(lambda z, refs, v: ((), _nearest(self.fixed.distance2(z, refs, same=False), v)))[1]
+        return self._in_blocks(lambda kernel, z, refs, v: ((), _nearest(kernel.distance2(z, refs), v)))[1]
 
-    def _in_blocks(self, of_block: Callable[[Particles, Particles, Array], tuple[Any, Any]]) -> tuple[Any, Any]:
-        """Sums and least values over the references, read once: of_block(z, references, their weights) gives both."""
+    def _in_blocks(self, of_block: Callable[..., tuple[Any, Any]]) -> tuple[Any, Any]:
+        """Sums and least values over the references, read once: both by of_block(kernel, z, references, weights)."""
         v = self.shards.probabilities(self.refs).astype(self.weights.dtype)
+        if self.known:
+            return of_block(self._to_refs, self.rows, self.refs, v)
 
         def here(z):
             def of_rows(rows):
-                return of_block(z, on_device(rows.of(self.refs)), rows.weights(v))
+                return of_block(self.fixed, z, on_device(rows.of(self.refs)), rows.weights(v))
 
             return sum_and_least(of_rows, self.refs.n, block_beside(z.n, self.refs.x))
 
@@ -225,8 +255,9 @@ class Sides:
         u = jnp.full(z.n, 1.0 / count, wide_dtype(z.x))
         all_u = jnp.full(everyone.n, 1.0 / count, wide_dtype(z.x))
         self_pairs = self.estimator == "v"
-        own = pair_sum(self.among, z, u, everyone, all_u, same=True, self_pairs=self_pairs)
-        to_refs = self._in_blocks(lambda z, refs, v: (product(self.fixed.gram(z, refs), v), ()))[0]
+        among = dataclasses.replace(everyone) if self.known else everyone  # not z itself, which is read in blocks
+        own = pair_sum(self._among, z, u, among, all_u, same=True, self_pairs=self_pairs)
+        to_refs = self._in_blocks(lambda kernel, z, refs, v: (product(kernel.gram(z, refs), v), ()))[0]
         across = shards.total((u * to_refs).sum())
         if memory is not None:  # each device sums over its own rows, and its part of the memory's
             share, past = shards.share(memory)
