@@ -1,10 +1,12 @@
 """The command line: `mmdjax sample`, `encode`, `convert` and `inspect`, also `python -m mmdjax`."""
 
 import argparse
+import functools
 import math
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -41,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.quiet:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        args.run(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = functools.partial(_show, args.command)
+            args.run(args)
     except (ArithmeticError, ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
         if args.traceback:
             raise
@@ -52,6 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\nmmdjax {args.command}: interrupted; every file that was written is whole{resume}", file=sys.stderr)
         return 130
     return 0
+
+
+def _show(command: str, message: Any, *where: Any, **more: Any) -> None:
+    print(f"mmdjax {command}: warning: {message}", file=sys.stderr)
 
 
 def _in_words(error: Exception) -> str:
@@ -449,13 +457,23 @@ def _sample(args: argparse.Namespace) -> None:
         avoid_radius=args.avoid_radius,
         **size,
     )
-    lines, distances = [], report["distances"] or {}
-    if distances:
-        lines += ["", f"distance to the {report['references']} references, in latents (unbiased)"]
-        lines += [f"{'':18}" + "".join(f"{'unguided' if name == 'before' else 'guided':>12}" for name in distances)]
-        for quantity in ("energy_distance", "mmd2"):
-            lines += [f"{quantity:18}" + "".join(f"{found[quantity]:12.4f}" for found in distances.values())]
+    at = ", at each prompt" if report.get("by_condition") else ""
+    lines = _table(f"distance to the {report['references']} references, in latents (unbiased{at})", report["distances"])
+    lines += _table(
+        f"distance to the nearest of the {report['avoided']} pictures to avoid", report.get("nearest_avoided")
+    )
     _say(args, *lines, "", f"{args.num_samples} pictures in {args.out}")
+
+
+def _table(title: str, found: Any) -> list[str]:
+    """Lines of a table of {"before": {quantity: number}, "after": …}; none without figures."""
+    if not found:
+        return []
+    lines = ["", title, f"{'':18}" + "".join(f"{'unguided' if name == 'before' else 'guided':>12}" for name in found)]
+    for quantity in found["after"]:
+        cells = ("–" if found[name][quantity] is None else f"{found[name][quantity]:.4f}" for name in found)
+        lines.append(f"{quantity:18}" + "".join(f"{cell:>12}" for cell in cells))
+    return lines
 
 
 def _open_set(args: argparse.Namespace, option: str, path: Path | None) -> tuple[Any, Any]:
@@ -563,7 +581,8 @@ def _convert(args: argparse.Namespace) -> None:
 
     from mmdjax._files.atomic import folder_written_whole
     from mmdjax.sd import export, load_models, save
-    from mmdjax.sd.models import local_path, shape_of
+    from mmdjax.sd.files.convert import shape_of
+    from mmdjax.sd.models import local_path
     from mmdjax.sd.pretrained import assemble, with_tokens
     from mmdjax.sd.run import check_out, check_writable
 

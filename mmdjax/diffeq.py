@@ -47,7 +47,7 @@ from mmdjax.guidance.bound import bind, fit_avoid, fit_kernel
 from mmdjax.memory import Memory
 from mmdjax.samplers import DDIM
 from mmdjax.schedules import Level, Schedule, time_of_log_snr
-from mmdjax.tree import as_arrays, is_concrete, pytree, replace, strong
+from mmdjax.tree import as_arrays, is_concrete, is_traced, pytree, replace, strong
 
 FIRST_STEP = 0.1  # in λ; a step too long is rejected, a short one grows tenfold
 LONGEST_STEP = 2.0  # in λ: where noise dominates nothing happens, and a longer step would leap over the data unseen

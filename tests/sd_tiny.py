@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from mmdjax.sd import convert
+from mmdjax.sd.files import convert
 from mmdjax.sd.models import Component, export, module_from_config
 from mmdjax.sd.tiny import VAE
 

@@ -126,6 +126,8 @@ CASES = {
     "all equal": (ValueError, "a bandwidth of 0: they are all equal", lambda: run(jnp.ones((6, 3, 2)))),
     "all equal, median": (ValueError, "they are all equal",
                           lambda: run(jnp.ones((6, 3, 2)), guidance=MMDGuidance(kernel=RBF()))),
+    "mostly equal, median": (ValueError, "so many are repeated that most pairs are equal",
+                             lambda: run(jnp.ones((6, 3, 2)).at[0].set(2.0), guidance=MMDGuidance(kernel=RBF()))),
     "bandwidth zero": (ValueError, "bandwidth is 0; a length above 0", lambda: MMDGuidance(kernel=RBF(0))),
     "bandwidth negative": (ValueError, "bandwidth is -1.0", lambda: MMDGuidance(kernel=IMQ(-1.0))),
     "weights negative": (ValueError, "refs.weight must be finite, non-negative",

@@ -13,9 +13,9 @@ from test_sd_models import apply, recorded, relative
 
 from mmdjax.checkpoint import Checkpoint, CheckpointError, Entry
 from mmdjax.distributed import SMALL
-from mmdjax.sd import convert, published
+from mmdjax.sd.files import convert, published
 from mmdjax.sd.models import load_models, module_from_config
-from mmdjax.sd.transformers.blocks import sincos_positions
+from mmdjax.sd.networks.transformers.blocks import sincos_positions
 
 TOLERANCE = 1e-5  # relative, float32: rounding is 1e-6
 DIT = {

@@ -132,3 +132,15 @@ def test_the_mean_state_leaves_padding_out():
     mask = jnp.array([[True, True, False]])
     np.testing.assert_array_equal(mean_state(context, mask), [[2, 3, 4, 5]])
     np.testing.assert_array_equal(mean_state(context.at[0, 2].set(99), mask), mean_state(context, mask))
+
+
+def test_modules_that_moved_are_imported_by_their_old_names():
+    import mmdjax.sd.clip as old
+    from mmdjax.sd.layers import Block
+
+    from mmdjax.sd.files import open_file
+    from mmdjax.sd.networks import clip, layers
+
+    assert old is clip
+    assert Block is layers.Block
+    assert callable(open_file)

@@ -15,12 +15,13 @@ from safetensors.numpy import load_file, save_file
 
 from mmdjax import distributed
 from mmdjax.checkpoint import CheckpointError
-from mmdjax.sd import convert, load_models, module_from_config, single_flux
-from mmdjax.sd.layers import pack, unpack
-from mmdjax.sd.transformers.blocks import rotary_tables, rotate, swiglu
-from mmdjax.sd.transformers.flux import grid_places
-from mmdjax.sd.transformers.flux2 import places
-from mmdjax.sd.vae_flux2 import RunningNorm
+from mmdjax.sd import load_models, module_from_config
+from mmdjax.sd.files import convert, single_flux
+from mmdjax.sd.networks.layers import pack, unpack
+from mmdjax.sd.networks.transformers.blocks import rotary_tables, rotate, swiglu
+from mmdjax.sd.networks.transformers.flux import grid_places
+from mmdjax.sd.networks.transformers.flux2 import places
+from mmdjax.sd.networks.vae_flux2 import RunningNorm
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FLUX = {

@@ -1,12 +1,16 @@
 """Folders of pictures: what is read, in which order and how; and what is refused."""
 
+import io
 import json
+import struct
+import unicodedata
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from mmdjax.sd.pictures import PictureError, open_pictures, read_picture
+from mmdjax.sd.pictures import ORIENTATION, PictureError, open_pictures, read_picture
 
 RED, GREY = (255, 0, 0), (128, 128, 128)
 
@@ -89,7 +93,125 @@ def test_captions(folder):
     assert open_pictures(folder).captions == ("of a.jpg", "of b.png", "of c.PNG")  # these come first
 
 
+@pytest.mark.parametrize("mark", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("name", ["a.txt", "a.TXT", "a.caption", "metadata.jsonl", "metadata.csv"])
+def test_captions_in_encodings(tmp_path, name, mark):
+    """A mark of byte order is no part of a caption; lines end where an editor ends them, not at U+2028."""
+    save(tmp_path / "a.png", np.zeros((8, 8, 3)))
+    text = 'a "caf\u00e9",\u2028b'
+    whole = text
+    if name.endswith("jsonl"):
+        whole = json.dumps({"file_name": "./a.png", "text": text}, ensure_ascii=False) + "\r\n"
+    if name.endswith("csv"):
+        whole = 'file_name,text\na.png,"a ""caf\u00e9"",\u2028b"\n'
+    (tmp_path / name).write_bytes(whole.encode(mark))
+    expected = " ".join(text.split()) if name.startswith("a.") else text
+    assert open_pictures(tmp_path).captions == (expected,)
+
+
+def test_captions_of_names_with_accents(tmp_path):
+    """macOS takes letters with accents apart in names of files; tables mostly have them whole."""
+    name = unicodedata.normalize("NFD", "caf\u00e9.png")
+    save(tmp_path / name, np.zeros((8, 8, 3)))
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "caf\u00e9.png", "text": "x"}))
+    assert open_pictures(tmp_path).captions == ("x",)
+
+
+def entry(tag, kind, count, value):
+    return struct.pack("<HHI", tag, kind, count) + value.ljust(4, b"\0")
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+HELD = entry(ORIENTATION, 3, 1, struct.pack("<H", 6))  # to be turned by 90° clockwise
+EXIF = {  # what cameras and programs wrote, and whether it still says how the camera was held
+    "text for a resolution": ("jpg", [HELD, entry(0x011A, 2, 4, b"abc\0")], b"", True),
+    "a double for a place": ("jpg", [HELD, entry(0xA005, 12, 1, struct.pack("<I", 38))], struct.pack("<d", 1.5), True),
+    "a place beyond the end": ("jpg", [HELD, entry(0x8769, 4, 1, struct.pack("<I", 2**31))], b"", True),
+    "text for the turn": ("jpg", [entry(ORIENTATION, 2, 2, b"6\0")], b"", False),
+    "garbage": ("png", chunk(b"eXIf", b"garbage"), b"", False),
+    "cut off": ("png", chunk(b"eXIf", b"II*\0\x08\0\0\0\x05"), b"", False),
+    "no hexadecimal": ("png", chunk(b"tEXt", b"Raw profile type exif\0\nexif\n   10\nzz-not-hex"), b"", False),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF|Truncated|.*EXIF")
+@pytest.mark.parametrize("name", EXIF)
+def test_damaged_exif_harms_no_pixel(tmp_path, name):
+    """The picture is used, and turned if the damage leaves that to be read; the check finds nothing wrong."""
+    kind, said, extra, turned = EXIF[name]
+    left_red, out = np.zeros((16, 16, 3), np.uint8), io.BytesIO()
+    left_red[:, :8] = RED
+    Image.fromarray(left_red).save(out, "JPEG" if kind == "jpg" else "PNG")
+    data, place = out.getvalue(), 2 if kind == "jpg" else 33
+    if kind == "jpg":
+        ifd = struct.pack("<H", len(said)) + b"".join(said) + bytes(4)
+        said = b"Exif\0\0II*\0\x08\0\0\0" + ifd + extra
+        said = b"\xff\xe1" + struct.pack(">H", len(said) + 2) + said
+    (tmp_path / f"a.{kind}").write_bytes(data[:place] + said + data[place:])
+    (picture,) = next(open_pictures(tmp_path).batches(16, 16))
+    red = picture[:7, :, 0] if turned else picture[:, :7, 0]
+    np.testing.assert_allclose(red, 1, atol=0.1)  # JPEG
+    assert picture[..., 0].mean() < 0.2
+
+
+@pytest.mark.parametrize("ending", ["jfif", "jpe", "avif", "tga", "jp2", "dib", "pbm", "qoi", "apng", "JPG"])
+def test_pictures_by_other_endings(tmp_path, ending):
+    formats = {"jfif": "JPEG", "jpe": "JPEG", "jpg": "JPEG", "avif": "AVIF", "apng": "PNG"}
+    mode = "1" if ending == "pbm" else "RGB"
+    try:
+        Image.new(mode, (8, 8), "white").save(tmp_path / f"a.{ending}", format=formats.get(ending.lower()))
+    except (OSError, KeyError, ValueError) as error:
+        pytest.skip(f"this Pillow writes no {ending}: {error}")
+    (picture,) = next(open_pictures(tmp_path).batches(4, 4))
+    np.testing.assert_allclose(picture, 1, atol=0.05)
+
+
+def test_what_is_left_out_is_named(folder):
+    for name in ("b.md", "c.md", "Thumbs.db", ".hidden.png", "Makefile"):
+        (folder / name).write_bytes(b"x")
+    (folder / "within").mkdir()
+    assert open_pictures(folder).skipped == (
+        "Makefile: neither picture nor caption",
+        "Thumbs.db: neither picture nor caption",
+        "b.md and 1 more: neither picture nor caption",
+        "within: a folder; the pictures in folders within are not read",
+    )
+
+
 # --- what is refused ---
+
+
+def test_pictures_that_cannot_be_read_say_why(folder):
+    (folder / "d.png").symlink_to(folder / "moved away.png")
+    (folder / "e.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    (folder / "f.png").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    lines = ("3 of 6", "d.png: a link to a file that is not there", "e.heic: Pillow reads no .heic; save it as .png")
+    refused(folder, *lines, "f.png: a Git LFS pointer")
+    assert len(open_pictures(folder, skip=True).paths) == 3
+
+
+def test_captions_that_cannot_be_read(folder):
+    (folder / "a.txt").write_bytes("caf\u00e9".encode("cp1252"))
+    (folder / "b.txt").write_bytes(b"\xff\xfea")
+    (folder / "c.txt").write_text("one")
+    (folder / "c.caption").write_text("two")
+    lines = ("a.txt is not UTF-8 text (byte 3 is 0xe9); save it as UTF-8", "b.txt is not UTF-16 text")
+    refused(folder, *lines, "c.txt: another caption than that of a file of the same name")
+    for name in ("metadata.jsonl", "metadata.csv"):
+        (folder / name).write_text("")
+    refused(folder, "metadata.jsonl and metadata.csv are two tables of captions; leave one")
+
+
+def test_table_that_does_not_fit(folder):
+    (folder / "metadata.csv").write_text("file_name,text\na.jpg,x\nno.png,y\nb.png\n")
+    refused(
+        folder,
+        "metadata.csv, line 3: a caption without its picture no.png",
+        'metadata.csv, line 4: not a row of columns "file_name" and "text"',
+    )
 
 
 def refused(folder, *texts, error=PictureError, **how):

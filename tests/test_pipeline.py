@@ -30,8 +30,8 @@ from mmdjax.schedules import RectifiedFlow
 from mmdjax.sd import load
 from mmdjax.sd.families import Network
 from mmdjax.sd.models import export
-from mmdjax.sd.prompts import Apart, pooled, prompt_kernel, tokens
 from mmdjax.sd.scheduler import Scheduler
+from mmdjax.sd.text.prompts import Apart, pooled, prompt_kernel, tokens
 from mmdjax.sd.tiny import write_vocabulary
 
 
@@ -280,8 +280,8 @@ def test_schedulers_that_are_refused():
     ]:
         with pytest.raises(ValueError, match=text):
             Scheduler({"_class_name": "DDIMScheduler"} | raw)
-    with pytest.raises(ValueError, match=r"use_karras_sigmas is not implemented; give guided_sample\(times=...\)"):
-        Scheduler({"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True}).times(5)
+    with pytest.raises(ValueError, match=r"use_lu_lambdas is not implemented; give guided_sample\(times=...\)"):
+        Scheduler({"_class_name": "DPMSolverMultistepScheduler", "use_lu_lambdas": True}).times(5)
 
 
 # --- references with prompts ---

@@ -10,10 +10,10 @@ import pytest
 import sd_tiny
 from safetensors.numpy import load_file, save_file
 
-from mmdjax.sd import single_sd3
-from mmdjax.sd.files import open_file
+from mmdjax.sd.files import single_sd3
+from mmdjax.sd.files.places import open_file
 from mmdjax.sd.models import load_models, module_from_config
-from mmdjax.sd.transformers.sd3 import Patches, SD3Block, SD3Config
+from mmdjax.sd.networks.transformers.sd3 import Patches, SD3Block, SD3Config
 
 FIXTURES = Path(__file__).parent / "fixtures"
 CONFIG = json.loads((FIXTURES / "sd_sd3.json").read_text())["config"]

@@ -16,7 +16,7 @@ import sd_tiny
 from safetensors.numpy import load_file, save_file
 
 from mmdjax.checkpoint import CheckpointError, open_safetensors
-from mmdjax.sd.files import open_file
+from mmdjax.sd.files.places import open_file
 from mmdjax.sd.models import load_component, load_models, module_from_config, save
 
 
@@ -176,7 +176,7 @@ def test_pickle_with_code_runs_nothing(tmp_path, where):
     ("module", "name"),
     [
         *(("posix", "system"), ("builtins", "eval"), ("torch", "load"), ("torch._utils", "_import_dotted_name")),
-        *(("numpy", "load"), ("collections", "deque"), ("mmdjax.sd.archive", "zipfile")),
+        *(("numpy", "load"), ("collections", "deque"), ("mmdjax.sd.files.archive", "zipfile")),
         *(("torch", "float16.to"), ("torch._utils", "_rebuild_wrapper_subclass"), ("torchx", "Size")),
     ],
 )
@@ -194,6 +194,31 @@ def test_training_leftovers_are_inert(tmp_path):
     path = archive(tmp_path / "x.ckpt", None, program=tensor_program(extra=leftovers), data=bytes(8))
     assert list(open_file(path)) == ["w"]
     assert "pytorch_lightning" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("torch float16", "torch Size", "torch device", "torch.nn.parameter Parameter", "torch strided"),
+        *("builtins set", "__builtin__ complex", "collections Counter", "argparse Namespace", "torch bits1x8"),
+    ],
+)
+def test_harmless_types_are_inert(tmp_path, name):
+    """Those that torch's own restricted loader reads: called, filled and read as nothing."""
+    module, cls = name.split()
+    called = f"X\x05\x00\x00\x00extrac{module}\n{cls}\n(K\x01K\x02tR".encode()
+    filled = b"(K\x01K\x02u}X\x01\x00\x00\x00aK\x01sbs"  # as a mapping, and by its state
+    path = archive(tmp_path / "x.ckpt", None, program=tensor_program(extra=called + filled), data=bytes(8))
+    assert list(open_file(path)) == ["w"]
+
+
+@pytest.mark.parametrize("where", ["model", "module", "ema", "params", "state_dict"])
+def test_tensors_within(tmp_path, where):
+    """Training scripts keep them under one of a few names."""
+    program = tensor_program()[2:-1]
+    whole = b"\x80\x02}X" + len(where).to_bytes(4, "little") + where.encode() + program + b"s."
+    path = archive(tmp_path / "x.ckpt", None, program=whole, data=bytes(8))
+    assert list(open_file(path)) == ["w"]
 
 
 def test_pickle_cannot_alter_what_reads_it(tmp_path):

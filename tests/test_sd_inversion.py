@@ -9,11 +9,12 @@ import sd_toys
 from safetensors.numpy import save_file
 
 from mmdjax.checkpoint import Checkpoint, CheckpointError, Entry
-from mmdjax.sd import convert, load
-from mmdjax.sd.inversion import TABLE, NewRows, add_tokens
+from mmdjax.sd import load
+from mmdjax.sd.files import convert
+from mmdjax.sd.files.inversion import TABLE, NewRows, add_tokens
 from mmdjax.sd.models import Component, module_from_config
+from mmdjax.sd.text.tokenizer import load_tokenizer
 from mmdjax.sd.tiny import write_vocabulary
-from mmdjax.sd.tokenizer import load_tokenizer
 
 SIZE = 518  # of the vocabulary; its last two tokens are start and end
 START, A, END = 516, 320, 517

@@ -1,6 +1,7 @@
 """LoRAs merged into a model: what each form and each spelling of a name means, and how a wrong file is refused."""
 
 import json
+import shutil
 import tracemalloc
 
 import jax
@@ -8,14 +9,15 @@ import numpy as np
 import pytest
 import sd_tiny
 import sd_toys
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from mmdjax._files.fingerprint import tree_hash
 from mmdjax.checkpoint import Checkpoint, CheckpointError, Entry
-from mmdjax.sd import convert, load
-from mmdjax.sd.lora import merge, plan
+from mmdjax.sd import load
+from mmdjax.sd.files import convert
+from mmdjax.sd.files.lora import merge, plan
+from mmdjax.sd.files.updates import Update
 from mmdjax.sd.models import Component, load_models, module_from_config
-from mmdjax.sd.updates import Update
 
 RNG = np.random.default_rng(0)
 UNET = sd_tiny.UNET | {"cross_attention_dim": 32, "sample_size": 4}
@@ -187,6 +189,58 @@ def test_fused_tensor_is_changed_piece_by_piece(tmp_path):
         )
 
 
+FLUX = {"_class_name": "FluxTransformer2DModel", "num_attention_heads": 4, "attention_head_dim": 8}
+FLUX |= {"axes_dims_rope": [2, 2, 4], "num_layers": 1, "num_single_layers": 1}
+SD3 = {"_class_name": "SD3Transformer2DModel", "num_attention_heads": 4, "attention_head_dim": 8, "num_layers": 2}
+SD3 |= {"caption_projection_dim": 32}
+HALVES = [*range(32, 64), *range(32)]  # a modulation's shift and scale, in the other order in diffusers
+IN_ONE = {  # a tensor's name in single files; of each parameter that is in it, its rows there
+    "flux single block": (
+        FLUX,
+        "single_blocks_0_linear1",
+        {
+            **{f"single_transformer_blocks.0.attn.to_{x}": range(32 * i, 32 * i + 32) for i, x in enumerate("qkv")},
+            "single_transformer_blocks.0.proj_mlp": range(96, 224),
+        },
+    ),
+    "flux double block": (
+        FLUX,
+        "double_blocks_0_txt_attn_qkv",
+        {f"transformer_blocks.0.attn.add_{x}_proj": range(32 * i, 32 * i + 32) for i, x in enumerate("qkv")},
+    ),
+    "flux modulation": (FLUX, "final_layer_adaLN_modulation_1", {"norm_out.linear": HALVES}),
+    "sd3 block": (
+        SD3,
+        "joint_blocks_0_context_block_attn_qkv",
+        {f"transformer_blocks.0.attn.add_{x}_proj": range(32 * i, 32 * i + 32) for i, x in enumerate("qkv")},
+    ),
+    "sd3 plain": (SD3, "joint_blocks_0_x_block_mlp_fc2", {"transformer_blocks.0.ff.net.2": range(32)}),
+    "sd3 modulation": (SD3, "final_layer_adaLN_modulation_1", {"norm_out.linear": HALVES}),
+    "sd3 last block": (
+        SD3,
+        "joint_blocks_1_context_block_adaLN_modulation_1",
+        {"transformer_blocks.1.norm1_context.linear": HALVES},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", IN_ONE)
+def test_names_of_a_transformers_single_file(tmp_path, case):
+    """Kohya's files for FLUX and Stable Diffusion 3 name the tensors of single files."""
+    raw, name, rows = IN_ONE[case]
+    other = {"transformer_blocks.0.ff_context.net.0.proj.weight": (8, 32)} if raw is SD3 else {}
+    shapes = {f"{key}.weight": (len(these), 32) for key, these in rows.items()} | other
+    tensors = lora(f"lora_unet_{name}", sum(map(len, rows.values())), 32, names=KOHYA)
+    path = written(tmp_path / "a.safetensors", tensors)
+    changes = plan({path: 1.0}, {"transformer": component(raw, **shapes)}).changes["transformer"]
+    whole = tensors[f"lora_unet_{name}.lora_up.weight"] @ tensors[f"lora_unet_{name}.lora_down.weight"]
+    assert set(changes) == {f"{key}.weight" for key in rows}
+    for key, these in rows.items():
+        (change,) = changes[f"{key}.weight"]
+        found = change.of(np.zeros((len(these), 32), np.float32))
+        np.testing.assert_allclose(found, whole[list(these)], rtol=1e-6)
+
+
 # --- merging ---
 
 
@@ -214,6 +268,12 @@ def test_merged_parameters(folder, tmp_path):
             half = convert.flat(halved[name])[where[other]]
             np.testing.assert_array_equal(half, after.astype(half.dtype))
     assert convert.flat(halved["unet"])[convert.keys(plain["unet"])[f"{Q}.weight"]].dtype == np.float16
+    # whatever stands before the names of the model's file
+    shutil.copytree(folder, tmp_path / "prefixed")
+    (weights,) = (tmp_path / "prefixed" / "unet").glob("*.safetensors")
+    save_file({f"module.{key}": value for key, value in load_file(weights).items()}, weights)
+    _, prefixed = load(tmp_path / "prefixed", lora={path: 0.5})
+    assert tree_hash(prefixed) == tree_hash(merged)
     # strength 0 is the plain model bit for bit; another strength is another model to runs and packs
     _, zero = load(folder, lora={path: 0.0})
     assert tree_hash(zero) == tree_hash(plain)

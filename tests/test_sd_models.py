@@ -19,9 +19,10 @@ from safetensors.numpy import load_file
 
 from mmdjax import from_model
 from mmdjax.schedules import DiscreteTime, ScaledLinear
-from mmdjax.sd import convert, layers, primitives
-from mmdjax.sd.clip import end_of_text
+from mmdjax.sd.files import convert
 from mmdjax.sd.models import module_from_config
+from mmdjax.sd.networks import layers, primitives
+from mmdjax.sd.networks.clip import end_of_text
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TOLERANCE = 1e-5  # relative, float32: rounding through some 50 layers is 1e-6
@@ -429,6 +430,23 @@ def test_which_layer():
     shorter = apply(sd_tiny.TEXT | {"num_hidden_layers": 1}, ids)
     np.testing.assert_allclose(out.hidden[-2], shorter.hidden[-1], rtol=1e-6)
     assert relative(out.hidden[-1], out.last) > 0.1
+
+
+def test_clip_skip():
+    """As diffusers counts it: 1 gives the states before the last layer, normed; the projection is of all layers."""
+    raw = sd_tiny.TEXT | {"architectures": ["CLIPTextModelWithProjection"], "projection_dim": 16}
+    made = [sd_tiny.component(raw | change) for change in ({}, {"clip_skip": 1}, {"num_hidden_layers": 1})]
+    ids = jnp.asarray([[1, 2, 3, 4, 49, 49, 49, 49]])
+    every = jax.jit(lambda params: [c.module.apply({"params": p}, ids) for c, p in zip(made, params, strict=True)])
+    whole, skipped, shorter = every([component.params for component in made])
+    for ours, expected in (
+        (skipped.last, shorter.last),
+        (skipped.pooled, shorter.pooled),
+        (skipped.hidden[-2], whole.hidden[-3]),
+        (skipped.projected, whole.projected),
+    ):
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
+    assert relative(skipped.last, whole.last) > 0.1
 
 
 @pytest.mark.parametrize(("eos", "places"), [(2, [4, 1]), (49, [2, 0]), (48, [3, 1])])

@@ -169,35 +169,49 @@ def centred_distance(
     return with_derivative(value, d2)
 
 
+@jax.custom_jvp
 def with_derivative(value: Array, of: Array) -> Array:
-    """A detached value with the derivative of another, to any order; not a digit of the value is lost."""
-    return value + (of - jax.lax.stop_gradient(of))
+    """A detached value with the derivative of another, to any order."""
+    return value
+
+
+@with_derivative.defjvp
+def _(primals, tangents):
+    return with_derivative(*primals), tangents[1]
 
 
 def by_difference(
     of_pairs: Callable, d2: Float[Array, "n m"], close: Bool[Array, "n m"], width: int
 ) -> Float[Array, "n m"]:
-    """d2 with the pairs in `close` computed anew, a block of pairs at a time: costs nothing when there are none.
+    """d2 with the pairs in `close` computed anew, a stretch of pairs at a time: costs nothing when there are none.
+
+    Stretches in which no pair is close are left out. So few, simple operations compile fast; there are many copies.
 
     Args:
       of_pairs: (row [k], column [k]) -> d2 [k], which takes `width` numbers a pair.
     """
-    total = d2.size
-    block = max(1, min(total // 16, 2**18 // width))  # few pairs are close: a large block would be padding
+    total, columns = d2.size, d2.shape[1]
+    size = max(1, min(-(-total // 16), 2**16 // width))
+    count = -(-total // size)
+
+    def stretches(v):
+        return jnp.pad(v.reshape(-1), (0, count * size - total)).reshape(count, size)
 
     def recompute(d2):
-        (pairs,) = jnp.nonzero(close.reshape(-1), size=total, fill_value=total)
-        pairs = jnp.concatenate([pairs, jnp.full(block, total, pairs.dtype)])
+        marked = stretches(close)
+        some = marked.any(axis=1)
+        order = jnp.argsort(~some)
 
-        def one_block(state):
-            start, values = state
-            pair = jax.lax.dynamic_slice(pairs, (start,), (block,))
-            row, column = jnp.divmod(jnp.minimum(pair, total - 1), d2.shape[1])
-            return start + block, values.at[pair].set(of_pairs(row, column), mode="drop")
+        def next_stretch(state):
+            i, values = state
+            here = order[i]
+            pair = jnp.minimum(here * size + jnp.arange(size), total - 1)
+            row = jax.lax.div(pair, jnp.full_like(pair, columns))
+            there = jnp.where(marked[here], of_pairs(row, pair - columns * row), values[here])
+            return i + 1, jax.lax.dynamic_update_index_in_dim(values, there, here, 0)
 
-        count = close.sum()
-        _, values = jax.lax.while_loop(lambda state: state[0] < count, one_block, (0, d2.reshape(-1)))
-        return values.reshape(d2.shape)
+        _, values = jax.lax.while_loop(lambda state: state[0] < some.sum(), next_stretch, (0, stretches(d2)))
+        return values.reshape(-1)[:total].reshape(d2.shape)
 
     return jax.lax.cond(close.any(), recompute, lambda d2: d2, d2)
 

@@ -77,7 +77,7 @@ class Advisor:
         memory: Memory | None = None,
     ) -> None:  # fmt: skip
         """What the arguments tell; `num_samples` None: not known."""
-        if refs is None or kernel is None:
+        if refs is None or kernel is None or (is_concrete(guidance.scale) and not np.any(guidance.scale)):
             return
         self._say(of_scale, of_scale(guidance))
         self._say(of_conditions, of_conditions(kernel, refs, cond))
@@ -112,7 +112,7 @@ def warn(message: str) -> None:
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "mmdjax":
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, GuidanceWarning, stacklevel=level - 1)
+    warnings.warn(message, GuidanceWarning, stacklevel=level)
 
 
 def of_one(num_samples: int, *remedies: str) -> str | None:
@@ -173,8 +173,8 @@ def of_conditions(kernel: Kernel, refs: Particles, cond: Any) -> str | None:
         return None
     count = len(jax.tree.leaves(cond)[0])
     return (
-        f"no reference pulls {lacks.size} of the {count} samples: none has {_named(cond, lacks)}, nor a condition like "
-        "it; give references that have, or a kernel on x alone"
+        f"no reference has {_named(cond, lacks)}, or one like it, so that nothing pulls {lacks.size} of the {count} "
+        "samples; give references that do, or a kernel on x alone"
     )
 
 
@@ -191,12 +191,11 @@ def _named(cond: Any, rows: np.ndarray) -> str:
     """The conditions of some samples, if they are short; else the numbers of these samples."""
     leaves = jax.tree.leaves(cond)
     if len(leaves) == 1 and np.size(leaves[0][0]) <= SHOWN:
-        values = np.unique(np.asarray(leaves[0][rows]), axis=0).tolist()
-        name, several = "cond", "one of cond"
+        values, name = np.unique(np.asarray(leaves[0][rows]), axis=0).tolist(), "cond"
     else:
-        values, name, several = rows.tolist(), "the condition of sample", "the conditions of samples"
+        values, name = rows.tolist(), "the condition of sample"
     more = f", … {len(values)} in all" if len(values) > SHOWN else ""
-    return f"{name if len(values) == 1 else several} {', '.join(map(str, values[:SHOWN]))}{more}"
+    return f"{name} {', '.join(map(str, values[:SHOWN]))}{more}"
 
 
 def of_reach(guidance: MMDGuidance, kernel: Kernel, moved: np.ndarray) -> str | None:

@@ -250,8 +250,9 @@ def check_fitted(kernel: Kernel, points: str = "references") -> None:
     for leaf in jax.tree.leaves(kernel):
         if is_concrete(leaf) and not all_finite(leaf):
             raise ValueError(
-                f"the {points} give {type(kernel).__name__} a bandwidth of 0: they are all equal, or so far apart that "
-                f"their squared distances overflow; give the bandwidth as a number, such as IMQ(1.0), or {points} that "
+                f"the {points} give {type(kernel).__name__} a bandwidth of 0: they are all equal, or so many are "
+                "repeated that most pairs are equal, or they are so far apart that their squared distances overflow; "
+                f"give the bandwidth as a number, such as IMQ(1.0), or {points} that "
                 "differ"
             )
 

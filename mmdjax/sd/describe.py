@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from mmdjax._core.extras import installed
 from mmdjax.checkpoint import CheckpointError, open_safetensors
-from mmdjax.sd.lora import plan
-from mmdjax.sd.models import Component, load_models, local_path, shape_of
+from mmdjax.sd.files.convert import shape_of
+from mmdjax.sd.files.lora import plan
+from mmdjax.sd.models import Component, load_models, local_path
 from mmdjax.sd.pack import FORMAT, load_references
 from mmdjax.sd.pipeline import Pipeline
 from mmdjax.sd.pretrained import assemble, with_tokens
@@ -25,9 +26,8 @@ def describe(path: str | Path, *, batch_size: int | None = None, dtype: Any = jn
     Args:
       batch_size: compile the U-Net for this number of pictures, and report the memory that XLA reserves on this device.
       dtype: the dtype to compile it in.
-      how: `variant`, `ema`, `configs`, `clip_skip`, `allow_unused` and `parts` of `load_models`, `scheduler`, `tokenizer`,
-        `lora` and `textual_inversion` of
-        `load`.
+      how: `variant`, `ema`, `configs`, `clip_skip`, `allow_unused` and `parts` of `load_models`; `scheduler`,
+        `tokenizer`, `lora` and `textual_inversion` of `load`.
     Raises:
       FileNotFoundError, CheckpointError, ValueError: see `mmdjax.sd.load_models`; every key is checked.
     """

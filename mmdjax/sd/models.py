@@ -1,4 +1,4 @@
-"""Loading and saving whole models: the architecture from the configurations, the parameters by `mmdjax.sd.convert`.
+"""Loading and saving whole models: the architecture from the configurations, the parameters by `files/convert.py`.
 
 A model is one of: a folder of diffusers (with a subfolder for each network), one of these subfolders, a single file
 (`.safetensors` or `.ckpt` in the naming of CompVis, Stable Diffusion 3 or FLUX, `.pt` of DiT or SiT), a folder that
@@ -12,7 +12,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -20,23 +19,23 @@ from flax import linen as nn
 from mmdjax._core.progress import progress_bar
 from mmdjax._files.atomic import write_json
 from mmdjax.checkpoint import Checkpoint, CheckpointError, Entry, read_json, write_safetensors
-from mmdjax.sd import compvis, convert, published, single, single_sd3
-from mmdjax.sd.clip import CLIPText, CLIPTextConfig
 from mmdjax.sd.config import class_name
-from mmdjax.sd.files import download, open_file, open_folder, variant_of_each
-from mmdjax.sd.inversion import NewRows
-from mmdjax.sd.lora import Change, merge, plan
-from mmdjax.sd.qwen3 import Qwen3, Qwen3Config
-from mmdjax.sd.spellings import respelled
-from mmdjax.sd.t5 import T5Encoder, T5EncoderConfig
-from mmdjax.sd.transformers.dit import DiT, DiTConfig, PublishedDiTConfig, SiT, SiTConfig
-from mmdjax.sd.transformers.flux import Flux, FluxConfig
-from mmdjax.sd.transformers.flux2 import Flux2, Flux2Config
-from mmdjax.sd.transformers.pixart import PixArt, PixArtConfig
-from mmdjax.sd.transformers.sd3 import SD3, SD3Config
-from mmdjax.sd.unet import UNet2D, UNet2DCondition, UNet2DConditionConfig, UNet2DConfig
-from mmdjax.sd.vae import AutoencoderKL, AutoencoderKLConfig, VQModel, VQModelConfig
-from mmdjax.sd.vae_flux2 import AutoencoderKLFlux2, AutoencoderKLFlux2Config
+from mmdjax.sd.files import compvis, convert, published, single, single_sd3
+from mmdjax.sd.files.inversion import NewRows
+from mmdjax.sd.files.lora import Change, merge, plan
+from mmdjax.sd.files.places import download, open_file, open_folder, variant_of_each
+from mmdjax.sd.files.spellings import respelled
+from mmdjax.sd.networks.clip import CLIPText, CLIPTextConfig
+from mmdjax.sd.networks.qwen3 import Qwen3, Qwen3Config
+from mmdjax.sd.networks.t5 import T5Encoder, T5EncoderConfig
+from mmdjax.sd.networks.transformers.dit import DiT, DiTConfig, PublishedDiTConfig, SiT, SiTConfig
+from mmdjax.sd.networks.transformers.flux import Flux, FluxConfig
+from mmdjax.sd.networks.transformers.flux2 import Flux2, Flux2Config
+from mmdjax.sd.networks.transformers.pixart import PixArt, PixArtConfig
+from mmdjax.sd.networks.transformers.sd3 import SD3, SD3Config
+from mmdjax.sd.networks.unet import UNet2D, UNet2DCondition, UNet2DConditionConfig, UNet2DConfig
+from mmdjax.sd.networks.vae import AutoencoderKL, AutoencoderKLConfig, VQModel, VQModelConfig
+from mmdjax.sd.networks.vae_flux2 import AutoencoderKLFlux2, AutoencoderKLFlux2Config
 
 MODULES = (
     (UNet2DConditionConfig, UNet2DCondition),
@@ -112,19 +111,24 @@ class _How(NamedTuple):
         if name in self.new_rows:
             raw = self.new_rows[name].config(raw)
             module = self.module(raw)
-            checkpoint = self.new_rows[name].checkpoint(convert.canonical(checkpoint, module))
-        if name in self.changes:
+
+        def edit(found):
             exact = None if self.param_dtype is None else np.float32  # and then cast
-            checkpoint = merge(self.changes[name], convert.canonical(checkpoint, module), exact)
+            found = self.new_rows[name].checkpoint(found) if name in self.new_rows else found
+            return merge(self.changes[name], found, exact) if name in self.changes else found
+
         like = convert.permitted(self.allow_unused)
         how = {"param_dtype": self.param_dtype, "permits": lambda key: like(key) or like(prefix + key)}
         with self.loading(name, checkpoint) as put:
-            params = convert.params_from_torch(module, checkpoint, put=put, **how)
+            params = convert.params_from_torch(module, checkpoint, put=put, edit=edit, **how)
         return Component(module, params, raw)
 
     @contextlib.contextmanager
     def loading(self, name: str, checkpoint: Checkpoint) -> Iterator[Callable]:
         """`put`, with a progress bar."""
+        if self.put is convert.shape_of:
+            yield self.put
+            return
         how: dict[str, Any] = {"total": len(checkpoint), "desc": f"loading {name}", "unit": "tensor"}
         with progress_bar(**how, disable=not self.progress) as bar:
 
@@ -161,7 +165,7 @@ def load_models(
         {"unet": "fp16"}.
       dtype: the dtype that the modules compute in.
       param_dtype: cast parameters to this dtype, all or by component, such as {"unet": jnp.bfloat16}; None: as stored.
-      flash, remat: see `mmdjax.sd.layers.Block`.
+      flash, remat: see `mmdjax.sd.networks.layers.Block`.
       put: a function for each array of parameters, such as a `jax.device_put` to a sharding.
       ema: take the moving average of a single file's U-Net instead of the last step's weights. Of a DiT or a SiT it is
         taken wherever there is one.
@@ -173,7 +177,7 @@ def load_models(
       allow_unused: keys of the files that may be left out, as patterns such as "extra.*"; all others must be used.
       progress: show a bar for each network.
       lora: see `mmdjax.sd.load`.
-      parts: folders of networks that the file does not hold, or that take the place of its own, such as {"vae": folder}.
+      parts: folders of networks that the file does not hold, or that take the place of its own, as {"vae": folder}.
       new_rows: of the text encoders' tables of embeddings, for tokens that were added to their tokenizers.
     Raises:
       FileNotFoundError: no such file, config, weights, variant or shard.
@@ -185,18 +189,13 @@ def load_models(
     rest = {"clip_skip": clip_skip, "allow_unused": allow_unused}
     how = _How(dtype, param_dtype, flash, remat, put, progress, new_rows=new_rows or {}, **rest)
     if lora:
-        plain = _How(dtype, None, False, False, shape_of, False, **rest)
+        plain = _How(dtype, None, False, False, convert.shape_of, False, **rest)
         changes = plan(lora, _load(path, variant, plain, ema, configs, parts)).changes
         how = how._replace(changes=changes)
     found = _load(path, variant, how, ema, configs, parts)
     if clip_skip is not None and not any(isinstance(component.module, CLIPText) for component in found.values()):
         raise ValueError(f"clip_skip is {clip_skip}, but the model has no text encoder of CLIP; leave it out")
     return found
-
-
-def shape_of(array: np.ndarray) -> jax.ShapeDtypeStruct:
-    """A `put` for `load_models` that keeps only the shape and type of each array, so that no weights are read."""
-    return jax.ShapeDtypeStruct(array.shape, array.dtype)
 
 
 def _load(path: Path, variant: Any, how: _How, ema: bool, configs: Any, parts: Any) -> dict[str, Component]:

@@ -31,12 +31,12 @@ from mmdjax.samplers import DDIM
 from mmdjax.schedules import Schedule
 from mmdjax.sd.decoding import Decoder, decode_whole, encode_whole
 from mmdjax.sd.families import ENCODERS, TOKENIZERS, Embedded, Family, Network, encode, family_of
-from mmdjax.sd.fast_tokenizer import FastTokenizer
 from mmdjax.sd.flow import FlowScheduler
 from mmdjax.sd.models import Component, export, save
-from mmdjax.sd.prompts import rows
 from mmdjax.sd.scheduler import Scheduler
-from mmdjax.sd.tokenizer import FILES, Tokenizer
+from mmdjax.sd.text.fast_tokenizer import FastTokenizer
+from mmdjax.sd.text.prompts import rows
+from mmdjax.sd.text.tokenizer import FILES, Tokenizer
 from mmdjax.tree import is_concrete
 
 AUTOENCODERS = ("vae", "vqvae")
@@ -244,7 +244,7 @@ class Pipeline:
         return cond | {"time_ids": jnp.tile(jnp.asarray(time_ids, jnp.float32), (len(prompts), 1))}
 
     def kernel(self, x: Any = None, *, level: str = "pooled", cond: Any = None) -> Product:
-        """The kernel for references with prompts; see `mmdjax.sd.prompts.prompt_kernel`. Of labels: equal or not.
+        """The kernel for references with prompts; see `mmdjax.sd.text.prompts.prompt_kernel`. Of labels: equal or not.
 
         Raises:
           ValueError: the model takes no prompts.

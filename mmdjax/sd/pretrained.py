@@ -8,19 +8,19 @@ import jax.numpy as jnp
 
 from mmdjax._core.extras import optional
 from mmdjax.checkpoint import read_json
-from mmdjax.sd.convert import to_device
 from mmdjax.sd.families import ENCODERS, TOKENIZERS, family_of
-from mmdjax.sd.fast_tokenizer import FastTokenizer
-from mmdjax.sd.files import open_file
+from mmdjax.sd.files.convert import shape_of, to_device
+from mmdjax.sd.files.inversion import NewRows, add_tokens
+from mmdjax.sd.files.lora import plan
+from mmdjax.sd.files.places import open_file
+from mmdjax.sd.files.spellings import respelled, said_of_sampling
 from mmdjax.sd.flow import CLASS as FLOW_CLASS
 from mmdjax.sd.flow import FlowScheduler
-from mmdjax.sd.inversion import NewRows, add_tokens
-from mmdjax.sd.lora import plan
-from mmdjax.sd.models import Component, load_models, local_path, shape_of
+from mmdjax.sd.models import Component, load_models, local_path
 from mmdjax.sd.pipeline import Pipeline
 from mmdjax.sd.scheduler import Scheduler, in_place
-from mmdjax.sd.spellings import respelled, said_of_sampling
-from mmdjax.sd.tokenizer import Tokenizer, load_tokenizer
+from mmdjax.sd.text.fast_tokenizer import FastTokenizer
+from mmdjax.sd.text.tokenizer import Tokenizer, load_tokenizer
 
 
 def load(
@@ -52,27 +52,27 @@ def load(
       dtype: the dtype that the networks compute in.
       param_dtype: cast parameters to this dtype, all or by component, such as {"unet": jnp.bfloat16}; None: as stored.
       variant: "fp16" for the half-precision files of a folder; by part, such as {"unet": "fp16"}.
-      flash, remat: see `mmdjax.sd.layers.Block`.
+      flash, remat: see `mmdjax.sd.networks.layers.Block`.
       put: a function for each array of parameters, such as a `jax.device_put` to a sharding.
       ema: take the moving average of a single file's U-Net.
       configs: config.json of a single file's components, in place of what its shapes say.
       scheduler: settings in place of those in scheduler_config.json. With "_class_name", that class takes the place of
-        the file's: the noise and the prediction are kept, other sigmas (Karras') are not. A single file of Stable
+        the file's: the noise and the prediction are kept, spaced sigmas (Karras') are not. A single file of Stable
         Diffusion 2 needs its "prediction_type", unless its metadata say it.
       tokenizer: a folder with the vocabulary, or one for each text encoder; single files have none. None: the model's.
       clip_skip, allow_unused: see `mmdjax.sd.load_models`.
       progress: show a bar for each network.
       lora: strength of each LoRA, a file or PEFT's folder: a number, or numbers by component, such as {"unet": 0.8},
         which leave the others as they are. They are merged into the parameters, which take no more memory for it. See
-        `mmdjax.sd.lora`.
+        `mmdjax.sd.files.lora`.
       textual_inversion: file of each new token; "<cat>" in a prompt then stands for what was learnt. See
-        `mmdjax.sd.inversion`.
+        `mmdjax.sd.files.inversion`.
       parts: folders of networks that a single file does not hold, such as {"vae": folder, "text_encoder_2": folder}.
     Returns:
       (pipeline, params), params a dictionary by component.
     Raises:
-      FileNotFoundError, CheckpointError, ValueError: see `mmdjax.sd.load_models`, `Pipeline`, `mmdjax.sd.lora.plan` and
-        `mmdjax.sd.inversion.add_tokens`.
+      FileNotFoundError, CheckpointError, ValueError: see `mmdjax.sd.load_models`, `Pipeline`,
+        `mmdjax.sd.files.lora.plan` and `mmdjax.sd.files.inversion.add_tokens`.
     """
     path = local_path(path, variant)
     if tokenizer is not None or any((path / folder).is_dir() for folder in TOKENIZERS.values()):
@@ -140,7 +140,7 @@ def outline(
 def with_tokens(
     path: str | Path, found: Mapping[str, Component], tokenizer: Any, textual_inversion: Mapping[str, str | Path]
 ) -> tuple[dict[str, Any], dict[str, NewRows]]:
-    """The tokenizers of `load` with new tokens; see `mmdjax.sd.inversion.add_tokens`."""
+    """The tokenizers of `load` with new tokens; see `mmdjax.sd.files.inversion.add_tokens`."""
     return add_tokens(textual_inversion, _tokenizers(Path(path), tuple(found), tokenizer), found)
 
 

@@ -30,9 +30,11 @@ from mmdjax._files.lock import NAME as LOCK
 from mmdjax._files.lock import locked
 from mmdjax._points.particles import Particles, num_present
 from mmdjax.checkpoint import Entry, write_safetensors
+from mmdjax.conditional import mmd2_by_condition
 from mmdjax.guidance import MMDGuidance
 from mmdjax.guidance.bound import fit_kernel
-from mmdjax.metrics import energy_distance
+from mmdjax.kernels import Energy, Product
+from mmdjax.metrics import energy_distance, nearest_distance
 from mmdjax.mmd import mmd2
 from mmdjax.plots import image_grid, save_labelled_grids
 from mmdjax.provenance import provenance
@@ -40,9 +42,9 @@ from mmdjax.runs import sample_many
 from mmdjax.samplers import DDIM, Sampler
 from mmdjax.sd.pack import ReferencePack
 from mmdjax.sd.pipeline import Pipeline
-from mmdjax.sd.prompts import rows
 from mmdjax.sd.sample import REMEMBERED, check_size, decode_each, prepare
-from mmdjax.sd.tokenizer import FILES
+from mmdjax.sd.text.prompts import rows
+from mmdjax.sd.text.tokenizer import FILES
 
 IN_GRID, IN_COMPARISON = 64, 16  # pictures
 SMALL = 64  # pixels: smaller pictures are enlarged in grids
@@ -170,6 +172,8 @@ def sample_to_folder(
             "references": None if refs is None else len(refs.latents),
             "avoided": None if avoid is None else len(avoid.latents),
             "distances": None if particles is None else _distances(guidance, particles, arrays, cond),
+            "by_condition": particles is not None and guidance.base_kernel.splits_cond,
+            "nearest_avoided": None if avoid is None else _nearest(avoid.particles(), arrays),
             "hashes": {
                 "weights": tree_hash(params),
                 "references": None if refs is None else refs.content,
@@ -286,17 +290,34 @@ def _save_grids(out, pipeline, params, packs, pictures, unguided, progress) -> N
 def _distances(guidance: MMDGuidance, refs: Particles, arrays: Mapping[str, np.ndarray], cond: Any) -> dict[str, Any]:
     """The energy distance and MMD² (by the guidance's kernel) to the references, in latents, unbiased.
 
-    Empty if there is only one sample or reference, for which they are undefined.
+    With a kernel that compares prompts they are those at each prompt, of the samples whose prompt others share; None if
+    there are none. Empty if there is only one sample or reference, for which they are undefined.
     """
     found = {}
     if min(len(arrays["latents"]), num_present(refs)) < 2:
         return found
     kernel = fit_kernel(guidance, refs)
-    for name, x in (("before", arrays.get("unguided")), ("after", arrays["latents"])):
-        if x is not None:
-            samples = Particles(jnp.asarray(x), None if cond is None else rows(cond, arrays["prompt"]))
-            found[name] = {
-                "energy_distance": float(energy_distance(samples.x, refs.x)),
-                "mmd2": float(mmd2(kernel, samples, refs, estimator="u")),
-            }
+    for name, x in _before_and_after(arrays):
+        samples = Particles(jnp.asarray(x), None if cond is None else rows(cond, arrays["prompt"]))
+        if isinstance(kernel, Product):
+            energy = Product(x=Energy(), cond=kernel.cond)
+            both = (mmd2_by_condition(each, samples, refs) for each in (energy, kernel))
+        else:
+            both = energy_distance(samples.x, refs.x), mmd2(kernel, samples, refs, estimator="u")
+        figures = dict(zip(("energy_distance", "mmd2"), map(float, both), strict=True))
+        found[name] = {key: None if math.isnan(value) else value for key, value in figures.items()}
     return found
+
+
+def _nearest(avoided: Particles, arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    """How near samples come to the pictures to avoid: the least and the median of their distances to the nearest."""
+    found = {}
+    for name, x in _before_and_after(arrays):
+        near = np.asarray(nearest_distance(x, avoided.x))
+        found[name] = {"least": float(near.min()), "median": float(np.median(near))}
+    return found
+
+
+def _before_and_after(arrays: Mapping[str, np.ndarray]) -> list[tuple[str, np.ndarray]]:
+    both = ("before", arrays.get("unguided")), ("after", arrays["latents"])
+    return [(name, x) for name, x in both if x is not None]

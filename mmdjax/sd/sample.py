@@ -18,7 +18,7 @@ from mmdjax.runs import sample_many
 from mmdjax.samplers import Sampler
 from mmdjax.sd.pack import ReferencePack, encode_references, load_references
 from mmdjax.sd.pictures import open_pictures
-from mmdjax.sd.prompts import rows
+from mmdjax.sd.text.prompts import rows
 from mmdjax.tree import replace, short_repr
 
 REMEMBERED = 1000  # samples of earlier batches that the later ones are guided around, unless told otherwise

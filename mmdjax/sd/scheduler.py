@@ -4,6 +4,11 @@
 
 The table is computed as in diffusers, in float32 with the product in float64, and has the same bits. With
 `rescale_betas_zero_snr`, √ᾱ is shifted to end at 0 and scaled to keep its start. Lin et al. 2024, algorithm 1.
+
+Some configs space σ/α = √((1 − ᾱ)/ᾱ) by itself, between its values at the first and last level that are visited: evenly
+in its 7th root (Karras et al. 2022, eq. 5), evenly in its logarithm, or by the quantiles of a beta distribution. The
+levels between those of the table are then visited as they are, where some classes of diffusers tell the network the
+nearest one of the table.
 """
 
 import dataclasses
@@ -14,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from scipy.special import betaincinv
 
 from mmdjax.schedules import Discrete, discrete_times
 
@@ -35,7 +41,12 @@ SHARED = {  # settings that mean the same in every class
     *("rescale_betas_zero_snr", "thresholding"),
 }
 CLIPPING = ("DDIMScheduler", "DDPMScheduler")  # x̂0, unless their file says otherwise
-OWN_GRIDS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+SPACED = (  # classes that may space σ/α by itself
+    *("EulerDiscreteScheduler", "LMSDiscreteScheduler", "HeunDiscreteScheduler"),
+    *("DPMSolverMultistepScheduler", "UniPCMultistepScheduler"),
+)
+SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+REFUSED = ("use_lu_lambdas", "use_flow_sigmas")
 REMEDY = '--scheduler DDIMScheduler, or load(..., scheduler={"_class_name": "DDIMScheduler"})'
 MAX_STEPS = 1_000_000
 TINY = 2.0**-24  # diffusers' zero where σ/α is formed
@@ -121,17 +132,16 @@ class Scheduler:
         where the next begins.
 
         Raises:
-          ValueError: more steps than levels, an unknown spacing, or other sigmas (Karras').
+          ValueError: more steps than levels, or a spacing that is not implemented.
         """
         raw, total = self.raw, self.num_train_steps
         kind, default = GRIDS[raw["_class_name"]]
         spacing, offset = raw.get("timestep_spacing", default), raw.get("steps_offset", 0)
-        other = [key for key in OWN_GRIDS if raw.get(key)]
+        other = [key for key in REFUSED if raw.get(key) and raw["_class_name"] in SPACED]
         if other:
             raise ValueError(
-                f"the scheduler's {other[0]} is not implemented; give guided_sample(times=...) yourself, for Karras' "
-                "sigmas mmdjax.schedules.karras_times(pipeline.schedule, num_steps); or take a scheduler without it: "
-                f"{REMEDY}"
+                f"the scheduler's {other[0]} is not implemented; give guided_sample(times=...) yourself, or take a "
+                f"scheduler without it: {REMEDY}"
             )
         grid = discrete_times(total, num_steps, spacing=spacing, offset=offset)
         if kind == "ddim":
@@ -144,14 +154,31 @@ class Scheduler:
             grid[:-1] = (np.linspace(0, total - 1, num_steps + 1).round()[:0:-1] + 1.0) / total
         elif spacing == "leading" and kind == "multistep":
             grid[:-1] = (np.arange(num_steps, 0, -1) * (total // (num_steps + 1)) + offset + 1.0) / total
+        spaced = [key for key in SPACINGS if raw.get(key) and raw["_class_name"] in SPACED]
+        if spaced:
+            grid[:-1] = self._spaced(spaced[0], grid, whole=kind == "multistep")
         return grid
+
+    def _spaced(self, how: str, grid: Float[np.ndarray, " times"], whole: bool) -> Float[np.ndarray, " steps"]:
+        """The grid's levels, spaced in σ/α between its first and last, or with `whole` over the whole table."""
+        bar = self.alphas_cumprod.astype(np.float64)
+        table, index, steps = np.sqrt((1 - bar) / bar), np.arange(len(bar)), len(grid) - 1
+        first, last = table[[-1, 0]] if whole else np.interp(grid[[0, -2]] * len(bar) - 1, index, table)
+        part = np.linspace(0, 1, steps)
+        if how == "use_karras_sigmas":
+            sigmas = (first ** (1 / 7) + part * (last ** (1 / 7) - first ** (1 / 7))) ** 7
+        elif how == "use_exponential_sigmas":
+            sigmas = np.exp(np.log(first) + part * (np.log(last) - np.log(first)))
+        else:
+            sigmas = last + betaincinv(0.6, 0.6, 1 - part) * (first - last)
+        return (np.interp(np.log(sigmas), np.log(table), index) + 1) / len(bar)
 
 
 def in_place(raw: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """A scheduler's settings with others in their place.
 
     If these name a class, it takes the place of the file's: the table of noise, the prediction, spacing and offset are
-    kept, which all classes share; other sigmas and whatever only the file's class has are not.
+    kept, which all classes share; spaced sigmas (Karras') and whatever only the file's class has are not.
 
     Raises:
       ValueError: the file's scheduler has no table of noise that another could take.

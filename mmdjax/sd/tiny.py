@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from mmdjax.sd import convert
 from mmdjax.sd.families.unets import SD_SCHEDULER
+from mmdjax.sd.files import convert
 from mmdjax.sd.models import Component, module_from_config
 from mmdjax.sd.pipeline import Pipeline
 from mmdjax.sd.scheduler import Scheduler
-from mmdjax.sd.tokenizer import END, START, load_tokenizer
+from mmdjax.sd.text.tokenizer import END, START, load_tokenizer
 
 # CLIP's way to write any byte as a letter: printable ones stand for themselves
 PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]

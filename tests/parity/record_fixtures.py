@@ -95,19 +95,6 @@ def vqvae():
     return model, {"images": images, "z": z} | {key: tm.nhwc(value) for key, value in outputs.items()}
 
 
-def sd3(layers, n, height, width):
-    """Of several blocks the first has dual attention; the last one leaves the context behind."""
-    config = tm.SD3["medium35"] | {"num_layers": layers, "dual_attention_layers": (0,)}
-    model = tm.randomise(SD3Transformer2DModel(**config))
-    table = model.pos_embed.pos_embed
-    table.copy_(torch.from_numpy(sd_tiny.draw("pos_embed.pos_embed", tuple(table.shape))))
-    arrays = {"x": normal(0, n, height, width, 16), "t": np.array([1000.0, 0.5], np.float32)[:n]}
-    arrays |= {"context": normal(1, n, 5, 24), "pooled": normal(2, n, 20)}
-    x, t, context, pooled = tm.nchw(arrays["x"]), *(torch.from_numpy(arrays[key]) for key in ("t", "context", "pooled"))
-    output = model(x, timestep=t, encoder_hidden_states=context, pooled_projections=pooled).sample
-    return model, arrays | {"output": tm.nhwc(output)}
-
-
 def flux():
     model = tm.randomise(FluxTransformer2DModel(**tm.FLUX | {"num_layers": 1, "num_single_layers": 1}))
     arrays = {"x": normal(0, 2, 4, 6, 4), "t": np.float32([0.02, 0.9])}
@@ -119,6 +106,19 @@ def flux2():
     model = tm.randomise(Flux2Transformer2DModel(**tm.FLUX2 | {"num_layers": 1, "num_single_layers": 1}))
     arrays = {"x": normal(0, 2, 2, 3, 16), "t": np.float32([0.02, 0.9]), "context": normal(1, 2, 5, 24)}
     return model, arrays | {"output": tm.flux2(model, **arrays)}
+
+
+def sd3(layers, n, height, width):
+    """Of several blocks the first has dual attention; the last one leaves the context behind."""
+    config = tm.SD3["medium35"] | {"num_layers": layers, "dual_attention_layers": (0,)}
+    model = tm.randomise(SD3Transformer2DModel(**config))
+    table = model.pos_embed.pos_embed
+    table.copy_(torch.from_numpy(sd_tiny.draw("pos_embed.pos_embed", tuple(table.shape))))
+    arrays = {"x": normal(0, n, height, width, 16), "t": np.array([1000.0, 0.5], np.float32)[:n]}
+    arrays |= {"context": normal(1, n, 5, 24), "pooled": normal(2, n, 20)}
+    x, t, context, pooled = tm.nchw(arrays["x"]), *(torch.from_numpy(arrays[key]) for key in ("t", "context", "pooled"))
+    output = model(x, timestep=t, encoder_hidden_states=context, pooled_projections=pooled).sample
+    return model, arrays | {"output": tm.nhwc(output)}
 
 
 def text(config, projection=False):
@@ -257,10 +257,10 @@ RECORDED = {
     "clip_l": lambda: text(tm.CLIP_L),
     "clip_h": lambda: text(tm.CLIP_H),
     "clip_g": lambda: text(tm.CLIP_H, projection=True),
-    "sd3": lambda: sd3(2, 2, 6, 10),
-    "sd3_one_block": lambda: sd3(1, 1, 4, 6),
     "t5": t5,
     "qwen3": qwen3,
+    "sd3": lambda: sd3(2, 2, 6, 10),
+    "sd3_one_block": lambda: sd3(1, 1, 4, 6),
 }
 
 
@@ -273,9 +273,7 @@ def main():
             config = model.config.to_dict() | {"architectures": [type(model).__name__]}
         else:
             config = dict(model.config) | {"_class_name": type(model).__name__}
-        buffers = dict(model.named_buffers())
-        saved = dict(model.named_parameters()) | {key: buffers[key] for key in model.state_dict() if key in buffers}
-        shapes = {key: list(value.shape) for key, value in saved.items()}
+        shapes = {key: list(value.shape) for key, value in model.state_dict().items()}  # with saved buffers
         write(name, {"config": config, "shapes": shapes}, arrays)
     for record in (pipeline, schedulers, flow, samplers, token_ids):
         record()

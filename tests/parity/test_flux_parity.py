@@ -16,7 +16,7 @@ from diffusers.loaders import single_file_utils  # noqa: E402
 from diffusers.pipelines.flux2.pipeline_flux2_klein import Flux2KleinPipeline  # noqa: E402
 
 from mmdjax.checkpoint import Checkpoint, Entry  # noqa: E402
-from mmdjax.sd import convert, single_flux  # noqa: E402
+from mmdjax.sd.files import convert, single_flux  # noqa: E402
 from mmdjax.sd.models import load_component, load_models, module_from_config  # noqa: E402
 
 TOLERANCE = 1e-5  # float32 rounding through four blocks is 1e-6
@@ -175,9 +175,9 @@ def linear(name, outputs, inputs, bias):
 def published(second, width, *, channels, context, pooled, head, hidden, depth=2, guidance=False, inner=None):
     """A file of FLUX.1, or of FLUX.2 if `second`, with the names of its own repository.
 
-    `inner`, instead of the width, is the number of columns of all matrices that act on tokens.
+    `inner` is the number of columns of all matrices that act on tokens, in place of the width or `hidden`.
     """
-    bias, c = not second, inner or width
+    bias, c, u = not second, inner or width, inner or hidden
     up = 2 * hidden if second else hidden  # swiglu has two halves
     shapes = linear("img_in", width, channels, bias) | linear("txt_in", width, context, bias)
     inputs = {"time_in": 256} | ({} if second else {"vector_in": pooled}) | ({"guidance_in": 256} if guidance else {})
@@ -192,11 +192,11 @@ def published(second, width, *, channels, context, pooled, head, hidden, depth=2
             shapes |= {} if second else linear(f"{stream}_mod.lin", 6 * width, c, bias)
             shapes |= linear(f"{stream}_attn.qkv", 3 * width, c, bias) | linear(f"{stream}_attn.proj", width, c, bias)
             shapes |= {f"{stream}_attn.norm.{which}_norm.scale": (head,) for which in ("query", "key")}
-            shapes |= linear(f"{stream}_mlp.0", up, c, bias) | linear(f"{stream}_mlp.2", width, hidden, bias)
+            shapes |= linear(f"{stream}_mlp.0", up, c, bias) | linear(f"{stream}_mlp.2", width, u, bias)
         block = f"single_blocks.{i}"
         shapes |= {} if second else linear(f"{block}.modulation.lin", 3 * width, c, bias)
         shapes |= linear(f"{block}.linear1", 3 * width + up, c, bias)
-        shapes |= linear(f"{block}.linear2", width, c + hidden, bias)
+        shapes |= linear(f"{block}.linear2", width, c + u, bias)
         shapes |= {f"{block}.norm.{which}_norm.scale": (head,) for which in ("query", "key")}
     shapes |= linear("final_layer.linear", channels, c, bias)
     shapes |= linear("final_layer.adaLN_modulation.1", 2 * width, c, bias)

@@ -18,8 +18,8 @@ from test_sd_files import overrides, single_file  # noqa: E402
 from test_sd_pipeline import build  # noqa: E402
 
 from mmdjax.sd import load, load_models  # noqa: E402
-from mmdjax.sd.compvis import unet_source  # noqa: E402
-from mmdjax.sd.convert import params_to_torch  # noqa: E402
+from mmdjax.sd.files.compvis import unet_source  # noqa: E402
+from mmdjax.sd.files.convert import params_to_torch  # noqa: E402
 from mmdjax.sd.models import module_from_config  # noqa: E402
 
 pytestmark = [

@@ -17,9 +17,9 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel  # noqa: E402
 from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers  # noqa: E402
 
 from mmdjax import DDIM, DiffusionModel, cfg, from_model, guided_sample  # noqa: E402
-from mmdjax.sd import convert, single_sd3  # noqa: E402
-from mmdjax.sd.compvis import vae_key  # noqa: E402
-from mmdjax.sd.files import open_file  # noqa: E402
+from mmdjax.sd.files import convert, single_sd3  # noqa: E402
+from mmdjax.sd.files.compvis import vae_key  # noqa: E402
+from mmdjax.sd.files.places import open_file  # noqa: E402
 from mmdjax.sd.flow import FlowScheduler  # noqa: E402
 from mmdjax.sd.models import export, load_component, load_models, module_from_config  # noqa: E402
 

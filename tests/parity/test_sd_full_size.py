@@ -6,7 +6,7 @@ torch = pytest.importorskip("torch", reason="parity needs the extra mmdjax[parit
 diffusers = pytest.importorskip("diffusers", reason="parity needs the extra mmdjax[parity]")
 transformers = pytest.importorskip("transformers", reason="parity needs the extra mmdjax[parity]")
 
-from mmdjax.sd import convert  # noqa: E402
+from mmdjax.sd.files import convert  # noqa: E402
 from mmdjax.sd.models import module_from_config  # noqa: E402
 
 SD1 = {

@@ -30,9 +30,9 @@ from transformers import (  # noqa: E402
     T5Tokenizer,
 )
 
-from mmdjax.sd import convert  # noqa: E402
+from mmdjax.sd.files import convert  # noqa: E402
 from mmdjax.sd.models import export, load_component, module_from_config  # noqa: E402
-from mmdjax.sd.tokenizer import load_tokenizer  # noqa: E402
+from mmdjax.sd.text.tokenizer import load_tokenizer  # noqa: E402
 
 TOLERANCE = 1e-5  # float32 rounding through a few layers is 1e-6; the promise is 1e-4
 LENGTHS = (1, 4, 150)
@@ -71,7 +71,9 @@ def test_t5(tmp_path, config, masked):
     theirs.save_pretrained(tmp_path)
     ids, mask = rows()
     with torch.no_grad():
-        expected = theirs(tensor(ids), tensor(mask).long() if masked else torch.ones(ids.shape), output_hidden_states=True)
+        expected = theirs(
+            tensor(ids), tensor(mask).long() if masked else torch.ones(ids.shape), output_hidden_states=True
+        )
     out = ours(tmp_path, jnp.asarray(ids), jnp.asarray(mask) if masked else None)
     assert tm.relative(out.last, expected.last_hidden_state) < TOLERANCE
     assert len(out.hidden) == len(expected.hidden_states) == config["num_layers"] + 1
@@ -126,7 +128,9 @@ def test_half_precision_as_in_transformers(tmp_path, dtype):
         exact = theirs(tensor(ids), tensor(mask).long()).last_hidden_state
         half = T5EncoderModel.from_pretrained(tmp_path, dtype=getattr(torch, dtype))
         error = tm.relative(half(tensor(ids), tensor(mask).long()).last_hidden_state.float(), exact)
-    out = ours(tmp_path, jnp.asarray(ids), jnp.asarray(mask), dtype=getattr(jnp, dtype), param_dtype=getattr(jnp, dtype))
+    out = ours(
+        tmp_path, jnp.asarray(ids), jnp.asarray(mask), dtype=getattr(jnp, dtype), param_dtype=getattr(jnp, dtype)
+    )
     assert out.last.dtype == dtype
     assert 0 < tm.relative(out.last, exact) < 1.5 * error
 
@@ -165,7 +169,9 @@ def test_qwen3_without_its_head_and_in_shards(tmp_path):
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
     ids, mask = rows(40, (1, 7, 40))
     expected = ours(tmp_path / "whole", jnp.asarray(ids), jnp.asarray(mask))
-    np.testing.assert_array_equal(ours(tmp_path / "shards", jnp.asarray(ids), jnp.asarray(mask)).context, expected.context)
+    np.testing.assert_array_equal(
+        ours(tmp_path / "shards", jnp.asarray(ids), jnp.asarray(mask)).context, expected.context
+    )
     _, params, _ = load_component(tmp_path / "shards")
     assert {name.split(".")[2] for name in params if ".layers." in name} == {"0", "1", "2"}
     assert not [name for name in params if name in ("lm_head", "model.norm")]

@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from mmdjax.schedules import DiscreteTime
-from mmdjax.sd.prompts import prompt_kernel
 from mmdjax.sd.scheduler import in_place
+from mmdjax.sd.text.prompts import prompt_kernel
 from mmdjax.tree import pytree
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 
 from mmdjax.sd.families.contract import Family, check_width, mean_state, padded
 from mmdjax.sd.flow import CLASS as FLOW
-from mmdjax.sd.transformers.flux import Flux
-from mmdjax.sd.transformers.flux2 import Flux2
+from mmdjax.sd.networks.transformers.flux import Flux
+from mmdjax.sd.networks.transformers.flux2 import Flux2
 
 LENGTH = 512  # tokens of a prompt
 PIXELS = 1024  # the side of pictures, unless told otherwise

@@ -17,7 +17,7 @@ import numpy as np
 from mmdjax.kernels import IMQ, Delta, Mapped, Product, as_kernel
 from mmdjax.sd.families.contract import Family
 from mmdjax.sd.flow import CLASS
-from mmdjax.sd.transformers.dit import DiT, SiT
+from mmdjax.sd.networks.transformers.dit import DiT, SiT
 
 FLOW = {"_class_name": CLASS}
 SCHEDULER = {

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mmdjax.sd.families.contract import Family, check_width, mean_state, padded
-from mmdjax.sd.transformers.pixart import PixArt as PixArtNetwork
+from mmdjax.sd.networks.transformers.pixart import PixArt as PixArtNetwork
 
 LENGTHS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}  # tokens of a prompt
 

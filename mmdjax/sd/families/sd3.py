@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from mmdjax.sd.families.contract import Family, check_width, padded
 from mmdjax.sd.flow import CLASS
-from mmdjax.sd.transformers.sd3 import SD3
+from mmdjax.sd.networks.transformers.sd3 import SD3
 
 SCHEDULER = {"_class_name": CLASS, "shift": 3.0}
 CLIPS = ("text_encoder", "text_encoder_2")

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from mmdjax.sd.families.contract import Family
-from mmdjax.sd.kinds import other_channels, other_sizes
-from mmdjax.sd.unet import UNet2D, UNet2DCondition
+from mmdjax.sd.files.kinds import other_channels, other_sizes
+from mmdjax.sd.networks.unet import UNet2D, UNet2DCondition
 
 SD_SCHEDULER = {
     "_class_name": "DDIMScheduler",
