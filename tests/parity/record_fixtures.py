@@ -273,7 +273,9 @@ def main():
             config = model.config.to_dict() | {"architectures": [type(model).__name__]}
         else:
             config = dict(model.config) | {"_class_name": type(model).__name__}
-        shapes = {key: list(value.shape) for key, value in model.state_dict().items()}  # with saved buffers
+        buffers = dict(model.named_buffers())
+        saved = dict(model.named_parameters()) | {key: buffers[key] for key in model.state_dict() if key in buffers}
+        shapes = {key: list(value.shape) for key, value in saved.items()}
         write(name, {"config": config, "shapes": shapes}, arrays)
     for record in (pipeline, schedulers, flow, samplers, token_ids):
         record()
