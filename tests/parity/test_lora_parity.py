@@ -17,14 +17,18 @@ import torch_models as tm  # noqa: E402
 from test_sd_files import overrides, single_file  # noqa: E402
 from test_sd_pipeline import build  # noqa: E402
 
+from mmdjax.checkpoint import CheckpointError  # noqa: E402
 from mmdjax.sd import load, load_models  # noqa: E402
 from mmdjax.sd.files.compvis import unet_source  # noqa: E402
 from mmdjax.sd.files.convert import params_to_torch  # noqa: E402
+from mmdjax.sd.files.inversion import add_tokens  # noqa: E402
+from mmdjax.sd.files.lora import plan  # noqa: E402
 from mmdjax.sd.models import module_from_config  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # NumPy 2 of torch's tensors
     pytest.mark.filterwarnings("ignore:.*merge:UserWarning"),  # PEFT's remark on rounding
+    pytest.mark.filterwarnings("ignore:Adapter 'default'"),  # biases, whose shape PEFT does not expect
     pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning"),  # several at once, on purpose
 ]
 UNET = re.compile(
@@ -230,6 +234,42 @@ def test_peft_folder(tmp_path, kind):
     assert same(found, {"unet": merged}, {"unet": plain}) > 10
 
 
+TRANSFORMERS = {
+    "sd3": lambda: diffusers.SD3Transformer2DModel(**tm.SD3),
+    "flux": lambda: diffusers.FluxTransformer2DModel(**tm.FLUX),
+    "flux2": lambda: diffusers.Flux2Transformer2DModel(**tm.FLUX2),
+    "pixart": lambda: diffusers.PixArtTransformer2DModel(**tm.PIXART),
+}
+IN_TRANSFORMERS = re.compile(
+    r"attn\d?\.(to_[qkv]|to_out\.0|to_add_out|add_[qkv]_proj|to_qkv_mlp_proj|to_out)$|ff(_context)?\.(net\.(0\.proj|2)|linear_in)$"
+    r"|proj_(mlp|out)$|norm\w*\.linear$|embedder|modulation\w*\.linear$"
+)
+
+
+@pytest.mark.parametrize("dialect", ["diffusers", "kohya"])
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_transformers(tmp_path, name, dialect):
+    """Their names are found without a word about any family."""
+    model, rng = tm.randomise(TRANSFORMERS[name]()), np.random.default_rng(0)
+    model.save_pretrained(tmp_path / "transformer")
+    plain = {k: v.numpy().copy() for k, v in model.state_dict().items()}
+    places = {k: factors(rng, shape) for k, shape in layers(model, IN_TRANSFORMERS).items() if len(shape) > 1}
+    peft_names = {f"transformer.{k}.lora_{end}.weight": pair[i] for k, pair in places.items() for i, end in enumerate("AB")}
+    written = peft_names
+    if dialect == "kohya":
+        stems = {k: "lora_transformer_" + k.replace(".", "_") for k in places}
+        written = {f"{stems[k]}.lora_{end}.weight": x for k, pair in places.items() for x, end in zip(pair, ("down", "up"))}
+        written |= {f"{stem}.alpha": np.array(RANK, np.float32) for stem in stems.values()}
+    save_file(written, tmp_path / "a.safetensors")
+    model.load_lora_adapter({k: torch.from_numpy(v) for k, v in peft_names.items()}, prefix="transformer")
+    model.fuse_lora(lora_scale=0.7)
+    model.unload_lora()
+    merged = {k: v.numpy() for k, v in model.state_dict().items()}
+    found = load_models(tmp_path / "transformer", lora={tmp_path / "a.safetensors": 0.7})["transformer"].params
+    found = {"transformer": {k: e.read() for k, e in params_to_torch(found).items()}}
+    assert same(found, {"transformer": merged}, {"transformer": plain}) == len(places)
+
+
 def test_single_file_as_the_base(family, tmp_path):
     """The same file merged into the model's folder and into its single file."""
     name, pipe, folder = family
@@ -246,7 +286,7 @@ def test_single_file_as_the_base(family, tmp_path):
 # --- learnt tokens ---
 
 
-PROMPTS = ["a <cat>", "<cat>, a <CAT>!", "the<cat>s", "<cat> <dog> <cat>", "cat dog", "<dog", "a  <dog>\n<cat>"]
+PROMPTS = ["a <cat>", "<cat>, a <DOG>!", "the<cat>s", "<cat> <dog> <cat>", "cat dog", "<dog", "a  <dog>\n<cat>"]
 KINDS = {
     "emb_params": lambda path, rows: save_file({"emb_params": rows}, path) or path,
     "diffusers": lambda path, rows: save_file({"<name>": rows[0] if len(rows) == 1 else rows}, path) or path,
@@ -263,7 +303,10 @@ def _archive(path, rows):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("vectors", [1, 3])
 def test_textual_inversion(tmp_path, kind, vectors):
-    """Ids, embeddings and the text encoder's output, for two tokens of which one has a vector alone."""
+    """Ids, embeddings and the text encoder's output, for two tokens of which one has a vector alone.
+
+    (For "<CAT>" of several vectors diffusers takes the first alone.)
+    """
     pipe, folder, *_ = build("sd1", tmp_path / "m")
     rng = np.random.default_rng(0)
     rows = [0.5 * rng.standard_normal((n, 64)).astype(np.float32) for n in (vectors, 1)]
@@ -303,3 +346,17 @@ def test_textual_inversion_of_two_encoders(tmp_path):
     found = pipeline.encode_prompts(params, PROMPTS)
     assert tm.relative(found["context"], expected.detach()) < 1e-4
     assert tm.relative(found["pooled"], pooled.detach()) < 1e-4
+
+
+@pytest.mark.parametrize("how", ["model", "lora", "textual_inversion"])
+def test_ip_adapter_is_refused_by_name(tmp_path, how):
+    """In the nested dictionaries of its .bin."""
+    parts = {"image_proj": {"proj.weight": torch.ones(2, 2)}, "ip_adapter": {"1.to_k_ip.weight": torch.ones(2, 2)}}
+    torch.save(parts, tmp_path / "ip.bin")
+    call = {
+        "model": lambda: load_models(tmp_path / "ip.bin"),
+        "lora": lambda: plan({tmp_path / "ip.bin": 1.0}, {}),
+        "textual_inversion": lambda: add_tokens({"<cat>": tmp_path / "ip.bin"}, {}, {}),
+    }
+    with pytest.raises(CheckpointError, match=r"ip.bin is an IP-Adapter, which needs an image encoder"):
+        call[how]()

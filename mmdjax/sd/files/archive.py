@@ -58,6 +58,8 @@ INERT = re.compile(
 )
 # where tensors lie, if not on top; an average before the last step's
 NESTED = ("state_dict", "ema", "model", "module", "params_ema", "params", "generator")
+# Groups whose name says what the tensors are: A1111's textual inversions, IP-Adapters. It stays in the tensors' names.
+NAMED = ("string_to_param", "image_proj", "ip_adapter")
 COMPRESSED = "the archive is compressed; torch.save writes it plain. Unpack and repack it"
 
 
@@ -134,6 +136,10 @@ def _tensors(tree: Any, source: str) -> tuple[str | None, dict[str, _Tensor]]:
         tensors = {key: value for key, value in found.items() if isinstance(value, _Tensor)}
         if tensors:
             return group, tensors
+    named = {name: tree[name] for name in NAMED if isinstance(tree.get(name), dict)}
+    tensors = {f"{name}.{k}": v for name, inner in named.items() for k, v in inner.items() if isinstance(v, _Tensor)}
+    if tensors:
+        return None, tensors
     there = [repr(key) for key in tree]
     beside = f"; there are {', '.join(there[:10])}" if there else ""
     raise CheckpointError(
