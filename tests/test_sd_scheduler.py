@@ -49,7 +49,7 @@ def test_levels_spaced_in_the_ratio_of_noise(name, how):
     assert times[-1] == 0
     levels = [schedule(t) for t in times[:-1]]
     ratio = np.array([float(level.sigma / level.alpha) for level in levels])
-    np.testing.assert_allclose(times[[0, -2]], [1, 1e-3], rtol=1e-9)
+    np.testing.assert_allclose(times[[0, -2]], [1, 1e-3], rtol=1e-6)
     if how == "use_beta_sigmas":
         part = (ratio - ratio[-1]) / (ratio[0] - ratio[-1])
         np.testing.assert_allclose(part + part[::-1], 1, rtol=1e-3)  # the distribution is symmetric

@@ -114,19 +114,19 @@ def test_formats_are_known_by_content(text, tmp_path):
     assert "in the format GGUF, which is not read" in message(lambda: open_file(tmp_path / "x.gguf"))[0]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
+def test_pointers_of_git_lfs(tmp_path):
+    """Weights, configurations and vocabularies that were cloned without it are named, and what to do."""
+    folder = sd_toys.write_pipeline(tmp_path / "model")
+    for name in (
         *("unet/diffusion_pytorch_model.safetensors", "unet/config.json", "scheduler/scheduler_config.json"),
         *("tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/tokenizer_config.json"),
-    ],
-)
-def test_pointers_of_git_lfs(tmp_path, name):
-    folder = sd_toys.write_pipeline(tmp_path / "model")
-    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
-    (line,) = message(lambda: load(folder, put=shape_of))
-    assert f"{name} is a Git LFS pointer, a note in place of the file" in line
-    assert "git lfs pull" in line
+    ):
+        sound = (folder / name).read_bytes()
+        (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+        (line,) = message(lambda: load(folder, put=shape_of))
+        assert f"{name} is a Git LFS pointer, a note in place of the file" in line
+        assert "git lfs pull" in line
+        (folder / name).write_bytes(sound)
 
 
 def test_variants_by_part(tmp_path):

@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Int
 
 from mmdjax._core.extras import optional
-from mmdjax.checkpoint import CheckpointError, read_json
+from mmdjax.checkpoint import CheckpointError, read_json, refuse_pointer
 from mmdjax.sd.text.fast_tokenizer import FastTokenizer, kind_of, load_fast
 from mmdjax.tree import short_repr
 
@@ -230,6 +230,7 @@ def _add_tokens(encoding: Any, added: Mapping[int, Mapping[str, Any]], where: st
 
 def _read_tokenizer(folder: Path) -> Any:
     library = optional("tokenizers", "sd", "to read prompts")
+    refuse_pointer(folder / "tokenizer.json")
     try:
         return library.Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # the library raises bare Exceptions
@@ -240,6 +241,7 @@ def _from_vocabulary(folder: Path, unknown: str) -> Any:
     library = optional("tokenizers", "sd", "to read prompts")
     models, normalizers, pre_tokenizers = library.models, library.normalizers, library.pre_tokenizers
     vocabulary = _json(folder / "vocab.json")
+    refuse_pointer(folder / "merges.txt")
     lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
     pairs = [(a, b) for a, _, b in (line.partition(" ") for line in lines if not line.startswith("#version")) if b]
     try:
