@@ -91,11 +91,11 @@ def some(n, weight=None):
     ("refs", "samples", "guidance", "said"),
     [
         (some(20), 200, MMDGuidance(), r'20 references for 200 samples: .* give 50 or more, or .*"shrunk"\)'),
-        (some(49), 98, MMDGuidance(at="sample"), "49 references for 98"),
+        (some(49), 196, MMDGuidance(at="sample"), "49 references for 196"),
         (some(400, np.arange(400) < 15), 64, MMDGuidance(), "15 references for 64"),
         (some(20), 200, MMDGuidance.paper(), "give 50 or more$"),
         (some(50), 10_000, MMDGuidance(), None),
-        (some(20), 39, MMDGuidance(), None),
+        (some(20), 79, MMDGuidance(), None),
         (some(20), 200, MMDGuidance(precondition="shrunk"), None),
     ],
 )
@@ -168,10 +168,10 @@ def test_a_call_warns_once_at_its_line():
     with pytest.warns(GuidanceWarning, match="no reference has cond 7") as caught:
         guided = guide_sampler(DDIM(), MMDGuidance(BY_LABEL), labelled, cond=np.array([0, 7]))
     assert blamed(caught)
-    with pytest.warns(GuidanceWarning, match="12 references for 24 samples") as caught:
-        guided.init(jnp.zeros((24, 2)))
+    with pytest.warns(GuidanceWarning, match="12 references for 48 samples") as caught:
+        guided.init(jnp.zeros((48, 2)))
     assert blamed(caught)
-    guided.init(jnp.zeros((23, 2)))
+    guided.init(jnp.zeros((47, 2)))
 
 
 def test_a_run_warns_once(tmp_path):
@@ -187,19 +187,19 @@ def test_remembered_samples_count():
     memory = Memory.empty(30, (2,)).push(Particles(np.zeros((20, 2))))
     for advisor, held, said in (
         (Advisor(), None, None),
-        (Advisor(), memory, "12 references for 26 samples"),
-        (Advisor(together=36), None, "12 references for 36 samples"),
+        (Advisor(), memory, "12 references for 50 samples"),
+        (Advisor(together=60), None, "12 references for 60 samples"),
     ):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            advisor.before(MMDGuidance(), IMQ(1.0), Particles(REFS), None, 6, held)
+            advisor.before(MMDGuidance(), IMQ(1.0), Particles(REFS), None, 30, held)
         check(str(caught[0].message) if caught else None, said)
 
 
 def test_nothing_inside_jit_and_one_switch():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        how = {"num_samples": 30, "guidance": MMDGuidance(RBF(1e-3), scale=9.0)}
+        how = {"num_samples": 60, "guidance": MMDGuidance(RBF(1e-3), scale=9.0)}
         jax.eval_shape(lambda key: sample(key=key, **how).x, KEY)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
