@@ -16,9 +16,11 @@ References:
   Gretton et al. 2012, eq. 3. Ren et al. 2016 (MMD of conditional distributions).
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -127,8 +129,11 @@ def mmd2_by_condition(kernel: Any, p: Any, q: Any, *, estimator: Estimator = "u"
     """
     check_estimator(estimator)
     kernel, p, q = with_kernel(kernel, estimator=estimator, p=p, q=q)
-    if not kernel.splits_cond:
-        return estimate(kernel, p, q, estimator)
+    return _by_condition(kernel, p, q, estimator) if kernel.splits_cond else estimate(kernel, p, q, estimator)
+
+
+@functools.partial(jax.jit, static_argnames="estimator")
+def _by_condition(kernel, p, q, estimator):
     u, v = p.probabilities(), q.probabilities()
     within = {"same": True, "self_pairs": estimator == "v"}
     own, of_q = (sums(kernel, points, points, weight, **within) for points, weight in ((p, u), (q, v)))

@@ -143,6 +143,8 @@ def probability_flow(
       TypeError, ValueError: as `guided_sample`; another placement than "denoised"; t_max, t_min, tolerances or
         max_steps out of range; solver or adjoint not from diffrax.
       RuntimeError: the end is not reached in max_steps, or a value is NaN.
+    Warns:
+      GuidanceWarning: as `guided_sample`, of what its arguments tell.
 
     Example:
       >>> from mmdjax.denoisers import from_model

@@ -128,6 +128,8 @@ def sample_many(
       OSError: the disk is full, or `out` is read-only or was removed. Repair it and repeat the call.
       FloatingPointError: samples are not finite. Their batch is not kept.
       ValueError, TypeError: as `guided_sample`.
+    Warns:
+      GuidanceWarning: as `guided_sample`, once for the whole run.
 
     Example:
       >>> import tempfile

@@ -92,7 +92,7 @@ def test_distances_of_one_sample_are_left_out(samples, references):
 
 
 def test_distances_at_each_prompt():
-    """Of the samples alone at each prompt: the prompts' shares do not count; unknown of one of a kind."""
+    """Of the samples alone at each prompt: the prompts' shares do not count; unknown of one sample of each."""
     x, y = (np.random.default_rng(i).normal(size=(8, 2)).astype(np.float32) for i in (0, 1))
     guidance = MMDGuidance(Product(IMQ(1.0), Delta()))
     arrays, prompts = {"latents": x, "prompt": np.array([0, 0, 0, 0, 0, 1, 1, 2])}, np.arange(3)

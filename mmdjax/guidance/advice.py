@@ -28,7 +28,7 @@ from mmdjax.kernels import Kernel
 from mmdjax.memory import Memory
 from mmdjax.tree import is_concrete, shown
 
-FEW, TIMES = 50, 2  # references; so many times as many samples
+FEW, TIMES = 50, 4  # references, and samples for each
 STRONG, FAINT = 3.0, 1e-3  # scales of whole steps above it; those below it, which may not move a sample visibly
 NONE = 1e-6  # of a condition's likeness to itself: like no other
 UNMOVED = 0.05  # of the samples, if no more of them were moved
