@@ -48,8 +48,8 @@ from mmdjax.schedules import DiscreteTime
 from mmdjax.sd import Pipeline, load, module_from_config
 from mmdjax.sd.networks import primitives
 from mmdjax.sd.scheduler import Scheduler
-from mmdjax.sd.tiny import write_vocabulary
 from mmdjax.sd.text.tokenizer import load_tokenizer
+from mmdjax.sd.tiny import write_vocabulary
 from mmdjax.training import denoising_loss
 
 HERE = Path(__file__).parent

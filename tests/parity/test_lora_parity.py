@@ -254,11 +254,17 @@ def test_transformers(tmp_path, name, dialect):
     model.save_pretrained(tmp_path / "transformer")
     plain = {k: v.numpy().copy() for k, v in model.state_dict().items()}
     places = {k: factors(rng, shape) for k, shape in layers(model, IN_TRANSFORMERS).items() if len(shape) > 1}
-    peft_names = {f"transformer.{k}.lora_{end}.weight": pair[i] for k, pair in places.items() for i, end in enumerate("AB")}
+    peft_names = {
+        f"transformer.{k}.lora_{end}.weight": pair[i] for k, pair in places.items() for i, end in enumerate("AB")
+    }
     written = peft_names
     if dialect == "kohya":
         stems = {k: "lora_transformer_" + k.replace(".", "_") for k in places}
-        written = {f"{stems[k]}.lora_{end}.weight": x for k, pair in places.items() for x, end in zip(pair, ("down", "up"))}
+        written = {
+            f"{stems[k]}.lora_{end}.weight": x
+            for k, pair in places.items()
+            for x, end in zip(pair, ("down", "up"), strict=True)
+        }
         written |= {f"{stem}.alpha": np.array(RANK, np.float32) for stem in stems.values()}
     save_file(written, tmp_path / "a.safetensors")
     model.load_lora_adapter({k: torch.from_numpy(v) for k, v in peft_names.items()}, prefix="transformer")
