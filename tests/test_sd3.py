@@ -77,6 +77,54 @@ def test_remat_changes_no_gradient():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), plain, again)  # order of sums
 
 
+MEDIUM35 = {  # the published model's own files, key for key
+    "_class_name": "SD3Transformer2DModel",
+    "_diffusers_version": "0.31.0.dev0",
+    "attention_head_dim": 64,
+    "caption_projection_dim": 1536,
+    "dual_attention_layers": [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12],
+    "in_channels": 16,
+    "joint_attention_dim": 4096,
+    "num_attention_heads": 24,
+    "num_layers": 24,
+    "out_channels": 16,
+    "patch_size": 2,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 384,
+    "qk_norm": "rms_norm",
+    "sample_size": 128,
+}
+VAE = {
+    "_class_name": "AutoencoderKL",
+    "_diffusers_version": "0.31.0.dev0",
+    "act_fn": "silu",
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "force_upcast": True,
+    "in_channels": 3,
+    "latent_channels": 16,
+    "latents_mean": None,
+    "latents_std": None,
+    "layers_per_block": 2,
+    "mid_block_add_attention": True,
+    "norm_num_groups": 32,
+    "out_channels": 3,
+    "sample_size": 1024,
+    "scaling_factor": 1.5305,
+    "shift_factor": 0.0609,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "use_post_quant_conv": False,
+    "use_quant_conv": False,
+}
+
+
+def test_published_configs_are_understood():
+    config, vae = (module_from_config(raw).config for raw in (MEDIUM35, VAE))
+    assert config.width == 1536
+    assert config.dual_attention_layers == tuple(range(13))
+    assert (vae.downscale, vae.scaling_factor, vae.shift_factor, vae.use_quant_conv) == (8, 1.5305, 0.0609, False)
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [

@@ -334,7 +334,8 @@ def _load_single(file: Checkpoint, how: _How, ema: bool, configs: Mapping[str, M
         return {"transformer": _load_published(file, how.of("transformer"), ema, configs)}
     layout = next((layout for layout in LAYOUTS if layout.found_in(file)), single)
     found, parts = {}, layout.parts(file, configs, convert.permitted(how.allow_unused))
-    if ema and not {"unet", "transformer"} & set(parts):
+    averaged = {name for name in ("unet", "transformer") if name in parts and parts[name].tensors is None}
+    if ema and not averaged:
         raise CheckpointError(f"{file.source} has no moving average of its weights; use ema=False")
     for name, part in parts.items():
         mine_how = how.of(name)
@@ -344,7 +345,7 @@ def _load_single(file: Checkpoint, how: _How, ema: bool, configs: Mapping[str, M
             found[name] = mine_how.component(name, config, part.tensors, module, part.prefix)
             continue
         mine = single.used(part, module.config, file)
-        if ema and name in ("unet", "transformer"):
+        if ema and name in averaged:
             mine = _moving_average(mine, part.prefix, file)
         sources = compvis.sources(module, convert.keys(convert.abstract(module)), openclip=part.openclip)
         found[name] = mine_how.component(name, config, compvis.translate(mine, sources), module, part.prefix)
