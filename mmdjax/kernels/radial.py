@@ -131,7 +131,7 @@ class Radial(Kernel):
 
 
 @pytree
-class AtDistances(Radial, autodiff=True):
+class _AtDistances(Radial, autodiff=True):
     """A kernel of the distance between two sets whose distances are known.
 
     Args:
@@ -159,7 +159,7 @@ class AtDistances(Radial, autodiff=True):
 
 def at_distances(kernel: Kernel, d2: Float[Array, "n m"]) -> Kernel:
     """A kernel that `is_radial`, between two sets whose squared distances are known."""
-    return kernel.map_radial(lambda part: AtDistances(part, d2))
+    return kernel.map_radial(lambda part: _AtDistances(part, d2))
 
 
 def radial_parts(kernel: Kernel) -> list[Radial]:
