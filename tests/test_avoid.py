@@ -385,9 +385,7 @@ def share_in(x, modes):
     return np.isin(nearest, modes).mean()
 
 
-@pytest.mark.filterwarnings(
-    "ignore:40 references for 200 samples:mmdjax.GuidanceWarning"
-)  # two modes
+@pytest.mark.filterwarnings("ignore:40 references for 200 samples:mmdjax.GuidanceWarning")  # two modes
 def test_fewer_samples_in_forbidden_modes():
     """A quarter of the ring lies in the two; nearly all stay in some mode."""
     how = {"num_samples": 200, "num_steps": 25}
