@@ -5,7 +5,7 @@ method of `methods.py` is scored by `scores.py` on seeds that nothing was chosen
 on others. `targets.py` adds other numbers of references, fewer steps and small batches with a memory, and holds all of
 it against thresholds.
 
-    python benchmarks/alignment.py                       # the core: five tasks, half an hour on two busy cores
+    python benchmarks/alignment.py                       # the core: four tasks, no trained methods, into out/
     python benchmarks/alignment.py --all                 # everything: results/alignment.json and the pictures
     python benchmarks/alignment.py --only ring grid      # these tasks anew, the others kept
     python benchmarks/alignment.py --quick               # one seed, few methods, two tasks, into out/
@@ -40,6 +40,10 @@ from mmdjax.provenance import provenance
 RESULTS = Path(__file__).parent / "results"
 QUICK_TASKS = ("ring", "digits_prompted")
 CHOOSE_BY = {"all": None, "network": 1, "few": 1}  # seeds for choosing: a costly task has fewer
+CORE_METHODS = (
+    "fresh sample", "references", "unguided", RULE, DEFAULT, "follow the mean", "SDEdit from references",
+    "references with noise",
+)  # fmt: skip
 QUICK_METHODS = ("fresh sample", "references", "unguided", RULE, DEFAULT, PLAIN, TUNED, "references with noise")
 
 
@@ -70,11 +74,12 @@ def best(tried: dict[str, dict[str, float]]) -> str:
     return max(tried, key=lambda label: tried[label]["ratio"])
 
 
-def run(task: Task, quick: bool, choosing: Any, reporting: Any) -> dict[str, Any]:
-    """A task's record in the JSON."""
+def run(task: Task, quick: bool, core: bool, choosing: Any, reporting: Any) -> dict[str, Any]:
+    """A task's record in the JSON; of the core few methods and no variations, and quickly few settings, too."""
+    few = QUICK_METHODS if quick else CORE_METHODS if core else None
     found, seconds = {}, {}
     for name, method in methods(task).items():
-        if quick and name not in QUICK_METHODS:
+        if few is not None and name not in few:
             continue
         start = time.perf_counter()
         if quick:
@@ -91,7 +96,7 @@ def run(task: Task, quick: bool, choosing: Any, reporting: Any) -> dict[str, Any
         "samples": task.num_samples,
         "steps": task.num_steps,
         "methods": found,
-        "variations": {} if quick else variations(task, reporting, PAIRED),
+        "variations": {} if few is not None else variations(task, reporting, PAIRED),
     }
     seconds["variations"] = _round(time.perf_counter() - start)
     print(f"{seconds['variations']:8.1f} s  variations", flush=True)
@@ -125,10 +130,11 @@ def main():
     parser.add_argument("--tables", action="store_true", help="print the tables from the JSON, run nothing")
     parser.add_argument("--out", type=Path, help="folder for the JSON and the pictures")
     args = parser.parse_args()
-    folder = args.out or (Path("out") if args.quick else RESULTS)
+    core = not (args.quick or args.all or args.only)
+    folder = args.out or (Path("out") if args.quick or core else RESULTS)
     path = folder / "alignment.json"
     if args.tables:
-        print("\n\n".join(tables(json.loads(path.read_text()))))
+        print("\n\n".join(tables(json.loads(((args.out or RESULTS) / "alignment.json").read_text()))))
         return
 
     if args.quick:
@@ -138,16 +144,15 @@ def main():
         "choosing": list(CHOOSING)[: 1 if args.quick else None],
         "reporting": list(REPORTING)[: 1 if args.quick else None],
     }
-    old = {} if args.quick or not path.exists() else json.loads(path.read_text())  # tasks that are not run stay
+    old = {} if args.quick or core or not path.exists() else json.loads(path.read_text())  # tasks that are not run stay
     found = old.get("tasks", {})
-    core = [make.__name__ for make in CORE]
-    names = args.only or (QUICK_TASKS if args.quick else makers if args.all else core)
+    names = args.only or (QUICK_TASKS if args.quick else makers if args.all else [make.__name__ for make in CORE])
     start = time.perf_counter()
     for name in names:
         jax.clear_caches()  # thousands of programs in one process exhaust its memory mappings
         task = makers[name]()
         print(f"\n{task.name}")
-        record = found[task.name] = run(task, args.quick, settings["choosing"], settings["reporting"])
+        record = found[task.name] = run(task, args.quick, core, settings["choosing"], settings["reporting"])
         order = [make().name for make in TASKS]  # the tasks' own, whatever was run last
         found = {key: found[key] for key in order if key in found}
         results = {**settings, "tasks": found, "targets": [dataclasses.asdict(row) for row in targets(found)]}

@@ -34,9 +34,9 @@ from mmdjax.guidance.bound import bind, fit_kernel
 from mmdjax.provenance import provenance
 from mmdjax.schedules import DiscreteTime
 from mmdjax.sd import load_models
-from mmdjax.sd.convert import to_device
-from mmdjax.sd.prompts import prompt_kernel
+from mmdjax.sd.files.convert import to_device
 from mmdjax.sd.scheduler import Scheduler
+from mmdjax.sd.text.prompts import prompt_kernel
 
 SAMPLES, REFS, SHAPE, WIDTH, TOKENS = 4, 150, (64, 64, 4), 768, 77
 AT_MOST = 0.02  # guidance over U-Net

@@ -202,7 +202,8 @@ def write_sound(folder: Path) -> None:
     import numpy as np
     from safetensors.numpy import load_file, save_file
 
-    from mmdjax.sd import convert, encode_references, load, tiny
+    from mmdjax.sd import encode_references, load, tiny
+    from mmdjax.sd.files import convert
     from mmdjax.sd.models import load_models, module_from_config, save
 
     model = tiny.write_tiny(folder / "model")
@@ -252,7 +253,7 @@ def load_one(sound: Path, kind: str, file: Path, data: bytes) -> int:
 
     from mmdjax.sd import load, load_models, load_references
     from mmdjax.sd.scheduler import Scheduler
-    from mmdjax.sd.tokenizer import load_tokenizer
+    from mmdjax.sd.text.tokenizer import load_tokenizer
 
     what = KINDS[kind][2]
     if what is None:

@@ -34,7 +34,7 @@ from full_size import REFS, SAMPLES, SHAPE, TOKENS, WIDTH, nchw, network, sample
 from mmdjax import DDIM, Particles, guided_sample
 from mmdjax.provenance import provenance
 from mmdjax.sd import load
-from mmdjax.sd.convert import to_device
+from mmdjax.sd.files.convert import to_device
 from mmdjax.sd.tiny import write_vocabulary
 
 TARGETS = {"unet": 1.15, "flax": 0.65, "pipeline": 0.8, "pipeline, compilation included": 1.5, "compile": 1.3}

@@ -11,7 +11,7 @@ from common import normal
 from flax.traverse_util import unflatten_dict
 
 from mmdjax.checkpoint import write_safetensors
-from mmdjax.sd import compvis, convert
+from mmdjax.sd.files import compvis, convert
 from mmdjax.sd.models import Component, export, module_from_config, save
 
 CONFIGS: dict[str, dict[str, Any]] = {

@@ -15,7 +15,7 @@ from face_tasks import (
 from gaussian_tasks import grid, grid_as_it_is, mixture_16d, mixture_as_it_is, moons, ring
 from portrait_tasks import portraits_prompted, portraits_sunglasses
 
-CORE = (ring, faces_glasses, faces_colours, faces_prompted, faces_as_they_are)
+CORE = (ring, faces_glasses, faces_colours, faces_as_they_are)
 TASKS = (
     ring, grid, moons, mixture_16d, digits_prompted,
     faces_glasses, faces_hats, faces_beards, faces_long_hair, faces_auburn_hair, faces_colours, faces_prompted,

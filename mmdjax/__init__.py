@@ -10,6 +10,7 @@ from mmdjax.denoisers import DiffusionModel, cfg, from_model
 from mmdjax.digits import load_digits
 from mmdjax.faces import load_faces
 from mmdjax.guidance import MMDGuidance
+from mmdjax.guidance.advice import GuidanceWarning
 from mmdjax.guidance.avoid import Avoid
 from mmdjax.guidance.wrappers import guide_denoiser, guide_sampler
 from mmdjax.kernels import (
@@ -49,6 +50,7 @@ __all__ = [
     "DiffusionModel",
     "Energy",
     "EulerMaruyama",
+    "GuidanceWarning",
     "Heun",
     "HostReferences",
     "Laplacian",

@@ -1,10 +1,12 @@
 """The command line: `mmdjax sample`, `encode`, `convert` and `inspect`, also `python -m mmdjax`."""
 
 import argparse
+import functools
 import math
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -41,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.quiet:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        args.run(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = functools.partial(_show, args.command)
+            args.run(args)
     except (ArithmeticError, ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
         if args.traceback:
             raise
@@ -52,6 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\nmmdjax {args.command}: interrupted; every file that was written is whole{resume}", file=sys.stderr)
         return 130
     return 0
+
+
+def _show(command: str, message: Any, *where: Any, **more: Any) -> None:
+    print(f"mmdjax {command}: warning: {message}", file=sys.stderr)
 
 
 def _in_words(error: Exception) -> str:
@@ -134,9 +142,15 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--cfg-scale",
         type=_real(),
-        default=7.5,
         metavar="X",
-        help="strength of classifier-free guidance by the prompts; 1 is none (default 7.5)",
+        help="strength of classifier-free guidance by the prompts; 1 is none (default: the usual one of the model's "
+        "family, 7.5 for Stable Diffusion 1, 2 and XL)",
+    )
+    group.add_argument(
+        "--embedded-guidance",
+        type=_real(),
+        metavar="X",
+        help="strength of guidance that is an input of the network (FLUX.1 dev; default 3.5)",
     )
     group = sample.add_argument_group("guidance by the references")
     group.add_argument(
@@ -250,6 +264,30 @@ def _model_options(command: argparse.ArgumentParser, computes: bool = True) -> N
         help="what the network predicts, if the checkpoint does not say (single files of Stable Diffusion 2)",
     )
     group.add_argument(
+        "--lora",
+        action=_Pairs,
+        convert=_strength,
+        metavar="FILE=STRENGTH",
+        help="merge a LoRA into the model, a file or PEFT's folder, such as style.safetensors=0.8; may be repeated. By "
+        "component: FILE=unet:0.8,text_encoder:0.5, which leaves the others as they are (default: none)",
+    )
+    group.add_argument(
+        "--textual-inversion",
+        action=_Pairs,
+        convert=str,
+        first=True,
+        metavar="TOKEN=FILE",
+        help='a learnt word for the prompts, such as "<cat>=cat.safetensors"; may be repeated (default: none)',
+    )
+    group.add_argument(
+        "--part",
+        action=_Pairs,
+        convert=str,
+        first=True,
+        metavar="NAME=FOLDER",
+        help="a network that a single file does not hold, such as vae=FOLDER; may be repeated (default: none)",
+    )
+    group.add_argument(
         "--scheduler",
         metavar="CLASS",
         help="a scheduler in place of the checkpoint's, such as DDIMScheduler, with its noise and prediction",
@@ -294,6 +332,34 @@ def _picture_options(group: Any) -> None:
         help="what to do with unreadable pictures, captions without a picture, and missing captions: stop or skip them "
         "(default refuse). Readable pictures are cropped around their centre and resized",
     )
+
+
+class _Pairs(argparse.Action):
+    """A repeatable option KEY=VALUE, as a dictionary; the key ends at the first or at the last sign of equality."""
+
+    def __init__(self, *args: Any, convert: Callable[[str], Any], first: bool = False, **kwargs: Any):
+        super().__init__(*args, default={}, **kwargs)
+        self.convert, self.first = convert, first
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        key, sign, value = values.partition("=") if self.first else values.rpartition("=")
+        given = getattr(namespace, self.dest)
+        try:
+            if not (key and sign and value):
+                raise argparse.ArgumentTypeError(f"is {values!r}; give {self.metavar}")
+            if key in given:
+                raise argparse.ArgumentTypeError(f"is given twice for {key}; give it once")
+            setattr(namespace, self.dest, {**given, key: self.convert(value)})
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentError(self, str(error)) from None
+
+
+def _strength(text: str) -> float | dict[str, float]:
+    """A number, or numbers by component."""
+    if ":" not in text:
+        return _real()(text)
+    pairs = [part.partition(":") for part in text.split(",")]
+    return {name: _real()(value) for name, _, value in pairs}
 
 
 def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
@@ -377,6 +443,7 @@ def _sample(args: argparse.Namespace) -> None:
         prompts=prompts,
         negative=args.negative,
         cfg_scale=args.cfg_scale,
+        embedded_guidance=args.embedded_guidance,
         num_steps=args.steps,
         sampler=samplers[args.sampler],
         guidance=MMDGuidance(scale=args.guidance_scale, at=args.at),
@@ -390,13 +457,23 @@ def _sample(args: argparse.Namespace) -> None:
         avoid_radius=args.avoid_radius,
         **size,
     )
-    lines, distances = [], report["distances"] or {}
-    if distances:
-        lines += ["", f"distance to the {report['references']} references, in latents (unbiased)"]
-        lines += [f"{'':18}" + "".join(f"{'unguided' if name == 'before' else 'guided':>12}" for name in distances)]
-        for quantity in ("energy_distance", "mmd2"):
-            lines += [f"{quantity:18}" + "".join(f"{found[quantity]:12.4f}" for found in distances.values())]
+    at = ", at each prompt" if report.get("by_condition") else ""
+    lines = _table(f"distance to the {report['references']} references, in latents (unbiased{at})", report["distances"])
+    lines += _table(
+        f"distance to the nearest of the {report['avoided']} pictures to avoid", report.get("nearest_avoided")
+    )
     _say(args, *lines, "", f"{args.num_samples} pictures in {args.out}")
+
+
+def _table(title: str, found: Any) -> list[str]:
+    """Lines of a table of {"before": {quantity: number}, "after": …}; none without figures."""
+    if not found:
+        return []
+    lines = ["", title, f"{'':18}" + "".join(f"{'unguided' if name == 'before' else 'guided':>12}" for name in found)]
+    for quantity in found["after"]:
+        cells = ("–" if found[name][quantity] is None else f"{found[name][quantity]:.4f}" for name in found)
+        lines.append(f"{quantity:18}" + "".join(f"{cell:>12}" for cell in cells))
+    return lines
 
 
 def _open_set(args: argparse.Namespace, option: str, path: Path | None) -> tuple[Any, Any]:
@@ -504,17 +581,23 @@ def _convert(args: argparse.Namespace) -> None:
 
     from mmdjax._files.atomic import folder_written_whole
     from mmdjax.sd import export, load_models, save
+    from mmdjax.sd.files.convert import shape_of
     from mmdjax.sd.models import local_path
-    from mmdjax.sd.pretrained import assemble
+    from mmdjax.sd.pretrained import assemble, with_tokens
     from mmdjax.sd.run import check_out, check_writable
 
     check_out(args.out)
     check_writable(args.out)
-    path = local_path(args.model, args.variant)
-    # put: the file's own memory map, so that one tensor at a time is in memory
+    path, assembly = local_path(args.model, args.variant), _assembly(args)
+    # put: the file's own memory map, so that one tensor at a time is in memory; what a LoRA changes is there as a whole
     how = {"param_dtype": None if args.dtype is None else jnp.dtype(args.dtype), "put": lambda array: array}
-    found = load_models(path, progress=not args.quiet, **how, **_weights(args))
-    pipeline = assemble(path, found, **_assembly(args)) if len(found) > 1 else None
+    how |= {"progress": not args.quiet, "lora": args.lora}
+    if args.textual_inversion:
+        plain = load_models(path, put=shape_of, **_weights(args))
+        tokenizers, how["new_rows"] = with_tokens(path, plain, args.tokenizer, args.textual_inversion)
+        assembly["tokenizer"] = tokenizers
+    found = load_models(path, **_weights(args), **how)
+    pipeline = assemble(path, found, **assembly) if len(found) > 1 else None
     with folder_written_whole(args.out) as out:
         if pipeline is None:
             (save if args.to == "mmdjax" else export)(out, found)
@@ -530,21 +613,18 @@ def _inspect(args: argparse.Namespace) -> None:
     from mmdjax.sd.describe import describe
 
     dtype = jnp.dtype(args.dtype)
-    how = {"dtype": dtype, **_weights(args), **_assembly(args)}
+    how = {"dtype": dtype, **_weights(args), **_assembly(args), **_added(args)}
     print(describe(args.model, batch_size=args.batch_size, **how))
 
 
 def _outline(args: argparse.Namespace) -> Any:
-    """The pipeline without its weights: every configuration, vocabulary and key is checked, in seconds."""
+    """The pipeline without its weights."""
     import jax.numpy as jnp
 
-    from mmdjax.sd.describe import shape_of
-    from mmdjax.sd.models import load_models, local_path
-    from mmdjax.sd.pretrained import assemble
+    from mmdjax.sd.pretrained import outline
 
-    path = local_path(args.model, args.variant)
-    how = {"dtype": jnp.dtype(args.dtype), "put": shape_of, **_weights(args)}
-    return assemble(path, load_models(path, **how), **_assembly(args))
+    how = {"dtype": jnp.dtype(args.dtype), **_weights(args)}
+    return outline(args.model, **how, **_assembly(args), **_added(args))
 
 
 def _load(args: argparse.Namespace) -> Any:
@@ -556,17 +636,19 @@ def _load(args: argparse.Namespace) -> Any:
     return load(
         args.model,
         dtype=dtype,
-        param_dtype=None if args.dtype == "float32" else {"unet": dtype},  # the encoders' stay: packs depend on them
+        # the encoders' stay: packs depend on them
+        param_dtype=None if args.dtype == "float32" else {"unet": dtype, "transformer": dtype},
         progress=not args.quiet,
         **_weights(args),
         **_assembly(args),
+        **_added(args),
     )
 
 
 def _weights(args: argparse.Namespace) -> dict[str, Any]:
     """Which weights to read, for `load_models`."""
     names = ("variant", "ema", "clip_skip", "allow_unused")
-    return {name: getattr(args, name) for name in names}
+    return {name: getattr(args, name) for name in names} | {"parts": args.part}
 
 
 def _assembly(args: argparse.Namespace) -> dict[str, Any]:
@@ -575,6 +657,10 @@ def _assembly(args: argparse.Namespace) -> dict[str, Any]:
         "scheduler": {key: value for key, value in given.items() if value is not None} or None,
         "tokenizer": args.tokenizer,
     }
+
+
+def _added(args: argparse.Namespace) -> dict[str, Any]:
+    return {"lora": args.lora, "textual_inversion": args.textual_inversion}
 
 
 def _lines(path: Path) -> list[str]:

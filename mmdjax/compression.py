@@ -25,12 +25,11 @@ from scipy.optimize import nnls
 from mmdjax._core.modes import in_own_modes
 from mmdjax._core.numerics import product
 from mmdjax._points.blocks import block_of, columns_of, row_size, sum_over
-from mmdjax._points.particles import Particles, as_particles, flat, whole, wide_dtype
-from mmdjax._points.streaming import HostReferences
+from mmdjax._points.particles import Particles, as_particles, flat, on_device, whole, wide_dtype
 from mmdjax.fit import with_kernel
 from mmdjax.kernels import Kernel, Linear, Mapped
 from mmdjax.mmd import Estimator, check_estimator, embedding, mmd2, pair_norm
-from mmdjax.tree import is_concrete, is_traced, pytree, replace, static
+from mmdjax.tree import is_concrete, is_traced, pytree, static
 
 HELD = 10_000  # references whose Gram is held by "thinning": 400 MB
 
@@ -87,7 +86,7 @@ def coreset(kernel: Any, refs: Any, size: int, *, method: str = "herding", rewei
     else:
         chosen, square = jax.jit(_thin, static_argnums=(2, 3))(kernel, refs, size, reweight)
     present = jnp.arange(size) < (refs.probabilities() > 0).sum()
-    few = _on_device(Particles(*jax.tree.map(lambda leaf: jnp.asarray(leaf)[chosen], (refs.x, refs.cond))))
+    few = on_device(Particles(*jax.tree.map(lambda leaf: jnp.asarray(leaf)[chosen], (refs.x, refs.cond))))
     weight = jnp.asarray(present / present.sum(), wide_dtype(refs.x))
     if reweight:
         weight = _best_weights(kernel, refs, few, square, present)
@@ -114,17 +113,12 @@ def _row(refs, index):
     return jax.tree.map(lambda leaf: leaf[index][None], refs)
 
 
-def _on_device(points):
-    x = points.x
-    return replace(points, x=flat(x).reshape(x.shape)) if isinstance(x, HostReferences) else points
-
-
 def _self_values(kernel, refs):
     def one(point):
         point = jax.tree.map(lambda v: v[None], point)
         return kernel.gram(point, point, same=True)[0, 0]
 
-    return columns_of(lambda rows: jax.vmap(one)(_on_device(rows.of(refs)))[None], refs.n, block_of(refs.x))[0]
+    return columns_of(lambda rows: jax.vmap(one)(on_device(rows.of(refs)))[None], refs.n, block_of(refs.x))[0]
 
 
 def _herd(kernel, refs, size):
@@ -197,7 +191,7 @@ def _gram_and_mean(kernel, refs, few):
     v = widest(jnp.ones(refs.n) if refs.weight is None else jnp.asarray(refs.weight))
 
     def term(rows):
-        return product(kernel.gram(few, widest(_on_device(rows.of(refs)))), rows.weights(v / v.sum()))
+        return product(kernel.gram(few, widest(on_device(rows.of(refs)))), rows.weights(v / v.sum()))
 
     return kernel.gram(few, few, same=True), sum_over(term, refs.n, block_of(refs.x))
 

@@ -38,15 +38,16 @@ from jaxtyping import Array
 from mmdjax._core.modes import in_own_modes
 from mmdjax._core.numerics import safe_sqrt
 from mmdjax._points.particles import Particles, as_particles
+from mmdjax.calls import as_memory, check_call, check_count
 from mmdjax.denoisers import DiffusionModel
 from mmdjax.guidance import MMDGuidance
-from mmdjax.guidance.bound import bind, fit_kernel
-from mmdjax.guidance.wrappers import REMEMBER, warn_if_alone
+from mmdjax.guidance.advice import REMEMBER, Advisor
+from mmdjax.guidance.avoid import as_avoid
+from mmdjax.guidance.bound import bind, fit_avoid, fit_kernel
 from mmdjax.memory import Memory
 from mmdjax.samplers import DDIM
-from mmdjax.sampling import as_memory, check_call, check_count
 from mmdjax.schedules import Level, Schedule, time_of_log_snr
-from mmdjax.tree import as_arrays, is_concrete, pytree, replace, strong
+from mmdjax.tree import as_arrays, is_concrete, is_traced, pytree, replace, strong
 
 FIRST_STEP = 0.1  # in λ; a step too long is rejected, a short one grows tenfold
 LONGEST_STEP = 2.0  # in λ: where noise dominates nothing happens, and a longer step would leap over the data unseen
@@ -98,6 +99,7 @@ def probability_flow(
     max_steps: int = 1024,
     adjoint: Any = None,
     throw: bool = True,
+    avoid: Any = None,
 ) -> AdaptiveSamples:
     """Sample by the probability flow dx̄/dλ = x̂0 − x̄ with an adaptive solver: deterministic given x at t_max.
 
@@ -106,8 +108,8 @@ def probability_flow(
     The gradient is that of the steps taken, their lengths held fixed; it is as near to the flow's as the tolerance.
 
     Guidance moves x̂0 at every network call and keeps no state between calls: the transform's state starts anew, so that
-    a momentum acts only within the inner steps. The window is compared with 1 − t; the solver steps to its edges and
-    starts afresh there.
+    a momentum acts only within the inner steps. The windows of `guidance` and `avoid` are compared with 1 − t; the
+    solver steps to their edges and starts afresh there.
 
     JAX's persistent compilation cache (`jax_compilation_cache_dir`) does not keep the program, because diffrax's checks
     of values call back from it, even with throw=False. With EQX_ON_ERROR=nan in the environment it is kept, and errors
@@ -134,12 +136,15 @@ def probability_flow(
       max_steps: give up after so many; with the default adjoint the backward pass keeps about √(2 max_steps) states.
       adjoint: default `diffrax.RecursiveCheckpointAdjoint()`; for forward mode `diffrax.ForwardMode()`.
       throw: raise if the end is not reached; else see `AdaptiveSamples.succeeded`.
+      avoid: samples to keep away from, as in `guided_sample`.
     Returns:
       AdaptiveSamples.
     Raises:
       TypeError, ValueError: as `guided_sample`; another placement than "denoised"; t_max, t_min, tolerances or
         max_steps out of range; solver or adjoint not from diffrax.
       RuntimeError: the end is not reached in max_steps, or a value is NaN.
+    Warns:
+      GuidanceWarning: as `guided_sample`, of what its arguments tell.
 
     Example:
       >>> from mmdjax.denoisers import from_model
@@ -166,6 +171,7 @@ def probability_flow(
         x_init,
         memory,
         adjoint,
+        avoid,
         stochastic=False,
         final=final,
         max_steps=max_steps,
@@ -194,6 +200,7 @@ def reverse_sde(
     max_steps: int = 4096,
     adjoint: Any = None,
     throw: bool = True,
+    avoid: Any = None,
 ) -> AdaptiveSamples:
     """Sample by the reverse SDE dx̄ = 2 (x̂0 − x̄) dλ + √2 σ̄ dw with an adaptive solver for additive noise.
 
@@ -222,6 +229,7 @@ def reverse_sde(
       max_steps: give up after this number.
       adjoint: a diffrax adjoint.
       throw: raise if the end is not reached.
+      avoid: samples to keep away from.
     Returns:
       AdaptiveSamples.
     Raises:
@@ -249,6 +257,7 @@ def reverse_sde(
         x_init,
         memory,
         adjoint,
+        avoid,
         stochastic=True,
         final=final,
         max_steps=max_steps,
@@ -257,13 +266,14 @@ def reverse_sde(
 
 
 def _call(
-    params, key, refs, model, num_samples, cond, guidance, solver, numbers, x_init, memory, adjoint,
+    params, key, refs, model, num_samples, cond, guidance, solver, numbers, x_init, memory, adjoint, avoid,
     *, stochastic, final, max_steps, throw,
 ):  # fmt: skip
-    refs = None if refs is None else as_particles(refs)
+    refs, avoid = None if refs is None else as_particles(refs), as_avoid(avoid)
     cond, x_init = as_arrays("cond", cond), as_arrays("x_init", x_init)
-    check_call(key, refs, model, num_samples, cond, guidance, DDIM(), x_init)
-    if refs is not None and not guidance.placement.inside:
+    check_call(key, refs, model, num_samples, cond, guidance, DDIM(), x_init, avoid)
+    avoid = avoid if avoid is None or avoid.effective() else None
+    if (refs is not None or avoid is not None) and not guidance.placement.inside:
         raise ValueError(
             f"{guidance.where} moves x after a step, but an adaptive solver may reject steps; use guided_sample, or "
             'at="denoised"'
@@ -271,17 +281,21 @@ def _call(
     _check_numbers(*numbers)
     check_count("max_steps", max_steps)
     memory = as_memory(memory, model, cond)
+    advisor = Advisor()
     if refs is not None and memory is None:
         under_vmap = "; so under vmap too, where samples that choose their own steps cannot be joined"
-        warn_if_alone(num_samples, REMEMBER + under_vmap, stacklevel=5)
+        advisor.alone(num_samples, REMEMBER + under_vmap)
     if not isinstance(solver, diffrax.AbstractSolver):
         raise TypeError(f"solver is {solver!r}; give a solver from diffrax, such as diffrax.Tsit5()")
     adjoint = diffrax.RecursiveCheckpointAdjoint() if adjoint is None else adjoint
     if not isinstance(adjoint, diffrax.AbstractAdjoint):
         raise TypeError(f"adjoint is {adjoint!r}; give an adjoint from diffrax, such as diffrax.DirectAdjoint()")
 
-    refs, guidance, model, cond, numbers = strong((refs, guidance, model, cond, numbers))
+    refs, guidance, model, cond, numbers, avoid = strong((refs, guidance, model, cond, numbers, avoid))
     kernel = None if refs is None else fit_kernel(guidance, refs)
+    if not is_traced((params, key, refs, cond, x_init)):
+        advisor.before(guidance, kernel, refs, cond, num_samples, memory)
+    avoid = None if avoid is None else fit_avoid(guidance, kernel, avoid)
     arrays, choices = eqx.partition((solver, adjoint), eqx.is_array)  # what is left of a diffrax object can be hashed
     return _solve(
         params,
@@ -294,6 +308,7 @@ def _call(
         numbers,
         x_init,
         memory,
+        avoid,
         arrays,
         choices=choices,
         num_samples=num_samples,
@@ -313,7 +328,7 @@ def _check_numbers(rtol: Any, atol: Any, t_max: Any, t_min: Any) -> None:
 
 @functools.partial(jax.jit, static_argnames=("choices", "num_samples", "stochastic", "final", "max_steps", "throw"))
 def _solve(
-    params, key, refs, kernel, model, guidance, cond, numbers, x_init, memory, arrays,
+    params, key, refs, kernel, model, guidance, cond, numbers, x_init, memory, avoid, arrays,
     *, choices, num_samples, stochastic, final, max_steps, throw,
 ):  # fmt: skip
     solver, adjoint = eqx.combine(arrays, choices)
@@ -330,7 +345,12 @@ def _solve(
     bound, edges, num_jumps = None, (), 0
     if refs is not None:
         edges = jax.lax.stop_gradient(_window_on_log_snr(guidance.window, model.schedule))
-        bound = bind(replace(guidance, window=edges), kernel, refs, cond, memory)
+        guidance = replace(guidance, window=edges)
+    if avoid is not None:
+        span = jax.lax.stop_gradient(_window_on_log_snr(avoid.span, model.schedule))
+        avoid, edges = replace(avoid, window=span), edges + span
+    if edges:
+        bound = bind(guidance, kernel, refs, cond, memory, avoid=avoid)
     args = (params, model, bound, cond)
 
     # from log-SNR −∞ no solver can start: one DDIM step leaves it
@@ -355,7 +375,7 @@ def _solve(
         terms = diffrax.ODETerm(_flow)
     control: dict[str, Any] = {**SDE_CONTROL, "dtmin": shortest} if stochastic else {**ODE_CONTROL}
     controller = diffrax.PIDController(rtol, atol, norm=_worst_rms, dtmax=LONGEST_STEP, **control)
-    if refs is not None:
+    if edges:
         jumps = jnp.stack(edges)
         inside = (jumps > first) & (jumps < last)
         num_jumps = inside.sum()

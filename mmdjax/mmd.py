@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from mmdjax._core.modes import in_own_modes
 from mmdjax._core.numerics import product
 from mmdjax._points.blocks import block_beside, sum_across, sum_over, sum_within
-from mmdjax._points.particles import Particles
+from mmdjax._points.particles import Particles, on_device
 from mmdjax.fit import with_kernel
 
 Estimator = Literal["u", "v"]
@@ -82,7 +82,7 @@ def embedding(kernel: Any, q: Particles, v: Array, points: Particles) -> Float[A
     """Σ_j v_j k(z_i, y_j), in blocks of the y_j."""
 
     def term(rows):
-        return product(kernel.gram(points, rows.of(q)), rows.weights(v))
+        return product(kernel.gram(points, on_device(rows.of(q))), rows.weights(v))
 
     return sum_over(term, q.n, block_beside(points.n, q.x))
 

@@ -1,8 +1,8 @@
 """Runs of more samples than one batch: written as they are made, resumed after any interruption.
 
     manifest.json            what defines the run: settings, hashes of parameters, references and conditions, versions
-    batch-00000.safetensors  "x" [b, *shape]; the batch's trace, "mmd2" and "shift_norm" [num_steps]; and "remembered",
-                             if the guidance remembers something other than x (`MMDGuidance.paper`)
+    batch-00000.safetensors  "x" [b, *shape]; the batch's trace, "mmd2", "shift_norm" and "relative_shift" [num_steps];
+                             and "remembered", if the guidance remembers something other than x (`MMDGuidance.paper`)
 
 Batch i is made from `fold_in(key, i)` and the memory of batches 0 to i − 1, which is read back from their files. So
 every batch follows from the manifest and the batches before it. One that is missing or damaged is made again, the same
@@ -49,14 +49,16 @@ from mmdjax._files.lock import NAME as LOCK
 from mmdjax._files.lock import locked
 from mmdjax._points.mesh import layout_of
 from mmdjax._points.particles import Particles, as_particles
+from mmdjax.calls import as_memory, check_call, check_count, check_rows
 from mmdjax.checkpoint import Checkpoint, CheckpointError, Entry, open_safetensors, write_safetensors
 from mmdjax.denoisers import DiffusionModel
 from mmdjax.guidance import MMDGuidance
+from mmdjax.guidance.advice import Advisor
 from mmdjax.guidance.avoid import as_avoid
 from mmdjax.memory import Memory
 from mmdjax.provenance import provenance
 from mmdjax.samplers import DDIM, Sampler
-from mmdjax.sampling import as_memory, check_call, check_count, check_rows, guided_sample
+from mmdjax.sampling import sample_with
 from mmdjax.schedules import uniform_times
 from mmdjax.tree import as_arrays, replace
 
@@ -126,6 +128,8 @@ def sample_many(
       OSError: the disk is full, or `out` is read-only or was removed. Repair it and repeat the call.
       FloatingPointError: samples are not finite. Their batch is not kept.
       ValueError, TypeError: as `guided_sample`.
+    Warns:
+      GuidanceWarning: as `guided_sample`, once for the whole run.
 
     Example:
       >>> import tempfile
@@ -170,6 +174,7 @@ def sample_many(
     if not isinstance(out, str | os.PathLike) or (Path(out).exists() and not Path(out).is_dir()):
         raise NotADirectoryError(f"out is {out!r}, which is not a folder; give one, or a path that does not exist")
     memory = as_memory(memory, model, first)
+    advisor = Advisor(batch_size if memory is None else min(num_samples, batch_size + memory.capacity))
     mesh = layout_of(sharding, batch_size, refs, (params, first, memory)).mesh
     process = jax.process_index()
     with locked(out, LOCK if process == 0 else f"{LOCK}-{process}") as lock:
@@ -185,8 +190,8 @@ def sample_many(
                     lock.check()
                     rows = _rows(cond, start, batch_size, num_samples)
                     key_of_batch, memory = jax.random.fold_in(key, index), _replicated(memory, mesh)
-                    samples = guided_sample(
-                        params, key_of_batch, refs, cond=rows, memory=memory, avoid=avoid, **settings
+                    samples = sample_with(
+                        advisor, params, key_of_batch, refs, cond=rows, memory=memory, avoid=avoid, **settings
                     )
                     memory, arrays = samples.memory, _arrays(samples, guidance, guided, start, stop)
                     if mine:
@@ -330,7 +335,7 @@ class SavedSamples:
         return np.array(self[:], dtype, copy=copy)
 
     def batch(self, index: int) -> Mapping[str, np.ndarray]:
-        """The arrays of one batch: "x" and the trace, "mmd2" and "shift_norm". Its hash is checked once."""
+        """The arrays of one batch: "x" and the trace, "mmd2" and the like. Its hash is checked once."""
         found = self.find(index)
         if found is None:
             raise CheckpointError(
@@ -487,7 +492,8 @@ def _rows(cond: Any, start: int, count: int, num_samples: int) -> Any:
 def _arrays(samples: Any, guidance: MMDGuidance, guided: bool, start: int, stop: int) -> dict[str, np.ndarray]:
     """The arrays for a batch's file."""
     count = stop - start
-    arrays = {"x": samples.x, "mmd2": samples.trace.mmd2, "shift_norm": samples.trace.shift_norm}
+    trace = {name: getattr(samples.trace, name) for name in ("mmd2", "shift_norm", "relative_shift")}
+    arrays = {"x": samples.x, **trace}
     if samples.memory is not None and guided and guidance.placement.keeps_unshifted:
         held, size = samples.memory, len(samples.x)
         kept = min(size, held.capacity)

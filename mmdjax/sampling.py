@@ -4,8 +4,6 @@ x ~ prior;  for t, s in the time grid:  x ← sampler.step(x, denoise, t, s), gu
 """
 
 import functools
-import operator
-import warnings
 from typing import Any
 
 import jax
@@ -17,21 +15,18 @@ from jaxtyping import Array, Float
 from mmdjax._core.modes import in_own_modes
 from mmdjax._core.numerics import all_finite
 from mmdjax._core.progress import Bar
-from mmdjax._points.distances import subset_of
 from mmdjax._points.mesh import HERE, layout_of, spread_over
-from mmdjax._points.particles import Particles, as_particles, flat, widen
+from mmdjax._points.particles import Particles, as_particles, widen
+from mmdjax.calls import as_memory, as_times, check_call
 from mmdjax.denoisers import DiffusionModel
-from mmdjax.guidance import MMDGuidance, check_guidance, check_kind
-from mmdjax.guidance.avoid import Avoid, as_avoid, check_avoid
+from mmdjax.guidance import MMDGuidance
+from mmdjax.guidance.advice import JOIN, REMEMBER, Advisor, warn
+from mmdjax.guidance.avoid import as_avoid
 from mmdjax.guidance.bound import bind, fit_avoid, fit_kernel
-from mmdjax.guidance.wrappers import JOIN, REMEMBER, GuidedSampler, warn_if_alone
+from mmdjax.guidance.wrappers import GuidedSampler
 from mmdjax.memory import Memory
 from mmdjax.samplers import DDIM, Sampler, as_sampler, take_step
-from mmdjax.schedules import uniform_times
 from mmdjax.tree import as_arrays, is_concrete, is_traced, pytree, shown, strong
-
-UNIT = 1.5  # pictures in [−1, 1] do not reach further, nor does x̂0 of an imperfect model
-LOOKED_AT = 256  # references, for their range
 
 
 @pytree
@@ -41,14 +36,21 @@ class Trace:
     Args:
       mmd2: [num_steps] MMD² to the references after the step's shift, of x̂0 ("denoised") or x_s ("clean"), without
         what is avoided. For "sample" and "diffused", whose references are noisy, it lacks the references' own term. NaN
-        without references.
+        without references. With a `Product` kernel it is that of the samples alone at each condition
+        (`mmdjax.conditional`), which a mismatch of the conditions does not raise; NaN if no two samples, or no two
+        references, share one.
       shift_norm: [num_steps] mean L2 norm of the samples' shifts, in the data's units. 0 without guidance.
       path: [num_steps, num_samples, *shape] the batch after each step, with `keep_path`; else None.
+      relative_shift: [num_steps] that norm over the length of the model's own move, a mean over the samples too. Where
+        x_s is moved, of the sampler's step x_s − x_t. Where x̂0 is moved, of x̂0 − x_t/α, from where a sample is to where
+        the network sends it: a sampler goes the same part of both. Well below 1 the model decides, well above 1 the
+        guidance. 0 without guidance.
     """
 
     mmd2: Float[Array, " num_steps"]
     shift_norm: Float[Array, " num_steps"]
     path: Any = None
+    relative_shift: Any = None
 
 
 @pytree
@@ -58,7 +60,7 @@ class Samples:
     Args:
       x: [num_samples, *shape], in the model's units, often [−1, 1].
       memory: the memory with these samples added, for the next call; None without memory.
-      trace: MMD² and the size of the shifts at each step.
+      trace: MMD², and the size of the shifts, at each step.
     """
 
     x: Array
@@ -148,8 +150,9 @@ def guided_sample(
         in [0, 1]; a num_samples that the mesh axis does not divide; an axis_name that no `vmap` or `shard_map` has.
       FloatingPointError: with `checks`; the message names the quantity and the step.
     Warns:
-      UserWarning: guidance is given, but no references; one sample is guided alone, without axis_name and memory;
-        references that look like pictures in [0, 1] or [0, 255], while the model makes pictures in [−1, 1].
+      GuidanceWarning: guidance is given, but no references, or few for the samples, or some in [0, 1] or [0, 255] where
+        the model makes pictures in [−1, 1]; one sample is guided alone, without axis_name and memory; a condition that
+        no reference has; a scale below 0 or above 3; a kernel that reaches no reference. Once a call; not inside `jit`.
 
     Example:
       >>> from mmdjax.denoisers import from_model
@@ -162,14 +165,29 @@ def guided_sample(
 
     Source: arXiv 2601.08379.
     """
+    settings = {
+        "model": model, "num_samples": num_samples, "cond": cond, "guidance": guidance, "sampler": sampler,
+        "num_steps": num_steps, "times": times, "x_init": x_init, "memory": memory, "progress": progress,
+        "sharding": sharding, "checks": checks, "remat": remat, "keep_path": keep_path, "avoid": avoid,
+        "axis_name": axis_name,
+    }  # fmt: skip
+    return sample_with(Advisor(), params, key, refs, **settings)
+
+
+def sample_with(
+    advisor: Advisor | None, params, key, refs, *, model, num_samples, cond=None, guidance, sampler, num_steps,
+    times=None, x_init=None, memory=None, progress=False, sharding=None, checks=False, remat=False, keep_path=False,
+    avoid=None, axis_name=None,
+) -> Samples:  # fmt: skip
+    """`guided_sample`, whose warnings the advisor says; None: nobody says them."""
     refs, avoid = None if refs is None else as_particles(refs), as_avoid(avoid)
     cond, x_init = as_arrays("cond", cond), as_arrays("x_init", x_init)
     check_call(key, refs, model, num_samples, cond, guidance, sampler, x_init, avoid)
     num_samples = int(num_samples)
-    times = _check_times(as_arrays("times", times), num_steps)
+    times = as_times(as_arrays("times", times), num_steps)
     avoid = avoid if avoid is None or avoid.effective() else None  # the very program of a call without it
-    if refs is None and avoid is None and not _is_default(guidance):
-        warnings.warn("guidance does nothing without references; give refs, or leave guidance out", stacklevel=3)
+    if refs is None and avoid is None and advisor is not None and not _is_default(guidance):
+        warn("guidance does nothing without references; give refs, or leave guidance out")
     memory = as_memory(memory, model, cond)
     if checks and is_traced((params, key, refs, model, cond, guidance, sampler, times, x_init, memory, avoid)):
         raise ValueError(
@@ -181,8 +199,8 @@ def guided_sample(
     if not placed.calls:
         placed = layout_of(sharding, num_samples, refs, (params, cond, x_init, memory))
         avoid_over = () if avoid is None else layout_of(sharding, num_samples, avoid.points).shards.refs
-        if refs is not None and memory is None:
-            warn_if_alone(num_samples, JOIN, REMEMBER)
+        if refs is not None and memory is None and advisor is not None:
+            advisor.alone(num_samples, JOIN, REMEMBER)
     elif sharding is not None:
         raise ValueError(
             f"sharding and axis_name={axis_name!r} both split the batch; give axis_name inside a shard_map or vmap of "
@@ -193,6 +211,8 @@ def guided_sample(
         (params, refs, guidance, model, as_sampler(sampler), cond, avoid)
     )
     kernel = None if refs is None else fit_kernel(guidance, refs, placed)
+    if advisor is not None and not is_traced((params, key, refs, cond, x_init)):
+        advisor.before(guidance, kernel, refs, cond, num_samples * placed.num_calls(), memory)
     avoid = None if avoid is None else fit_avoid(guidance, kernel, avoid, placed)
     if checks:
         held = None if memory is None else widen(memory.particles)  # empty slots may hold anything
@@ -220,9 +240,12 @@ def guided_sample(
     )
     if checks:
         _raise_at_first(notes, samples.trace, times)
-    for name, points in (("refs", refs), ("avoid", avoid and avoid.points)):
-        if points is not None and "low" in notes and is_concrete((notes, points)):
-            _warn_of_unscaled(name, points, np.asarray(notes["low"]), np.asarray(notes["high"]))
+    if advisor is not None and is_concrete(notes):
+        if kernel is not None:
+            advisor.reach(guidance, kernel, notes["moved"])
+        for name, points in (("refs", refs), ("avoid", avoid and avoid.points)):
+            if points is not None and "low" in notes and is_concrete(points):
+                advisor.range(name, points, notes["low"], notes["high"])
     return samples
 
 
@@ -238,12 +261,12 @@ CHOICES = ("num_samples", "progress", "placed", "avoid_over", "checks", "remat",
 @functools.partial(jax.jit, static_argnames=CHOICES)
 def _sample(*operands, placed, **choices):
     batch = P(placed.shards.batch)
-    x, memory, mmd2, shift_norm, path, notes = placed.run(
+    x, memory, mmd2, shift_norm, path, relative, notes = placed.run(
         functools.partial(_run, placed, **choices),
         *operands,
-        out=(batch, P(), P(), P(), P(None, *batch), P()),
+        out=(batch, P(), P(), P(), P(None, *batch), P(), P()),
     )
-    return Samples(x, memory, Trace(mmd2, shift_norm, path)), notes
+    return Samples(x, memory, Trace(mmd2, shift_norm, path, relative)), notes
 
 
 def _run(
@@ -301,10 +324,11 @@ def _run(
             jax.debug.callback(bar, index)
         path = x if keep_path else None
         if not guided:
-            trace = jnp.full((), jnp.nan), jnp.zeros(()), path
+            trace = jnp.full((), jnp.nan), jnp.zeros(()), path, jnp.zeros(())
         else:
-            trace = sampler_carry.guidance.mmd2, sampler_carry.guidance.shift_norm, path
-        return (x, sampler_carry), (trace, notes | {"moved": jnp.isfinite(x).all()} if checks else notes)
+            state = sampler_carry.guidance
+            trace, notes = (state.mmd2, state.shift_norm, path, state.relative), notes | {"moved": state.moved}
+        return (x, sampler_carry), (trace, notes | {"end": jnp.isfinite(x).all()} if checks else notes)
 
     steps = (
         jnp.arange(num_steps),
@@ -324,137 +348,6 @@ def _run(
         made, of_made = placed.whole(placed.join_all((made, cond)))
         memory = memory.push(Particles(made, of_made))
     return x, memory, *trace, notes
-
-
-def _warn_of_unscaled(name: str, refs: Particles, low: np.ndarray, high: np.ndarray) -> None:
-    """Warn of pictures in [0, 1] or [0, 255] as references of a model of pictures in [−1, 1].
-
-    Args:
-      name: of the argument.
-      refs: x [m, h, w, c].
-      low, high: [num_steps] least and largest number of x̂0 before it is guided. The first steps tell the model's range:
-        later ones follow the guidance.
-    """
-    first = max(1, len(low) // 2)
-    made_from, made_to = float(low[:first].min()), float(high[0])
-    if made_from > -0.5 or made_to > UNIT:
-        return
-    some = flat(subset_of(refs, LOOKED_AT).x)
-    least, most = float(some.min()), float(some.max())
-    if least < 0:
-        return
-    for top, remedy in ((1, f"2 * {name} - 1"), (255, f"{name} / 127.5 - 1")):
-        if 0.6 * top < most <= top:
-            warnings.warn(
-                f"{name} lie between {least:.3g} and {most:.3g}, but the model makes samples down to {made_from:.2g}. "
-                f"Are they pictures in [0, {top}], and the model's in [-1, 1]? Then give {remedy}",
-                stacklevel=4,
-            )
-
-
-def check_key(key: Any) -> None:
-    """Raise TypeError unless this is a typed PRNG key."""
-    if not (hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
-        seed = key if isinstance(key, int) else "seed"
-        raise TypeError(f"key is {shown(key)}, which is not a typed key; make one with jax.random.key({seed})")
-
-
-def check_call(
-    key: Any,
-    refs: Particles | None,
-    model: Any,
-    num_samples: Any,
-    cond: Any,
-    guidance: Any,
-    sampler: Any,
-    x_init: Any,
-    avoid: Avoid | None = None,
-) -> None:
-    """Raise the TypeError or ValueError of `guided_sample` for arguments that do not fit each other."""
-    check_key(key)
-    if key.shape != ():
-        raise ValueError(f"key has shape {key.shape}; give one key, and jax.vmap over several")
-    if not isinstance(model, DiffusionModel):
-        what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
-        raise TypeError(f"model is {what}; give DiffusionModel(denoiser, schedule, shape)")
-    as_sampler(sampler)
-    check_count("num_samples", num_samples)
-    if isinstance(cond, list | tuple | dict) and cond and not jax.tree.leaves(cond):
-        raise TypeError(f"cond is {shown(cond)}, which holds no arrays; give None for no conditions")
-    check_rows(cond, num_samples)
-    expected = (num_samples, *model.shape)
-    if x_init is not None and np.shape(x_init) != expected:
-        raise ValueError(f"x_init has shape {np.shape(x_init)}; num_samples and model.shape ask for {expected}")
-    if x_init is not None and not jnp.issubdtype(jnp.result_type(x_init), jnp.floating):
-        raise TypeError(
-            f"x_init has dtype {jnp.result_type(x_init)}; give noisy floats, scaled as the model's training data was: "
-            "mmdjax.schedules.diffuse makes them from pictures"
-        )
-    check_kind(guidance)
-    if avoid is not None:
-        check_avoid(avoid, guidance, cond, model.shape, refs)
-    if refs is None:
-        return
-    if not hasattr(refs.x, "shape"):
-        raise TypeError(
-            f"refs is a {type(refs.x).__name__}; give one array [m, ...], such as jnp.stack(refs), or Particles"
-        )
-    check_guidance(guidance, refs, cond)
-    if np.shape(refs.x)[1:] != model.shape:
-        raise ValueError(
-            f"refs have shape {np.shape(refs.x)} but the model makes samples of shape {model.shape}; "
-            f"give [m, {', '.join(map(str, model.shape))}]"
-        )
-
-
-def check_rows(cond: Any, num_samples: int) -> None:
-    """Raise ValueError unless the conditions have one row for each sample."""
-    for leaf in jax.tree.leaves(cond):
-        if np.shape(leaf)[:1] != (num_samples,):
-            raise ValueError(f"cond has shape {np.shape(leaf)}; it needs one row for each of the {num_samples} samples")
-
-
-def check_count(name: str, number: Any) -> None:
-    """Raise ValueError unless this is a concrete integer of at least 1."""
-    if is_traced(number):
-        raise ValueError(f"{name} is traced but decides shapes; give an integer, and name it in jit's static_argnames")
-    try:
-        whole = not isinstance(number, bool) and operator.index(number) >= 1
-    except TypeError:
-        whole = False
-    if not whole:
-        raise ValueError(f"{name} is {number!r}; give an integer of at least 1")
-
-
-def _check_times(times: Any, num_steps: Any) -> Any:
-    if times is None:
-        check_count("num_steps", num_steps)
-        return uniform_times(int(num_steps))
-    if np.ndim(times) != 1 or np.shape(times)[0] < 2:
-        raise ValueError(f"times has shape {np.shape(times)}; give decreasing t, [num_steps + 1], or num_steps alone")
-    if is_concrete(times):
-        values = np.asarray(times)
-        if not ((np.diff(values) < 0).all() and values[0] <= 1 and values[-1] >= 0):
-            raise ValueError(f"times must decrease within [0, 1], 1 being the noisiest; they are {values}")
-    return times
-
-
-def as_memory(memory: Any, model: DiffusionModel, cond: Any) -> Memory | None:
-    """A new memory from a capacity; the memory of an earlier call, checked against the model; None from None."""
-    if memory is None:
-        return None
-    if isinstance(memory, (int, np.integer)) and not isinstance(memory, bool):
-        return Memory.empty(int(memory), model.shape, cond)
-    if not isinstance(memory, Memory):
-        what = type(memory).__name__ if isinstance(memory, list | tuple) else shown(memory)
-        raise TypeError(f"memory is {what}; give None, a capacity, or samples.memory of an earlier call")
-    held = memory.particles
-    if held.x.shape[1:] != model.shape:
-        raise ValueError(f"memory holds samples of shape {held.x.shape[1:]} but the model makes {model.shape}")
-    shapes = [jax.tree.map(lambda leaf: np.shape(leaf)[1:], tree) for tree in (held.cond, cond)]
-    if jax.tree.structure(held.cond) != jax.tree.structure(cond) or shapes[0] != shapes[1]:
-        raise ValueError(f"memory.cond has samples of shape {shapes[0]} but cond has {shapes[1]}; start a new memory")
-    return memory
 
 
 @pytree
@@ -484,7 +377,7 @@ def _raise_at_first(finite: dict[str, Array], trace: Trace, times: Any) -> None:
         ("x0_hat", finite["x0_hat"]),
         ("x", finite["x"]),
         ("the guidance's shift", jnp.isfinite(trace.shift_norm)),
-        ("x", finite["moved"]),
+        ("x", finite["end"]),
         ("mmd2", jnp.isfinite(trace.mmd2) | jnp.isnan(trace.mmd2).all()),
     )
     ok = np.stack([np.asarray(flags) for _, flags in within], axis=1)

@@ -32,13 +32,15 @@ from mmdjax._core.modes import in_own_modes
 from mmdjax._core.numerics import product
 from mmdjax._points.distances import squared_distance, subset, subset_of
 from mmdjax._points.particles import Particles, as_particles, flat, widen
+from mmdjax.calls import check_call
 from mmdjax.denoisers import DiffusionModel
 from mmdjax.guidance import MMDGuidance, check_guidance
+from mmdjax.guidance.advice import Advisor
 from mmdjax.guidance.bound import fit_kernel
 from mmdjax.kernels import IMQ, Product
 from mmdjax.mmd import pair_norm, self_term
 from mmdjax.samplers import DDIM, Sampler
-from mmdjax.sampling import check_call, guided_sample
+from mmdjax.sampling import sample_with
 from mmdjax.tree import as_arrays, is_concrete, pytree, replace, static
 
 # multiples of the bandwidth, placements, multiples of the scale: from 2 on a mass-preconditioned shift overshoots
@@ -114,6 +116,7 @@ def suggest_guidance(
     sampler: Sampler = DDIM(eta=1.0),
     num_steps: int = 20,
     folds: int = 3,
+    avoid: None = None,
 ) -> Suggestion:
     """Choose the bandwidth, placement and scale of the guidance by held-out references.
 
@@ -137,11 +140,12 @@ def suggest_guidance(
         kernel on conditions. A bandwidth of None is taken from the references.
       num_steps: steps of each run. Few suffice: a guidance means the same for any number.
       folds: how many parts the references are split into.
+      avoid: not served, as held-out references do not show whether samples keep away from something.
     Returns:
       Suggestion: its `guidance` is the choice, printing it shows why.
     Raises:
       TypeError, ValueError: as `guided_sample`; an empty list of candidates; folds not in 2 … half of the references;
-        a call inside `jit`, `vmap` or `grad`.
+        a call inside `jit`, `vmap` or `grad`; something to avoid.
       FloatingPointError: the model's unguided samples are not finite.
 
     Example:
@@ -158,6 +162,11 @@ def suggest_guidance(
 
     Source: the one-standard-error rule, Breiman et al. 1984.
     """
+    if avoid is not None:
+        raise ValueError(
+            "avoid is given, but candidates are compared by held-out references, which do not show whether samples "
+            "keep away from something; leave avoid out here, and give it to guided_sample with the chosen guidance"
+        )
     refs, cond = as_particles(refs), as_arrays("cond", cond)
     if candidates is not None and not (isinstance(candidates, Sequence) and candidates):
         raise ValueError(f"candidates is {candidates!r}; give a list of MMDGuidance, the preferred one first, or None")
@@ -166,7 +175,9 @@ def suggest_guidance(
         check_call(key, refs, model, num_samples, cond, candidate, sampler, None)
     if not is_concrete((params, key, refs, model, cond, listed)):
         raise ValueError("suggest_guidance compares values; there are none inside jit, vmap or grad: call it outside")
-    fit_kernel(listed[0], refs)
+    advisor = Advisor()
+    for candidate in listed:
+        advisor.before(candidate, fit_kernel(candidate, refs), refs, cond, num_samples)
 
     p = np.asarray(refs.probabilities())
     present = np.flatnonzero(p)
@@ -192,7 +203,8 @@ def suggest_guidance(
     def attempt(candidate, label):
         pull, distances, weights = np.zeros(refs.n), [], []
         for index, (fold, keep) in enumerate(zip(held, kept, strict=True)):
-            x = guided_sample(
+            x = sample_with(
+                None,
                 params,
                 jax.random.fold_in(key_runs, index),
                 replace(refs, weight=keep),

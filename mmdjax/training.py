@@ -29,8 +29,8 @@ from mmdjax._core.progress import progress_bar
 from mmdjax._files.atomic import written_whole
 from mmdjax._files.fingerprint import as_used, describe, differences
 from mmdjax._points.particles import Particles, as_particles, check_points
+from mmdjax.calls import check_key
 from mmdjax.denoisers import DiffusionModel
-from mmdjax.sampling import check_key
 from mmdjax.schedules import Level, diffuse
 from mmdjax.tree import pytree
 

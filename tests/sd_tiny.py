@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from mmdjax.sd import convert
+from mmdjax.sd.files import convert
 from mmdjax.sd.models import Component, export, module_from_config
 from mmdjax.sd.tiny import VAE
 
@@ -39,8 +39,10 @@ def draw(key, shape):
     """
     rng = np.random.RandomState(zlib.crc32(key.encode()))
     noise = rng.standard_normal(shape)
-    if "norm" in key and key.endswith("weight"):
+    if "norm" in key and key.endswith("weight") and len(shape) == 1:
         noise = 1 + 0.3 * noise
+    elif key.endswith("running_var"):
+        noise = 0.5 + noise**2
     elif len(shape) == 1:
         noise = 0.2 * noise
     elif "embedding" not in key or "linear" in key:

@@ -32,6 +32,7 @@ from mmdjax import (
     load_samples,
     mmd2,
     sample_many,
+    suggest_guidance,
 )
 from mmdjax._points import blocks
 from mmdjax.guidance.avoid import Shield
@@ -384,6 +385,9 @@ def share_in(x, modes):
     return np.isin(nearest, modes).mean()
 
 
+@pytest.mark.filterwarnings(
+    "ignore:40 references for 200 samples:mmdjax.GuidanceWarning"
+)  # the two modes that are left
 def test_fewer_samples_in_forbidden_modes():
     """A quarter of the ring lies in the two; nearly all stay in some mode."""
     how = {"num_samples": 200, "num_steps": 25}
@@ -438,8 +442,8 @@ MISTAKES = {
     "nothing": (ValueError, "needs a kernel with a bandwidth", Avoid),
     "radius of nothing": (ValueError, "give x, or leave", lambda: Avoid(kernel=RBF(1.0), radius=1.0)),
     "no bandwidth": (ValueError, "takes its bandwidth from references", lambda: sample(Avoid(kernel=RBF()))),
-    "one sample": (ValueError, "one reference has no", lambda: sample(SOME[:1])),
-    "all equal": (ValueError, "bandwidth of 0", lambda: sample(SOME)),
+    "one sample": (ValueError, r"avoid has one sample, .* give a radius", lambda: sample(SOME[:1])),
+    "all equal": (ValueError, "the samples to avoid give IMQ a bandwidth of 0", lambda: sample(SOME)),
     "rule": (ValueError, "Polynomial is none", lambda: sample(Avoid(SOME, kernel=Polynomial()))),
     "noisy radius": (
         ValueError,
@@ -467,6 +471,11 @@ MISTAKES = {
         ValueError,
         r"avoid has shape \(3, 4\) but the samples have \(7, 5\)",
         lambda: guide_sampler(DDIM(), MMDGuidance(IMQ(1.0)), None, avoid=np.zeros((3, 4))).init(Z),
+    ),
+    "suggestion": (
+        ValueError,
+        "held-out references, which do not show whether samples keep away",
+        lambda: suggest_guidance(None, KEY, ALLOWED, model=MODEL, num_samples=8, avoid=FORBIDDEN),
     ),
 }
 

@@ -252,7 +252,9 @@ def test_mistakes(without_type_checks):
         lambda x: denoiser(None, x, level, None),
         lambda x: sampler.step(KEY, x, sampler.init(x), (), denoise, level, MODEL.schedule(0.4)),
     ):
-        with pytest.raises(ValueError, match=r'axis_name is "image", but no vmap or shard_map .* axis_name="image"'):
+        with pytest.raises(
+            ValueError, match=r'axis_name is "image", but .* \(there is "batch"\); .* axis_name="image"'
+        ):
             other(function)
         with pytest.raises(ValueError, match='axis_name is "image"'):
             function(X_INIT)

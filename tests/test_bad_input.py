@@ -283,6 +283,7 @@ def watched(quantity, denoiser=shrink, refs=REFS, **settings):
 @pytest.mark.parametrize(
     "at", ["denoised", *(pytest.param(at, marks=pytest.mark.slow) for at in ("sample", "clean", "diffused"))]
 )
+@pytest.mark.filterwarnings("ignore:scale is 1e.38:mmdjax.GuidanceWarning")  # so that the shift overflows
 def test_checks_name_the_step_and_the_quantity(at):
     """Where a NaN arises: in the network, the sampler, the guidance's kernel, or before the first step."""
 

@@ -3,7 +3,9 @@
 import json
 import shutil
 import sys
+import warnings
 
+import jax
 import numpy as np
 import pytest
 import sd_toys
@@ -12,7 +14,9 @@ from safetensors.numpy import load_file, save_file
 
 import mmdjax.__main__
 import mmdjax.sd.run
+from mmdjax import IMQ, Delta, GuidanceWarning, MMDGuidance, Particles, Product, mmd2
 from mmdjax.__main__ import main
+from mmdjax.metrics import energy_distance
 from mmdjax.sd import load, load_references
 
 CAPTIONS = ["a cat", "a dog", "a cat"]
@@ -73,16 +77,54 @@ def test_sample_writes_all_of_it(sampled, refs):
     before, after = report["distances"]["before"], report["distances"]["after"]
     assert after["energy_distance"] < before["energy_distance"]
     assert after["mmd2"] < before["mmd2"]
+    assert report["by_condition"]
+    assert report["nearest_avoided"] is None
 
 
 @pytest.mark.parametrize(("samples", "references"), [(1, 3), (3, 1)])
 def test_distances_of_one_sample_are_left_out(samples, references):
     """Unbiased ones are unknown; so says run.json, and a run of one picture ends well."""
     draw = np.random.default_rng(0).normal
-    particles = mmdjax.Particles(draw(size=(references, 2)).astype(np.float32))
+    particles = Particles(draw(size=(references, 2)).astype(np.float32))
     arrays = {"latents": draw(size=(samples, 2)).astype(np.float32)}
-    guidance = mmdjax.MMDGuidance(mmdjax.IMQ(1.0))
+    guidance = MMDGuidance(IMQ(1.0))
     assert mmdjax.sd.run._distances(guidance, particles, arrays, None) == {}
+
+
+def test_distances_at_each_prompt():
+    """Of the samples alone at each prompt: the prompts' shares do not count; unknown of one sample of each."""
+    x, y = (np.random.default_rng(i).normal(size=(8, 2)).astype(np.float32) for i in (0, 1))
+    guidance = MMDGuidance(Product(IMQ(1.0), Delta()))
+    arrays, prompts = {"latents": x, "prompt": np.array([0, 0, 0, 0, 0, 1, 1, 2])}, np.arange(3)
+    refs = Particles(y, np.array([0, 0, 1, 1, 1, 1, 1, 2]))
+    found = mmdjax.sd.run._distances(guidance, refs, arrays, prompts)["after"]
+    parts = [(x[:5], y[:2]), (x[5:7], y[2:7])]
+    expected = [(float(energy_distance(a, b)), float(mmd2(IMQ(1.0), a, b, estimator="u"))) for a, b in parts]
+    np.testing.assert_allclose(list(found.values()), np.average(expected, axis=0, weights=[5, 2]), rtol=1e-4)
+    alone = mmdjax.sd.run._distances(guidance, refs, {"latents": x[:3], "prompt": np.arange(3)}, prompts)["after"]
+    assert alone == {"energy_distance": None, "mmd2": None}
+    assert mmdjax.__main__._table("at each prompt", {"after": alone})[-1].split() == ["mmd2", "–"]
+
+
+def test_nearest_of_the_avoided():
+    x, y, z = (np.random.default_rng(i).normal(size=(n, 2, 2)).astype(np.float32) for i, n in enumerate((8, 3, 5)))
+    found = mmdjax.sd.run._nearest(Particles(y), {"latents": x, "unguided": z})
+    for name, points in (("before", z), ("after", x)):
+        near = np.sqrt(((points[:, None] - y) ** 2).sum((2, 3))).min(1)
+        np.testing.assert_allclose(list(found[name].values()), [near.min(), np.median(near)], rtol=1e-5)
+    lines = mmdjax.__main__._table("distance", found)
+    assert [line.split()[0] for line in lines[2:]] == ["unguided", "least", "median"]
+
+
+@pytest.mark.filterwarnings("default")
+def test_warnings_are_told_in_one_line(model, refs, tmp_path, monkeypatch, capsys):
+    def warned(*args, **how):
+        warnings.warn("scale is 5; give less", GuidanceWarning, stacklevel=1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mmdjax.sd.run, "sample_to_folder", warned)
+    assert run("sample", model, "--refs", refs, "--out", tmp_path / "out", "--quiet") == 130
+    assert capsys.readouterr().err.startswith("mmdjax sample: warning: scale is 5; give less\n")
 
 
 def test_interrupted_run_goes_on(sampled, model, refs, tmp_path, monkeypatch, capsys):
@@ -263,6 +305,7 @@ def test_sample_that_only_avoids(model, refs, tmp_path):
     assert (out / "comparison.png").exists()
     latents = load_file(out / "samples.safetensors")
     assert np.abs(latents["latents"] - latents["unguided"]).max() > 1e-4
+    assert set(report["nearest_avoided"]) == {"before", "after"}
 
 
 def test_quiet(calls, model, refs, tmp_path, capsys):
@@ -398,6 +441,14 @@ WRONG = {
     "sample model --out o --avoid refs --avoid-strength -1": "--avoid-strength is -1; give at least 0",
     "sample model --out o --avoid refs --avoid-radius 0": "--avoid-radius is 0; give a length above 0",
     "sample model --out o --at clean": "--at without --refs; give --refs, or leave --at out",
+    "sample model --out o --lora a.safetensors": "--lora is 'a.safetensors'; give FILE=STRENGTH",
+    "sample model --out o --lora a=strong": "--lora is 'strong'; give a number",
+    "sample model --out o --lora a=unet:inf": "--lora is inf; give a finite number",
+    "sample model --out o --lora a=1 --lora a=2": "--lora is given twice for a; give it once",
+    "sample model --out o --lora nowhere=1": "LoRA nowhere: no such file or folder",
+    "sample model --out o --lora no.safetensors=1": "no.safetensors is not a sound safetensors file",
+    "sample model --out o --textual-inversion cat": "--textual-inversion is 'cat'; give TOKEN=FILE",
+    "encode model refs --out o.safetensors --lora nowhere=1": "LoRA nowhere: no such file or folder",
     "sample model": "the following arguments are required: --out; see mmdjax sample --help",
     "sample model --out o --fast": "unrecognized arguments: --fast",
     "encode model refs --out o.zip": "a pack is a .safetensors file, such as o.safetensors",
@@ -424,6 +475,34 @@ def test_wrong_calls_are_refused_before_anything_is_loaded(odd, nothing_is_loade
         assert sorted(odd.rglob("*")) == before, words
     with pytest.raises(FileNotFoundError):
         run("sample", "nowhere", "--out", "o", "--traceback")
+
+
+@pytest.fixture
+def learnt(tmp_path):
+    """The paths of a LoRA, and of a word of three vectors."""
+    key, ones = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q", np.ones((2, 32), np.float32)
+    save_file({f"{key}.lora_A.weight": ones, f"{key}.lora_B.weight": ones.reshape(32, 2)}, tmp_path / "a.safetensors")
+    save_file({"emb_params": np.ones((3, 32), np.float32)}, tmp_path / "cat.safetensors")
+    return tmp_path / "a.safetensors", tmp_path / "cat.safetensors"
+
+
+def test_inspect_tells_what_a_lora_changes(model, learnt, capsys):
+    lora, word = learnt
+    assert run("inspect", model, "--lora", f"{lora}=unet:0.5", "--textual-inversion", f"<cat>={word}") == 0
+    out = capsys.readouterr().out
+    assert "a.safetensors: changes 1 tensors of unet, with strength 0.5" in out
+    assert "<cat>: 3 new vectors of text_encoder" in out
+
+
+@pytest.mark.slow
+def test_convert_writes_the_merged_model(model, learnt, tmp_path):
+    lora, word = learnt
+    given = ("--lora", f"{lora}=0.5", "--textual-inversion", f"<cat>={word}")
+    assert run("convert", model, "--out", tmp_path / "o", *given, "--quiet") == 0
+    _, expected = load(model, lora={lora: 0.5}, textual_inversion={"<cat>": word})
+    pipeline, params = load(tmp_path / "o")
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    assert pipeline.tokenizers["text_encoder"](["<cat>"])[0, :4].tolist() == [516, 518, 519, 520]
 
 
 def test_help_says_what_is_there(capsys):

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmdjax import DDIM, RBF, DiffusionModel, Energy, MMDGuidance, Particles, guided_sample, mmd2
+from mmdjax import DDIM, RBF, Avoid, DiffusionModel, Energy, MMDGuidance, Particles, guided_sample, mmd2
 from mmdjax.diffeq import _worst_rms, probability_flow, reverse_sde
 from mmdjax.schedules import EDM, RectifiedFlow, ScaledLinear, VPLinear, log_snr_times
+from mmdjax.tree import replace
 
 MU, SPREAD = 0.7, 0.4  # the data: N(MU, SPREAD²) in every coordinate
 KEY = jax.random.key(0)
@@ -195,6 +196,41 @@ def test_window_edges_outside_the_interval_change_nothing():
     assert whole.num_evaluations == cut.num_evaluations
 
 
+def test_avoiding_with_strength_zero_is_the_plain_flow():
+    np.testing.assert_array_equal(flow(start(), avoid=Avoid(references(), strength=0.0)).x, flow(start()).x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("refs", [None, references()])
+def test_avoiding_is_the_limit_of_ddim(float64, refs):
+    """In the window of `Avoid`, whose edges the solver steps to; without references and with them."""
+    x, avoid = start(), Avoid(np.float64(references(3)) - 0.4, strength=30.0, window=(0.0, 0.8), kernel=RBF(1.0))
+    adaptive = flow(x, 1e-7, refs, avoid=avoid)
+
+    def fixed(num_steps):
+        times = np.concatenate([np.linspace(1.0, 0.2, num_steps + 1), np.linspace(0.2, 1e-3, num_steps + 1)[1:]])
+        guidance = replace(GUIDANCE, window=(0.0, 1.0))
+        held = replace(avoid, window=(0.0, 0.5))  # of the steps
+        common = {"model": gaussian(), "num_samples": N, "x_init": x, "guidance": guidance, "avoid": held}
+        return guided_sample(MU, KEY, refs, sampler=DDIM(), times=times, **common).x
+
+    coarse, fine = fixed(400), fixed(800)
+    assert jnp.abs(2 * fine - coarse - adaptive.x).max() < 1e-3  # Richardson's extrapolation
+    assert jnp.abs(adaptive.x - flow(x, 1e-7, refs).x).max() > 0.05  # it did something
+    assert refs is not None or adaptive.num_rejected < 12  # the edges are known, not searched for
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("solve", [probability_flow, reverse_sde])
+def test_no_sample_ends_within_the_radius(solve):
+    few = jnp.array([[MU, MU], [0.2, 1.3]])
+    nearest = lambda x: jnp.linalg.norm(x[:, None] - few, axis=-1).min(1)
+    plain, kept = (solve(MU, KEY, None, model=gaussian(), num_samples=32, avoid=a).x
+                   for a in (None, Avoid(few, radius=0.35)))  # fmt: skip
+    assert (nearest(plain) < 0.35).sum() > 5
+    assert nearest(kept).min() > 0.35 - 1e-5
+
+
 @pytest.mark.slow
 def test_memory_of_two_calls():
     first = flow(start(), refs=references(), memory=2 * N)
@@ -341,6 +377,12 @@ def test_second_call_compiles_nothing(solve):
     [
         ({"guidance": MMDGuidance(at="sample")}, ValueError, 'at="sample" moves x after a step.*guided_sample'),
         ({"guidance": MMDGuidance.paper()}, ValueError, 'at="clean"'),
+        (
+            {"guidance": MMDGuidance(at="sample"), "refs": None, "avoid": jnp.ones((4, 2))},
+            ValueError,
+            'at="sample" moves x after a step',
+        ),
+        ({"avoid": jnp.zeros((4, 3))}, ValueError, r"avoid has shape \(4, 3\)"),
         ({"key": jnp.zeros(2, jnp.uint32)}, TypeError, r"jax\.random\.key"),
         ({"refs": jnp.zeros((4, 3))}, ValueError, r"refs have shape \(4, 3\)"),
         ({"x_init": jnp.zeros((3, 2))}, ValueError, r"x_init has shape \(3, 2\)"),

@@ -11,9 +11,9 @@ import pytest
 import mmdjax
 from mmdjax._core.extras import installed
 from mmdjax.plots import trace_curves
-from mmdjax.sd.files import download
+from mmdjax.sd.files.places import download
+from mmdjax.sd.text.tokenizer import load_tokenizer
 from mmdjax.sd.tiny import write_vocabulary
-from mmdjax.sd.tokenizer import load_tokenizer
 
 PACKAGE = Path(mmdjax.__file__).parent
 

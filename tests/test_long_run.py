@@ -31,6 +31,7 @@ from mmdjax import (
 )
 from mmdjax.checkpoint import CheckpointError
 from mmdjax.runs import SavedSamples, load_samples, sample_many
+from mmdjax.sampling import sample_with
 from mmdjax.schedules import VPLinear, uniform_times
 
 
@@ -153,7 +154,7 @@ def test_resumed_is_uninterrupted(whole, tmp_path, batches):
 
 def test_a_finished_run_makes_nothing(whole, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in whole.iterdir()}
-    monkeypatch.setattr(runs, "guided_sample", lambda *args, **kwargs: pytest.fail("made a batch"))
+    monkeypatch.setattr(runs, "sample_with", lambda *args, **kwargs: pytest.fail("made a batch"))
     assert len(run(whole)) == 14
     assert {path: path.stat().st_mtime_ns for path in whole.iterdir()} == before
 
@@ -218,7 +219,7 @@ def test_damaged_batch_is_found_and_made_again(whole, tmp_path, damage, monkeypa
     with pytest.raises(CheckpointError, match=r"batch-00001\.safetensors is missing or damaged"):
         load_samples(tmp_path)[5]
     made = []
-    monkeypatch.setattr(runs, "guided_sample", lambda *a, **k: made.append(1) or guided_sample(*a, **k))
+    monkeypatch.setattr(runs, "sample_with", lambda *a, **k: made.append(1) or sample_with(*a, **k))
     run(tmp_path)
     assert len(made) == 1  # around the same memory, so that the batches after it stay what they are
     assert path.read_bytes() == (whole / path.name).read_bytes()

@@ -18,6 +18,7 @@ from mmdjax.metrics import (
     frechet_distance,
     kid,
     mmd2_with_error,
+    nearest_distance,
     nearest_neighbour_accuracy,
     nearest_ratio,
     permutation_test,
@@ -396,6 +397,12 @@ def test_nearest_ratio_is_the_dense_one(sets, small_blocks):
     made, fresh = x[::2], x[1::2] + 0.2
     expected = distances(made, y).min(1).mean() / distances(fresh, y).min(1).mean()
     assert float(nearest_ratio(made, y, fresh)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_nearest_distance_leaves_out_weight_zero():
+    x, y = ONE
+    found = nearest_distance(x, Particles(y, weight=jnp.arange(len(y)) >= 5))
+    np.testing.assert_allclose(found, distances(x, y[5:]).min(1), rtol=1e-5)
 
 
 def test_derivative_of_nearest_ratio(x64):

@@ -28,9 +28,10 @@ from mmdjax import (
 )
 from mmdjax.schedules import RectifiedFlow
 from mmdjax.sd import load
+from mmdjax.sd.families import Network
 from mmdjax.sd.models import export
-from mmdjax.sd.prompts import Apart, Network, pooled, prompt_kernel, tokens
 from mmdjax.sd.scheduler import Scheduler
+from mmdjax.sd.text.prompts import Apart, pooled, prompt_kernel, tokens
 from mmdjax.sd.tiny import write_vocabulary
 
 
@@ -303,6 +304,7 @@ def toy_sample(refs, cond, kernel):
 
 
 @pytest.mark.parametrize("level", ["pooled", pytest.param("tokens", marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("ignore:no reference has the condition:mmdjax.GuidanceWarning")  # that is what is tested
 def test_reference_of_another_prompt_does_not_pull(level):
     refs = jax.random.normal(jax.random.key(1), (6, 3)) + 3.0
     cond, kernel = prompt(0, 1), prompt_kernel(level=level)  # two samples, orthogonal too

@@ -21,6 +21,7 @@ from mmdjax import (
     DiffusionModel,
     DPMSolverPP2M,
     EulerMaruyama,
+    GuidanceWarning,
     Heun,
     Memory,
     MMDGuidance,
@@ -33,6 +34,7 @@ from mmdjax import (
     mmd2,
 )
 from mmdjax._files.fingerprint import tree_hash
+from mmdjax.guidance import Rule
 from mmdjax.schedules import VPLinear, diffuse, log_snr_times
 
 SAMPLERS = {
@@ -116,6 +118,39 @@ def test_trace_ends_with_the_distance_of_what_is_returned(at):
     expected = mmd2(IMQ(1.0), samples.x, REFS, estimator="u")
     np.testing.assert_allclose(samples.trace.mmd2[-1], expected, rtol=1e-4, atol=1e-5)  # float32
     assert samples.trace.mmd2.shape == samples.trace.shift_norm.shape == (6,)
+
+
+def test_trace_ends_with_the_distance_at_each_condition():
+    """With a product kernel, of the samples and those remembered; a label that no reference has counts for nothing."""
+    labels, cond = Particles(REFS, jnp.array([0, 0, 0, 1, 1, 1, 1, 2])), jnp.array([0, 0, 0, 1, 1])
+    kernel = Product(x=IMQ(1.0), cond=Delta())
+    past = Memory.empty(4, (3,), cond).push(Particles(REFS[:3] - 1, jnp.array([0, 1, 5])))
+    with pytest.warns(GuidanceWarning, match="has cond 7"):
+        samples = run(labels, guidance=MMDGuidance(kernel), cond=cond.at[2].set(7), memory=past)
+    x, c = jnp.concatenate([samples.x, past.particles.x[:3]]), np.array([0, 0, 7, 1, 1, 0, 1, 5])
+    parts = [mmd2(IMQ(1.0), x[c == i], REFS[labels.cond == i], estimator="u") for i in (0, 1)]
+    np.testing.assert_allclose(samples.trace.mmd2[-1], 0.5 * parts[0] + 0.5 * parts[1], rtol=1e-4, atol=1e-5)
+
+
+class Aside(Rule):
+    """Each inner step moves each particle by one in each coordinate."""
+
+    def direction(self, sides, plan):
+        return -jnp.ones_like(sides.rows.x)
+
+
+@pytest.mark.parametrize("at", ["denoised", pytest.param("clean", marks=SLOW)])
+def test_relative_shift_of_a_step_by_hand(at):
+    """Of a model whose x̂0 is 0, from x_t = 5 in each coordinate: its move is 5/α in x̂0, 5 (1 − σ_s/σ_t) in x_s."""
+    model = DiffusionModel(lambda params, x, level, cond: 0 * x, VPLinear(), (3,))
+    guidance = MMDGuidance(IMQ(1.0), scale=0.1, at=at, precondition=Aside(), inner_steps=4)
+    how = {"model": model, "times": np.array([0.5, 0.2]), "x_init": jnp.full((5, 3), 5.0), "sampler": DDIM()}
+    trace = run(guidance=guidance, **how).trace
+    t, s = VPLinear()(0.5), VPLinear()(0.2)
+    own = 5 / t.alpha if at == "denoised" else 5 * (1 - s.sigma / t.sigma)
+    np.testing.assert_allclose(trace.shift_norm, [0.4 * 3**0.5], rtol=1e-5)
+    np.testing.assert_allclose(trace.relative_shift, [0.4 / own], rtol=1e-5)
+    assert run(None, **how).trace.relative_shift.tolist() == [0]
 
 
 def test_jit_as_the_contract_writes_it():

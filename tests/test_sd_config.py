@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-from mmdjax.sd import files
+from mmdjax.sd.files import places as files
 from mmdjax.sd.models import module_from_config
 
 SDXL_UNET = {

@@ -13,10 +13,10 @@ from flax.traverse_util import unflatten_dict
 from safetensors.numpy import load_file, save_file
 
 from mmdjax.checkpoint import Checkpoint, CheckpointError, Entry, open_safetensors, write_safetensors
-from mmdjax.sd import compvis, convert, single
-from mmdjax.sd.files import open_file, open_folder
-from mmdjax.sd.layers import SpatialAttention
+from mmdjax.sd.files import compvis, convert, single
+from mmdjax.sd.files.places import open_file, open_folder
 from mmdjax.sd.models import export, load_component, load_models, module_from_config, save
+from mmdjax.sd.networks.layers import SpatialAttention
 
 
 def entries(arrays):

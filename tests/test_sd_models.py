@@ -19,9 +19,10 @@ from safetensors.numpy import load_file
 
 from mmdjax import from_model
 from mmdjax.schedules import DiscreteTime, ScaledLinear
-from mmdjax.sd import convert, layers, primitives
-from mmdjax.sd.clip import end_of_text
+from mmdjax.sd.files import convert
 from mmdjax.sd.models import module_from_config
+from mmdjax.sd.networks import layers, primitives
+from mmdjax.sd.networks.clip import end_of_text
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TOLERANCE = 1e-5  # relative, float32: rounding through some 50 layers is 1e-6
@@ -199,6 +200,41 @@ def test_attention_in_blocks(form, length, limit):
 
     whole, blocks = square(jax.nn.dot_product_attention), square(functools.partial(FORMS[form], limit=limit))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), whole, blocks)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_masked_keys_are_no_keys(form):
+    """With a mask of the first keys the others might as well be absent, NaN-free where a sample has none."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((2, n, 3, 8)), jnp.float32) for n in (12, 5, 5))
+    mask = jnp.arange(5) < jnp.array([[3], [0]])
+
+    @jax.jit
+    def both(q, k, v):
+        masked, pull = jax.vjp(lambda q: FORMS[form](q, k, v, 20, mask), q)
+        return masked, jax.nn.dot_product_attention(q, k[:, :3], v[:, :3]), *pull(masked)
+
+    masked, fewer, slope = both(q, k, v)
+    np.testing.assert_allclose(masked[0], fewer[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(masked[1], jnp.broadcast_to(v[1].mean(0), (12, 3, 8)), rtol=1e-5, atol=1e-6)
+    assert np.isfinite(slope).all()
+
+
+def test_flash_has_no_mask(monkeypatch):
+    """cuDNN takes no mask of keys here: with one, attention goes on as on other platforms."""
+    seen, product = [], jax.nn.dot_product_attention
+
+    def see(*args, implementation=None, **how):
+        seen.append(implementation)
+        return product(*args, **how)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", see)
+    q, mask = jax.ShapeDtypeStruct((1, 6, 2, 8), jnp.bfloat16), jax.ShapeDtypeStruct((1, 6), bool)
+    for causal in (False, True):
+        jax.eval_shape(lambda q, m, c=causal: primitives.attend(q, q, q, mask=m, causal=c, flash=True), q, mask)
+    assert set(seen) == {None}
+    jax.eval_shape(lambda q: primitives.attend(q, q, q, flash=True), q)
+    assert seen[-1] == "cudnn"
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

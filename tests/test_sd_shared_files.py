@@ -12,12 +12,13 @@ import sd_toys
 from safetensors.numpy import load_file, save_file
 
 from mmdjax.checkpoint import Checkpoint, CheckpointError, Entry
-from mmdjax.sd import compvis, convert, load_component, load_models, single
+from mmdjax.sd import load_component, load_models
 from mmdjax.sd.describe import shape_of
-from mmdjax.sd.differences import SHOWN, gathered
+from mmdjax.sd.files import compvis, convert, single
+from mmdjax.sd.files.differences import SHOWN, gathered
+from mmdjax.sd.files.spellings import respelled, said_of_sampling
 from mmdjax.sd.models import module_from_config
 from mmdjax.sd.pretrained import assemble
-from mmdjax.sd.spellings import respelled, said_of_sampling
 
 ONE = np.zeros(0, np.float32)  # a mark: only its name says something
 PREFIX = {

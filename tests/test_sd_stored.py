@@ -17,8 +17,8 @@ from safetensors.numpy import load_file, save_file
 from mmdjax.checkpoint import Checkpoint, CheckpointError, Entry, write_safetensors
 from mmdjax.sd import load, load_component, load_models
 from mmdjax.sd.describe import shape_of
-from mmdjax.sd.files import download, open_file, open_folder
-from mmdjax.sd.quantised import scaled
+from mmdjax.sd.files.places import download, open_file, open_folder
+from mmdjax.sd.files.quantised import scaled
 
 
 def checkpoint(shapes):

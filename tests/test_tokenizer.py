@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from mmdjax.checkpoint import CheckpointError
+from mmdjax.sd.text.tokenizer import load_tokenizer
 from mmdjax.sd.tiny import BYTES, write_vocabulary
-from mmdjax.sd.tokenizer import load_tokenizer
 
 START, END = 516, 517
 

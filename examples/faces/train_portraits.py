@@ -45,10 +45,11 @@ from mmdjax.metrics import energy_distance, nearest_ratio
 from mmdjax.plots import image_grid
 from mmdjax.provenance import training_origin
 from mmdjax.schedules import DiscreteTime
-from mmdjax.sd import Pipeline, load, module_from_config, primitives
+from mmdjax.sd import Pipeline, load, module_from_config
+from mmdjax.sd.networks import primitives
 from mmdjax.sd.scheduler import Scheduler
+from mmdjax.sd.text.tokenizer import load_tokenizer
 from mmdjax.sd.tiny import write_vocabulary
-from mmdjax.sd.tokenizer import load_tokenizer
 from mmdjax.training import denoising_loss
 
 HERE = Path(__file__).parent

@@ -8,10 +8,10 @@ returns what it is given, and raises where it is mapped over the axis. A `shard_
 from typing import Any
 
 import jax
-from jax.extend.core import Primitive
+from jax.extend import core
 from jax.interpreters import batching, mlir
 
-_in_lockstep = Primitive("mmdjax_in_lockstep")
+_in_lockstep = core.Primitive("mmdjax_in_lockstep")
 _in_lockstep.def_impl(lambda x, axis: x)
 _in_lockstep.def_abstract_eval(lambda x, axis: x)
 mlir.register_lowering(_in_lockstep, lambda ctx, x, axis: [x])
@@ -32,6 +32,12 @@ def _map(axis_data, values, dims, *, axis):
 
 
 batching.fancy_primitive_batchers[_in_lockstep] = _map
+
+
+def axes_here() -> tuple[str, ...]:
+    """The names of the axes of the `vmap` and `shard_map` around this, those that have one; for messages."""
+    names = getattr(core, "unsafe_get_axis_names_DO_NOT_USE", tuple)()  # a name that JAX may take away
+    return tuple(name for name in names if isinstance(name, str))
 
 
 def is_manual(axis: str) -> bool:

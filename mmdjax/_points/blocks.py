@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from mmdjax._points.particles import Particles
+from mmdjax._points.particles import Particles, on_device
 from mmdjax._points.streaming import HostReferences
 
 BLOCK = 2048  # rows: two blocks of 2,048 float32 features and what is made of them take some 100 MB
@@ -78,39 +78,47 @@ def row_size(x: Any) -> int:
 
 def block_of(x: Any) -> int:
     """Rows of x to take at a time for its own pairs, or those with another set: at most `BLOCK`, and 16 MB of them."""
-    return max(64, min(BLOCK, PLAIN // max(1, row_size(x))))
+    return max(64, min(BLOCK, PLAIN // _copies(x) // max(1, row_size(x))))
 
 
 def block_beside(n: int, y: Any) -> int:
     """Rows of y to take at a time beside n points: all where that is little, else what a processor's cache holds."""
     each, m = n + row_size(y), jax.tree.leaves(y)[0].shape[0]
-    if each * m <= PLAIN:
+    if each * m <= PLAIN // _copies(y):
         return m
     most = CACHED if jax.default_backend() == "cpu" else PLAIN  # elsewhere fewer, larger products are faster
-    return min(m, max(32, most // each))
+    return min(m, max(32, most // _copies(y) // each))
+
+
+def _copies(x: Any) -> int:
+    return 3 if isinstance(x, HostReferences) else 1  # a block as it was read, about a centre, and what is made of it
 
 
 def sum_over(term: Callable, m: int, block: int) -> Any:
     """Σ term(rows) over the blocks of m rows; every sum over rows in it must give `Rows.weights` their due."""
+    return sum_and_least(lambda rows: (term(rows), ()), m, block)[0]
+
+
+def sum_and_least(term: Callable, m: int, block: int) -> tuple[Any, Any]:
+    """Over the blocks of m rows, the sum of one result of term(rows) and the elementwise least of another, in one pass.
+
+    Args:
+      term: rows -> (summed, least), two pytrees of arrays; as in `sum_over`.
+    """
     count = num_blocks(m, block)
     if count == 1:
         return term(rows(m, 0, block))
-    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(lambda: term(rows(m, 0, block))))
+    shapes = jax.eval_shape(lambda: term(rows(m, 0, block)))
+    start = tuple(
+        jax.tree.map(lambda s, v=v: jnp.full(s.shape, v, s.dtype), tree)
+        for tree, v in zip(shapes, (0, jnp.inf), strict=True)
+    )
 
-    def body(total, i):
-        return jax.tree.map(jnp.add, total, term(rows(m, i, block))), None
+    def body(carry, i):
+        summed, least = term(rows(m, i, block))
+        return (jax.tree.map(jnp.add, carry[0], summed), jax.tree.map(jnp.minimum, carry[1], least)), None
 
-    return jax.lax.scan(jax.checkpoint(body), zero, jnp.arange(count))[0]
-
-
-def least_over(term: Callable, m: int, block: int) -> Array:
-    """The elementwise least of term(rows), an array, over the blocks of m rows."""
-    count = num_blocks(m, block)
-    if count == 1:
-        return term(rows(m, 0, block))
-    body = jax.checkpoint(lambda least, i: (jnp.minimum(least, term(rows(m, i, block))), None))
-    shape = jax.eval_shape(lambda: term(rows(m, 0, block)))
-    return jax.lax.scan(body, jnp.full(shape.shape, jnp.inf, shape.dtype), jnp.arange(count))[0]
+    return jax.lax.scan(jax.checkpoint(body), start, jnp.arange(count))[0]
 
 
 def columns_of(term: Callable, m: int, block: int) -> Array:
@@ -157,7 +165,7 @@ def sum_across(gram: Callable, term: Callable, p: Particles, q: Particles, u: Ar
     """Σ term(K, u', v') over the blocks K of gram(p, q), u' and v' the weights ([n, ...]) of its rows."""
 
     def one(rows, columns):
-        return term(gram(rows.of(p), columns.of(q)), rows.weights(u), columns.weights(v))
+        return term(gram(on_device(rows.of(p)), on_device(columns.of(q))), rows.weights(u), columns.weights(v))
 
     blocks = block_of(p.x), block_of(q.x)
     return _sum(one, p.n, q.n, all_pairs(p.n, q.n, blocks), blocks)
@@ -167,12 +175,13 @@ def sum_within(gram: Callable, term: Callable, p: Particles, u: Array, *, self_p
     """`sum_across` for p with itself, the two halves of the symmetric Gram computed once; its diagonal on demand."""
 
     def own(rows, _):
-        part, w = rows.of(p), rows.weights(u)
+        part, w = on_device(rows.of(p)), rows.weights(u)
         k = gram(part, part, same=True)
         return term(k if self_pairs else jnp.where(jnp.eye(part.n, dtype=bool), 0.0, k), w, w)
 
     def two(rows, columns):
-        k, left, right = gram(rows.of(p), columns.of(p)), rows.weights(u), columns.weights(u)
+        k = gram(on_device(rows.of(p)), on_device(columns.of(p)))
+        left, right = rows.weights(u), columns.weights(u)
         return jax.tree.map(jnp.add, term(k, left, right), term(k.T, right, left))
 
     block = block_of(p.x)

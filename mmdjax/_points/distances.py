@@ -17,8 +17,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from mmdjax._core.numerics import inline_jit, product
-from mmdjax._points.blocks import block_beside, columns_of
+from mmdjax._points.blocks import Rows, block_beside, columns_of
 from mmdjax._points.particles import Particles, flat
+from mmdjax._points.streaming import HostReferences
 from mmdjax.tree import is_traced
 
 CANCELLATION = 1e-3  # of |x|² + |y|²; there a float32 product is off by about 1e-4
@@ -69,10 +70,19 @@ def squared_distance(
 
     def block(columns):
         diagonal = columns.index == jnp.arange(x.shape[0])[:, None] if same else None
-        moved = flat(columns.of(y)) - left.centre
-        return centred_distance(left, moved, y, columns.index, diagonal=diagonal, accurate=accurate)
+        rows, given, index = read(y, columns)
+        return centred_distance(left, rows - left.centre, given, index, diagonal=diagonal, accurate=accurate)
 
     return columns_of(block, jax.tree.leaves(y)[0].shape[0], block_beside(x.shape[0], y))
+
+
+def read(y: Any, columns: Rows) -> tuple[Float[Array, "k d"], Any, Int[Array, " k"]]:
+    """Some rows of y as a matrix; and an array or pytree of which they are rows, with which ones.
+
+    The latter are y and the block's; where y is on the host, the matrix itself, so that no row is read twice.
+    """
+    rows = flat(columns.of(y))
+    return (rows, rows, jnp.arange(rows.shape[0])) if isinstance(y, HostReferences) else (rows, y, columns.index)
 
 
 def middle(y: Any) -> Float[Array, " d"]:
@@ -138,58 +148,136 @@ def centred_distance(
     """
     if x.points.shape[1] <= DIRECT:
         return jnp.sum((x.moved[:, None] - moved[None]) ** 2, axis=-1)
-    norms = x.squares[:, None] + squares(moved)[None, :]
-    d2 = norms - 2 * product(x.moved, moved.T)
-    value = jax.lax.stop_gradient(d2)
-    if accurate:
-        close = value < CANCELLATION * jax.lax.stop_gradient(norms)
-        close = close if diagonal is None else close & ~diagonal
-        points, given, near = jax.lax.stop_gradient((x.points, y, moved))
-        # of half precision, XLA would cast all rows before the loop over their blocks; but there the difference from
-        # `middle`, whose coordinates are such rows', is exact
-        half = any(jnp.result_type(leaf).itemsize < 4 for leaf in jax.tree.leaves(y))
-
-        def of_pairs(row, column):
-            other = near[column] + x.centre if half else flat(jax.tree.map(lambda leaf: leaf[index[column]], given))
-            return jnp.sum((points[row] - other) ** 2, axis=1)
-
-        value = by_difference(of_pairs, value, close, x.points.shape[1])
-    value = jnp.maximum(value, 0.0)
-    value = value if diagonal is None else jnp.where(diagonal, 0.0, value)
-    return with_derivative(value, d2)
+    return finished([_by_products(x, moved, y, index, diagonal)], accurate)[0]
 
 
-def with_derivative(value: Array, of: Array) -> Array:
-    """A detached value with the derivative of another, to any order; not a digit of the value is lost."""
-    return value + (of - jax.lax.stop_gradient(of))
-
-
-def by_difference(
-    of_pairs: Callable, d2: Float[Array, "n m"], close: Bool[Array, "n m"], width: int
-) -> Float[Array, "n m"]:
-    """d2 with the pairs in `close` computed anew, a block of pairs at a time: costs nothing when there are none.
+class Unfinished(NamedTuple):
+    """Squared distances that cancellation may have spoilt; what `finished` needs to mend them.
 
     Args:
-      of_pairs: (row [k], column [k]) -> d2 [k], which takes `width` numbers a pair.
+      d2: [n, m], with the derivative that the distances shall have.
+      close: which pairs cancel.
+      of_pairs: (row [k], column [k]) -> d2 [k] without cancellation, detached.
+      width: how many numbers this takes for a pair.
+      diagonal: where distances are 0; None: nowhere.
+      more: what is to be added to `d2`, [n, m]; None: nothing.
     """
-    total = d2.size
-    block = max(1, min(total // 16, 2**18 // width))  # few pairs are close: a large block would be padding
+
+    d2: Float[Array, "n m"]
+    close: Bool[Array, "n m"]
+    of_pairs: Callable
+    width: int
+    diagonal: Bool[Array, "n m"] | None = None
+    more: Any = None
+
+
+def _by_products(x, moved, y, index, diagonal):
+    norms = x.squares[:, None] + squares(moved)[None, :]
+    d2 = norms - 2 * product(x.moved, moved.T)
+    close = jax.lax.stop_gradient(d2) < CANCELLATION * jax.lax.stop_gradient(norms)
+    points, given, near = jax.lax.stop_gradient((x.points, y, moved))
+    # of half precision, XLA would cast all rows before the loop over their blocks; but there the difference from
+    # `middle`, whose coordinates are such rows', is exact
+    half = any(jnp.result_type(leaf).itemsize < 4 for leaf in jax.tree.leaves(y))
+
+    def of_pairs(row, column):
+        other = near[column] + x.centre if half else flat(jax.tree.map(lambda leaf: leaf[index[column]], given))
+        return jnp.sum((points[row] - other) ** 2, axis=1)
+
+    return Unfinished(d2, close, of_pairs, x.points.shape[1], diagonal)
+
+
+def finished(parts: list[Unfinished], accurate: bool = True) -> list[Array]:
+    """Squared distances, never negative; with `accurate`, close pairs of all parts computed anew in one loop."""
+    values = [jax.lax.stop_gradient(part.d2) for part in parts]
+    if accurate:
+        close = [part.close if part.diagonal is None else part.close & ~part.diagonal for part in parts]
+        values = by_difference([part.of_pairs for part in parts], values, close, max(part.width for part in parts))
+    done = []
+    for part, value in zip(parts, values, strict=True):
+        value, d2 = jnp.maximum(value, 0.0), part.d2
+        if part.more is not None:
+            value, d2 = jnp.maximum(value + jax.lax.stop_gradient(part.more), 0.0), d2 + part.more
+        done.append(with_derivative(value if part.diagonal is None else jnp.where(part.diagonal, 0.0, value), d2))
+    return done
+
+
+def distances_together(*pairs: tuple[Float[Array, "n d"], Any, bool]) -> list[Array]:
+    """Accurate `squared_distance`s of several pairs (x [n, d], y, same), all x of one shape, in one program.
+
+    Those for which y is read in blocks are apart.
+    """
+    parts: list[Any] = []
+    for x, y, same in pairs:
+        m = jax.tree.leaves(y)[0].shape[0]
+        if x.shape[1] <= DIRECT or block_beside(x.shape[0], y) < m:
+            parts.append(squared_distance(x, y, same=same, accurate=True))
+            continue
+        left, rows = about(x, middle(y)), flat(y)
+        diagonal = jnp.eye(x.shape[0], m, dtype=bool) if same else None
+        parts.append(_by_products(left, rows - left.centre, y, jnp.arange(m), diagonal))
+    open_parts = [part for part in parts if isinstance(part, Unfinished)]
+    done = iter(finished(open_parts) if open_parts else [])
+    return [next(done) if isinstance(part, Unfinished) else part for part in parts]
+
+
+@jax.custom_jvp
+def with_derivative(value: Array, of: Array) -> Array:
+    """A detached value with the derivative of another, to any order."""
+    return value
+
+
+@with_derivative.defjvp
+def _(primals, tangents):
+    return with_derivative(*primals), tangents[1]
+
+
+def by_difference(of_pairs: list[Callable], d2: list[Array], close: list[Array], width: int) -> list[Array]:
+    """Matrices of squared distances with the pairs in `close` computed anew; costs nothing when there are none.
+
+    The pairs of all matrices stand in one row, which is gone through in stretches; those without a close pair are left
+    out. These are few operations, as a sampler has many copies of them to compile.
+
+    Args:
+      of_pairs: for each matrix, (row [k], column [k]) -> d2 [k].
+      d2, close: matrices of n rows.
+      width: how many numbers a pair takes.
+    """
+    firsts = np.cumsum([0, *(part.shape[1] for part in d2)])
+    n, columns = d2[0].shape[0], int(firsts[-1])
+    total = n * columns
+    size = max(1, min(-(-total // 16), 2**16 // width))
+    count = -(-total // size)
+
+    def stretches(parts):
+        row = jnp.concatenate(parts, axis=1).reshape(-1)
+        return jnp.pad(row, (0, count * size - total)).reshape(count, size)
+
+    def computed(row, column):
+        found = of_pairs[0](row, jnp.minimum(column, d2[0].shape[1] - 1))
+        for first, part, one in zip(firsts[1:], d2[1:], of_pairs[1:], strict=False):
+            there = one(row, jnp.clip(column - first, 0, part.shape[1] - 1))
+            found = jnp.where(column >= first, there, found)
+        return found
 
     def recompute(d2):
-        (pairs,) = jnp.nonzero(close.reshape(-1), size=total, fill_value=total)
-        pairs = jnp.concatenate([pairs, jnp.full(block, total, pairs.dtype)])
+        marked = stretches(close)
+        some = marked.any(axis=1)
+        order = jnp.argsort(~some)
 
-        def one_block(state):
-            start, values = state
-            pair = jax.lax.dynamic_slice(pairs, (start,), (block,))
-            row, column = jnp.divmod(jnp.minimum(pair, total - 1), d2.shape[1])
-            return start + block, values.at[pair].set(of_pairs(row, column), mode="drop")
+        def next_stretch(state):
+            i, values = state
+            here = order[i]
+            pair = jnp.minimum(here * size + jnp.arange(size), total - 1)
+            row = jax.lax.div(pair, jnp.full_like(pair, columns))
+            there = jnp.where(marked[here], computed(row, pair - columns * row), values[here])
+            return i + 1, jax.lax.dynamic_update_index_in_dim(values, there, here, 0)
 
-        count = close.sum()
-        _, values = jax.lax.while_loop(lambda state: state[0] < count, one_block, (0, d2.reshape(-1)))
-        return values.reshape(d2.shape)
+        _, values = jax.lax.while_loop(lambda state: state[0] < some.sum(), next_stretch, (0, stretches(d2)))
+        return jnp.split(values.reshape(-1)[:total].reshape(n, columns), firsts[1:-1], axis=1)
 
-    return jax.lax.cond(close.any(), recompute, lambda d2: d2, d2)
+    any_close = functools.reduce(jnp.logical_or, (part.any() for part in close))
+    return jax.lax.cond(any_close, recompute, lambda d2: d2, d2)
 
 
 def subset(m: int, weight: Any = None, most: int = SUBSET) -> Any:

@@ -32,7 +32,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from mmdjax._core.lockstep import differs, in_lockstep, is_manual
+from mmdjax._core.lockstep import axes_here, differs, in_lockstep, is_manual
 from mmdjax._points.particles import Particles, wide_dtype
 from mmdjax.tree import is_traced, pytree, replace, shown, static
 
@@ -76,6 +76,10 @@ class Shards:
         axes = tuple(dict.fromkeys(self.batch + self.refs))
         return jax.lax.psum(x, axes) if axes else x
 
+    def total_without_refs(self, x: Any) -> Any:
+        """The sum over the devices that hold the batch and the same references."""
+        return jax.lax.psum(x, self.without_refs) if self.without_refs else x
+
     def share(self, points: Particles, axes: Axes | None = None) -> tuple[Particles, Particles]:
         """This device's part of points that all devices hold, and all of them, that part first; both with weights.
 
@@ -93,6 +97,12 @@ class Shards:
         part = jax.tree.map(lambda v: v[index % points.n], whole)
         part = replace(part, weight=jnp.where(index < points.n, part.weight, 0.0))
         return part, jax.tree.map(lambda v: jnp.roll(v, -start, axis=0), whole)
+
+    def of_shares(self, tree: Any, n: int) -> Any:
+        """A pytree of what each device made of its `share` of n points, for all of them in their order."""
+        if not self.batch:
+            return tree
+        return jax.tree.map(lambda v: jax.lax.all_gather(v, self.batch, tiled=True)[:n], tree)
 
     def probabilities(self, refs: Particles) -> Float[Array, " m"]:
         """The weights of this device's references, normalised over all of them."""
@@ -114,22 +124,28 @@ class Shards:
 
     def pull(self, of_refs: Callable, z: Particles, everyone: Particles) -> Any:
         """of_refs(z), a pytree of [n, ...] that is a sum over references, summed over the devices that hold them."""
+        return self.meet(lambda z: (of_refs(z), ()), z, everyone)[0]
+
+    def meet(self, of_refs: Callable, z: Particles, everyone: Particles) -> tuple[Any, Any]:
+        """of_refs(z), two pytrees of [n, ...]: sums over references, as in `pull`, and least values over them."""
         common = tuple(axis for axis in self.refs if axis in self.batch)
         others = tuple(axis for axis in self.refs if axis not in self.batch)
+        n = z.n
         if common and common == self.batch:
             z = self.in_order(z, everyone)
         elif common:
             z = jax.tree.map(lambda v: jax.lax.all_gather(v, common, tiled=True), z)
-        sums = of_refs(z)
+        sums, least = of_refs(z)
         if others:
             sums = jax.lax.psum(sums, others)
-        return jax.lax.psum_scatter(sums, common, tiled=True) if common else sums
+        sums = jax.lax.psum_scatter(sums, common, tiled=True) if common else sums
 
-    def least(self, of_refs: Callable, z: Particles, everyone: Particles) -> Float[Array, " n"]:
-        """of_refs(z), [n], the least of what the devices that hold references find."""
-        if not self.refs:
-            return of_refs(z)
-        return self.found(of_refs, z, everyone).min(0)  # `pmin` has no derivative
+        def of_all(v):
+            for axes in (others, common):
+                v = jax.lax.all_gather(v, axes).min(0) if axes else v  # `pmin` has no derivative
+            return jax.lax.dynamic_slice_in_dim(v, n * jax.lax.axis_index(common), n) if common else v
+
+        return sums, jax.tree.map(of_all, least)
 
     def found(self, of_refs: Callable, z: Particles, everyone: Particles) -> Float[Array, "devices n ..."]:
         """of_refs(z), [n, ...], as each of the devices that hold references finds it."""
@@ -239,9 +255,11 @@ class Layout:
             try:
                 jax.lax.axis_size(axis)
             except NameError:
+                others = ", ".join(f'"{name}"' for name in axes_here())
+                known = f" (there is {others})" if others else ""
                 raise ValueError(
-                    f'axis_name is "{axis}", but no vmap or shard_map around this call has an axis of that name; call '
-                    f'it inside jax.vmap(..., axis_name="{axis}"), or leave axis_name out'
+                    f'axis_name is "{axis}", but no vmap or shard_map around this call has an axis of that '
+                    f'name{known}; call it inside jax.vmap(..., axis_name="{axis}"), or leave axis_name out'
                 ) from None
         for axis in jax.sharding.get_abstract_mesh().manual_axes if self._mapped else ():
             if differs(jax.lax.axis_index(axis), axis):

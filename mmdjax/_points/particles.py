@@ -205,6 +205,12 @@ def flat(x: PyTree) -> Float[Array, "n d"]:
     return jnp.concatenate([r.astype(wide_dtype(x)) for r in rows], axis=1)
 
 
+def on_device(points: Particles) -> Particles:
+    """Points of which those on the host are read, as one array."""
+    x = points.x
+    return replace(points, x=x.flat().reshape(x.shape)) if isinstance(x, HostReferences) else points
+
+
 def per_sample(value: Any, x: Array) -> Array:
     """`value`, a scalar or [n], shaped to multiply x [n, ...]."""
     value = jnp.asarray(value)

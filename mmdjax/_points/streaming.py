@@ -23,13 +23,14 @@ class HostReferences:
     """References [m, ...] of which the device never holds more than a block of about 16 MB.
 
     Give it in place of an array of references to `guided_sample` (with "denoised" or "clean"), `mmd2`, or a kernel's
-    `gradient`, inside `jit` or outside. The default guidance reads all rows eleven times at each network call: for
-    distances, for weights, for each of eight inner steps, and for its trace. If that takes longer than the network,
-    use a `mmdjax.compression.coreset` instead. Rows are read as float32.
+    `gradient`, inside `jit` or outside. The default guidance reads all rows ten times at each network call: once for
+    what its inner steps share, once for each of the eight, and once for its trace. If that takes longer than the
+    network, use a `mmdjax.compression.coreset` instead. References of at most a block are read once a run. Rows are
+    read as float32.
 
-    Limits: kernels of distances and inner products (not `Mapped` nor your own functions, which need arrays); no
-    derivative with respect to the references; one process; values are not checked. Make one object and use it for all
-    calls: another one compiles anew.
+    Limits: in `mmd2` and a kernel's `gradient`, kernels of distances and inner products (not `Mapped` nor your own
+    functions, which need arrays); no derivative with respect to the references; one process; values are not checked.
+    Make one object and use it for all calls: another one compiles anew.
 
     Args:
       array: anything of shape [m, ...] whose rows numpy can index: `np.load(path, mmap_mode="r")`, an array.

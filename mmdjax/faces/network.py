@@ -6,8 +6,15 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from mmdjax.faces import CLASSES, CONDITIONS, VALUES
-from mmdjax.sd.layers import timestep_embedding
-from mmdjax.sd.transformers.blocks import AdaLNZeroBlock, PlainNorm, modulate, patchify, sincos_positions, unpatchify
+from mmdjax.sd.networks.layers import timestep_embedding
+from mmdjax.sd.networks.transformers.blocks import (
+    AdaLNZeroBlock,
+    PlainNorm,
+    modulate,
+    patchify,
+    sincos_positions,
+    unpatchify,
+)
 
 
 class FacesNetwork(nn.Module):

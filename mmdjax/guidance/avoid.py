@@ -153,9 +153,14 @@ class Avoid:
         """Whether each sample to avoid counts fully, however many there are."""
         return self.nearest is not None or self.radius is not None
 
+    @property
+    def span(self) -> tuple[Any, Any]:
+        """The window; its default where it is None."""
+        return self.window or (EARLY if self.radius is None else ALL)
+
     def active(self, fraction: Any) -> Any:
         """Whether a fraction of the steps lies in the window."""
-        start, end = self.window or (EARLY if self.radius is None else ALL)
+        start, end = self.span
         return (fraction >= start) & (fraction < end)
 
     def kernel_for(self, guidance: MMDGuidance) -> Kernel:

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from mmdjax._core.numerics import product
+from mmdjax import conditional
+from mmdjax._core.numerics import product, reciprocal
 from mmdjax._points.blocks import PLAIN, row_size
 from mmdjax._points.distances import SUBSET, subset_of
 from mmdjax._points.mesh import HERE, Axes, Layout, Shards
-from mmdjax._points.particles import Particles, fill_empty, flat, wide_dtype, widen
+from mmdjax._points.particles import Particles, fill_empty, flat, on_device, wide_dtype, widen
 from mmdjax._points.streaming import HostReferences
 from mmdjax.guidance import MMDGuidance
 from mmdjax.guidance.avoid import Avoid, Negatives, weight_at_reach, widened
@@ -35,12 +36,16 @@ class GuidanceState:
       mmd2: MMD² after the last shift (the trace).
       shift_norm: mean L2 norm of the last shift, in the data's units (the trace).
       unshifted: x before the last shift where the placement's memory wants it, else ().
+      moved: the share of the samples that the last shift moved at all; NaN where it was none.
+      relative: the length of the last shift beside the model's own move (the trace).
     """
 
     transform: Any
     mmd2: Any
     shift_norm: Any
     unshifted: Any
+    moved: Any
+    relative: Any
 
 
 @pytree
@@ -49,14 +54,15 @@ class BoundGuidance:
 
     Args:
       kernel, refs: None where samples only avoid something.
-      refs_term: E k(y, y') over the references, for MMD² in the trace; 0 where they are noisy,
-        NaN where there are none.
+      refs_term: E k(y, y') over the references, for MMD² in the trace; 0 where they are noisy or the kernel
+        `splits_cond`, NaN where there are none.
       seen: what the rule computed from the references; see `see`.
       cond: conditions of the samples, on the devices that hold these.
       distances: squared distances among all fixed points, if inner steps use them; else None.
       avoid: what is avoided, its kernel fitted; or None.
       avoid_over: the mesh axes that it is split over.
       around: its mean, and the mean squared distance from it, if its kernel is widened at high noise; else None.
+      refs_own: `refs_term` of each reference at its condition (`mmdjax.conditional`), if the kernel `splits_cond`.
     """
 
     guidance: MMDGuidance
@@ -71,6 +77,7 @@ class BoundGuidance:
     avoid: Avoid | None = None
     avoid_over: Axes = static(default=(), repr=False)
     around: Any = dataclasses.field(default=None, repr=False)
+    refs_own: Any = dataclasses.field(default=None, repr=False)
 
     def init(self, x: Array) -> GuidanceState:
         """The state before the first step for a batch shaped like x."""
@@ -78,7 +85,8 @@ class BoundGuidance:
         wide = wide_dtype(x)
         per_sample_state = () if transform is None else jax.vmap(transform.init)(x.astype(wide))
         zero = jnp.zeros((), wide)
-        return GuidanceState(per_sample_state, zero, zero, x if self.guidance.placement.keeps_unshifted else ())
+        unshifted = x if self.guidance.placement.keeps_unshifted else ()
+        return GuidanceState(per_sample_state, zero, zero, unshifted, zero, zero)
 
     def active(self, fraction: Any) -> Any:
         """Whether a fraction of the steps lies in the window."""
@@ -137,7 +145,10 @@ class BoundGuidance:
         reach = 0.0 if self.kernel is None else self.kernel.reach()
         around = None if level is None else self.around
         numbers = {"scale": scale, "length": length, "level": level, "reach": reach, "seen": seen, "around": around}
-        numbers = jax.tree.map(lambda v: jnp.asarray(v, wide), numbers) | {"active": self.active(fraction)}
+        numbers = jax.tree.map(lambda v: jnp.asarray(v, wide), numbers) | {
+            "active": self.active(fraction),
+            "refs_own": self.refs_own,
+        }
         numbers["avoiding"] = False if avoid is None else avoid.active(fraction)
         avoided, apart = None, avoid
         if avoid is not None:
@@ -145,19 +156,30 @@ class BoundGuidance:
         shards = layout.shards
         batch, on_refs, on_avoid = P(shards.batch), P(shards.refs), P(self.avoid_over)
         kernel, refs, memory = compared
-        z, transform_state, norm, mmd2 = layout.split(
+        z, transform_state, norm, moved, mmd2 = layout.split(
             self._guide_rows,
             (*layout.join((x.astype(wide), self.cond, state.transform)), kernel, refs, memory, numbers, apart, avoided),
             specs=(batch, batch, batch, P(), on_refs, P(), P(), P(), on_avoid),
-            out=(batch, batch, P(), P()),
+            out=(batch, batch, P(), P(), P()),
         )
         z, transform_state = layout.own((z, transform_state), x.shape[0])
-        mmd2, norm = (mmd2 + self.refs_term).astype(wide), norm.astype(wide)
+        mmd2, norm, moved = (v.astype(wide) for v in (mmd2 + self.refs_term, norm, moved))
         transform_state = jax.tree.map(lambda new, old: new.astype(old.dtype), transform_state, state.transform)
-        return z.astype(x.dtype), GuidanceState(transform_state, mmd2, norm, x if placement.keeps_unshifted else ())
+        unshifted = x if placement.keeps_unshifted else ()
+        return z.astype(x.dtype), GuidanceState(transform_state, mmd2, norm, unshifted, moved, state.relative)
+
+    def beside(self, state: GuidanceState, weight: Any, own: Array) -> GuidanceState:
+        """The state with the length of the last shift, times a weight, over that of the model's own moves [n, ...]."""
+        norms = jnp.sqrt(jnp.sum(flat(jax.lax.stop_gradient(own)) ** 2, axis=1))
+        length = self.layout.join_all(norms).mean()
+        relative = jax.lax.stop_gradient(weight * state.shift_norm * reciprocal(length))
+        return replace(state, relative=relative.astype(state.relative.dtype))
 
     def _guide_rows(self, shards: Shards, x, cond, transform_state, kernel, refs, memory, numbers, avoid: Any, avoided):
-        """`_guide` for the rows of one device: moved x, state of the transform, mean norm of the shifts, MMD²."""
+        """`_guide` for the rows of one device: moved x, state of the transform, mean norm of the shifts, MMD².
+
+        And before MMD² the share of the rows that moved.
+        """
         guidance, rule, steps, length = self.guidance, self.guidance.rule, self.guidance.steps, numbers["length"]
         all_cond = shards.everyone(cond)
         first, points = x, lambda z: z
@@ -179,10 +201,15 @@ class BoundGuidance:
         def gather(z):
             return shards.everyone(z) if shards.batch else ()  # to be carried along, and not twice on one device
 
-        def sides(z, gathered, *, kernel: Any = kernel, refs: Any = refs, shards: Shards = shards):
+        def sides(z, gathered, known=(), *, kernel: Any = kernel, refs: Any = refs, shards: Shards = shards):
             everyone = Particles(gathered, all_cond) if shards.batch else None
             rows = Particles(z, cond)
-            return Sides(kernel, rows, refs, memory, guidance.estimator, numbers["reach"], everyone, shards)
+            return Sides(kernel, rows, refs, memory, guidance.estimator, numbers["reach"], everyone, shards, known)
+
+        def at(z):
+            """The particles' coordinates, everyone's, and the distances that a step or the trace asks for next."""
+            gathered = gather(z)
+            return z, gathered, sides(z, gathered).distances()
 
         def away(z, gathered):
             assert avoid is not None
@@ -190,8 +217,8 @@ class BoundGuidance:
             beside = sides(z, gathered, kernel=avoid.kernel, refs=avoided, shards=of_avoided)
             return (avoid.strength * rule.away(Negatives(beside, avoid, floor))).astype(z.dtype)
 
-        def move(plan, z, gathered, state):
-            direction = jnp.zeros_like(z) if refs is None else rule.direction(sides(z, gathered), plan)
+        def move(plan, z, gathered, known, state):
+            direction = jnp.zeros_like(z) if refs is None else rule.direction(sides(z, gathered, known), plan)
             if jnp.shape(direction) != z.shape:
                 raise ValueError(
                     f"{type(rule).__name__}.direction returned shape {jnp.shape(direction)} for particles of shape "
@@ -202,13 +229,12 @@ class BoundGuidance:
                 direction += jax.lax.cond(avoiding, away, lambda z, _: jnp.zeros_like(z), z, gathered)
             if guidance.transform is not None:
                 direction, state = jax.vmap(guidance.transform.update)(direction, state, z)
-            z = (z - numbers["scale"] * direction).astype(z.dtype)
-            return z, gather(z), state
+            return *at((z - numbers["scale"] * direction).astype(z.dtype)), state
 
         def guided(*carry):
             plan = None
             if refs is not None:
-                plan = rule.prepare(sides(*carry[:2]), numbers["level"], numbers["seen"])
+                plan = rule.prepare(sides(*carry[:3]), numbers["level"], numbers["seen"])
 
             def inner(carry, index):
                 if length is None:
@@ -219,17 +245,19 @@ class BoundGuidance:
             there = points(moved[0]).astype(x.dtype)
             moved_by = jax.lax.stop_gradient(there - x)  # here: √ has no derivative where a sample stays
             norms = jnp.sqrt(jnp.sum((moved_by**2).reshape(x.shape[0], -1), axis=1))
-            return *moved, there, shards.total(norms.sum()) / all_rows(shards, x)
+            of_all = (shards.total(v) / all_rows(shards, x) for v in (norms.sum(), (norms > 0).sum().astype(x.dtype)))
+            return *moved, there, *of_all
 
         def left(*carry):
-            return *carry, x, jnp.zeros((), x.dtype)
+            return *carry, x, jnp.zeros((), x.dtype), jnp.full((), jnp.nan, x.dtype)
 
-        carry = first, gather(first), transform_state
-        z, gathered, transform_state, there, norm = jax.lax.cond(pulled | avoiding, guided, left, *carry)
+        carry = *at(first), transform_state
+        z, gathered, known, transform_state, there, norm, share = jax.lax.cond(pulled | avoiding, guided, left, *carry)
         if refs is None:
-            return there, transform_state, norm, jnp.full((), jnp.nan, x.dtype)
-        kernel, refs, memory, z, gathered = jax.lax.stop_gradient((kernel, refs, memory, z, gathered))
-        return there, transform_state, norm, sides(z, gathered, kernel=kernel, refs=refs).mmd2()
+            return there, transform_state, norm, share, jnp.full((), jnp.nan, x.dtype)
+        kernel, refs, memory, *z = jax.lax.stop_gradient((kernel, refs, memory, z, gathered, known))
+        mmd2 = sides(*z, kernel=kernel, refs=refs).mmd2(numbers["refs_own"])
+        return there, transform_state, norm, share, mmd2
 
 
 def all_rows(shards: Shards, x: Array) -> int:
@@ -252,19 +280,31 @@ def fit_avoid(guidance: MMDGuidance, kernel: Kernel | None, avoid: Avoid, layout
     """What is avoided with its kernel: the guidance's, already fitted to the references, or fitted to what is avoided.
 
     Raises:
-      ValueError: as `fit_kernel`; or samples avoid each other by a kernel without a bandwidth.
+      ValueError: as `fit_kernel`; one sample, and a bandwidth taken from it; or samples avoid each other by a kernel
+        without a bandwidth.
     """
     if avoid.kernel is None and avoid.radius is None and kernel is not None:
         return replace(avoid, kernel=kernel)
     own = avoid.kernel_for(guidance)
     if avoid.points is not None:
-        own = _fit(own, avoid.points, layout=layout)
-        check_fitted(own)
+        try:
+            own = _fit(own, avoid.points, layout=layout)
+        except ValueError as error:
+            if avoid.points.n > 1:
+                raise
+            raise ValueError(
+                "avoid has one sample, and the kernel's bandwidth is a distance between samples; give a radius, "
+                "Avoid(x, radius=r), or a bandwidth, Avoid(x, kernel=IMQ(1.0)), or more samples"
+            ) from error
+        check_fitted(own, "samples to avoid")
     return replace(avoid, kernel=own)
 
 
 @functools.partial(jax.jit, static_argnames="layout")
 def _fit(kernel, refs, *, layout):
+    if isinstance(refs.x, HostReferences):
+        refs = on_device(subset_of(refs))  # rules look at no more
+
     def fit(kernel, refs):
         return kernel.fit(layout.known_to(layout.whole(refs) if refs.n <= SUBSET else layout.references(refs)))
 
@@ -301,7 +341,9 @@ def bind(
     def prepared(points, kernel):
         points = points if kernel.sees_cond else replace(points, cond=None)
         in_blocks = placement.clean and points.n * row_size(points.x) > PLAIN
-        return fill_empty(points) if in_blocks else widen(points)  # blocks are cast as they are read: no copy of all
+        if in_blocks:
+            return fill_empty(points)  # blocks are cast as they are read: no copy of all
+        return on_device(widen(points))  # a block at most: read once for all inner steps
 
     around = None
     if avoid is not None and avoid.points is not None:
@@ -311,13 +353,12 @@ def bind(
             around = _around(layout.whole(widen(subset_of(points))))
     if refs is not None:
         refs = layout.references(prepared(refs, kernel))
-    refs_term = 0.0 if refs is not None else jnp.nan
-    if placement.clean and refs is not None:
+    refs_term, refs_own = 0.0 if refs is not None else jnp.nan, None
+    if placement.clean and refs is not None and kernel is not None:
         looked_at = layout.whole(jax.lax.stop_gradient(subset_of(refs)))
-        refs_term = layout.split(
-            functools.partial(_refs_term, guidance.estimator), (kernel, looked_at), specs=(P(), P()), out=P()
-        )
-        refs_term = jax.lax.stop_gradient(refs_term)
+        term = functools.partial(_refs_own if kernel.splits_cond else _refs_term, guidance.estimator)
+        term = jax.lax.stop_gradient(layout.split(term, (kernel, looked_at), specs=(P(), P()), out=P()))
+        refs_term, refs_own = (0.0, term) if kernel.splits_cond else (term, None)
     held = None
     if memory is not None:
         held = widen(layout.whole(placement.begin(memory).particles))
@@ -333,7 +374,7 @@ def bind(
         fixed = sum(points.n for points in there)
         distances = fixed_distances(*sets) if pays(0, fixed, row_size(there[0].x)) else None
     seen = see(guidance, refs, layout) if seen is None and refs is not None else seen
-    apart = avoid, avoid_over, around
+    apart = avoid, avoid_over, around, refs_own
     return BoundGuidance(guidance, kernel, refs, refs_term, seen, cond, held, distances, layout, *apart)
 
 
@@ -360,3 +401,12 @@ def _refs_term(estimator, shards, kernel, refs):
     u, v = share.weight / total, whole.weight / total
     own = pair_sum(kernel, share, u, whole, v, same=True, self_pairs=estimator == "v")
     return shards.total(own) / pair_norm(v, estimator)
+
+
+def _refs_own(estimator, shards, kernel, refs):
+    # likewise, of each reference at its condition
+    share, whole = shards.share(refs)
+    total = jnp.where(whole.weight.sum() > 0, whole.weight.sum(), 1.0)
+    found = conditional.sums(kernel, share, whole, whole.weight / total, same=True, self_pairs=estimator == "v")
+    found, weight = shards.of_shares((found, share.weight / total), refs.n)
+    return conditional.own_means(found, weight, refs.cond)

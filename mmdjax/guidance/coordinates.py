@@ -30,12 +30,13 @@ from mmdjax._core.numerics import product
 from mmdjax._points.blocks import block_beside, columns_of, sum_over
 from mmdjax._points.distances import (
     CANCELLATION,
-    by_difference,
+    Unfinished,
+    distances_together,
+    finished,
     middle,
     squared_distance,
     squares,
     width2,
-    with_derivative,
 )
 from mmdjax._points.particles import Particles, flat
 from mmdjax.kernels import Kernel
@@ -64,6 +65,10 @@ class Barycentric(Radial, autodiff=True):
     aside: Any
     gap2: Any
 
+    @property
+    def from_distances(self):
+        return True
+
     def profile(self, d2):
         """As of the kernel."""
         return self.kernel.profile(d2)
@@ -79,33 +84,38 @@ class Barycentric(Radial, autodiff=True):
     def reach(self):
         return self.kernel.reach()
 
-    def gradient(self, a, b, coef, *, same=False, precondition="none"):
-        weight = self.preconditioned_weight(a, self.distance2(a, b, same=same), precondition)
-        pull = (coef * weight).astype(a.x.dtype)
+    def drawn(self, a, b, pulls):
         if b.x.ndim == 1:
-            towards = jax.lax.dynamic_update_slice_in_dim(jnp.zeros_like(a.x), pull, b.x[0].astype(int), 1)
+            towards = jax.lax.dynamic_update_slice_in_dim(jnp.zeros_like(a.x), pulls, b.x[0].astype(int), 1)
         else:
-            towards = product(pull, b.x)
-        mass = jnp.sum(jnp.abs(coef) * weight, axis=1) if precondition == "mass" else jnp.ones_like(pull[:, 0])
-        return towards - pull.sum(1, keepdims=True) * a.x, mass
+            towards = product(pulls, b.x)
+        return towards - pulls.sum(1, keepdims=True) * a.x
+
+    def gradient(self, a, b, coef, *, same=False, precondition="none"):
+        return self.known_gradient(a, b, coef, self.distance2(a, b, same=same), precondition)
 
     def distance2(self, a, b, *, same=False):
-        a, b = a.x, b.x
-        to_known, half = self._to_known(a)
+        return finished([self._unfinished(a.x, b.x, self._to_known(a.x), same)])[0]
+
+    def distances2(self, a, *sets):
+        to_known = self._to_known(a.x)
+        return finished([self._unfinished(a.x, b.x, to_known, b is sets[0]) for b in sets])
+
+    def _unfinished(self, a, b, of_a, same):
+        to_known, half = of_a
         if b.ndim == 1:
             first = b[0].astype(int)
             there, its_half = jax.lax.dynamic_slice_in_dim(to_known, first, b.shape[0], 1), 0.0
             its_aside = jax.lax.dynamic_slice_in_dim(self.aside, first, b.shape[0])
         else:
-            b_to_known, its_half = self._to_known(b)
+            b_to_known, its_half = of_a if b is a else self._to_known(b)
             there, its_aside = product(to_known, b.T), product(b, self.aside)
         moved = there - half[:, None] - its_half
         share, along = jnp.moveaxis(product(a, self.aside)[:, None] - its_aside, 2, 0)
-        by_gap = share * (2 * along + share * self.gap2)
         value, c, e = jax.lax.stop_gradient((moved, a, to_known))
         terms = jnp.maximum(there, half[:, None] + its_half) * jnp.abs(a).sum(1, keepdims=True)
         close = value < CANCELLATION * jax.lax.stop_gradient(terms)
-        diagonal = jnp.eye(*value.shape, dtype=bool) if same else jnp.zeros(value.shape, bool)
+        diagonal = jnp.eye(*value.shape, dtype=bool) if same else None
 
         def of_pairs(row, column):
             if b.ndim == 1:
@@ -117,9 +127,8 @@ class Barycentric(Radial, autodiff=True):
                 apart, along = c[row] - c_b[column], e[row] - e_b[column]
             return -0.5 * jnp.sum(apart * along, axis=1)
 
-        value = by_difference(of_pairs, value, close & ~diagonal, a.shape[1])
-        value = jnp.maximum(jnp.maximum(value, 0.0) + jax.lax.stop_gradient(by_gap), 0.0)
-        return with_derivative(jnp.where(diagonal, 0.0, value), moved + by_gap)
+        by_gap = share * (2 * along + share * self.gap2)
+        return Unfinished(moved, close, of_pairs, a.shape[1], diagonal, by_gap)
 
     def _to_known(self, c):
         """Σ_k c_ik D_kl and half of Σ_kl c_ik c_il D_kl."""
@@ -165,8 +174,8 @@ def combinations(
     centre = middle(first)
     gap, far = _gap(x, first)
     at_refs = x - gap
-    own = squared_distance(x, x, same=True, accurate=True)
-    to_fixed = jnp.concatenate([squared_distance(at_refs, y, accurate=True) for y in fixed_sets], axis=1)
+    own, *to_each = distances_together((x, x, True), *((at_refs, y, False) for y in fixed_sets))
+    to_fixed = jnp.concatenate(to_each, axis=1)
     distances = jnp.block([[own, to_fixed], [to_fixed.T, fixed]])
     along = jax.lax.cond(
         far,

@@ -92,12 +92,12 @@ class Field(Rule):
         own = jnp.maximum(jnp.where(jnp.isfinite(at_zero), at_zero, 0.0), jnp.max(others, axis=1))
         own = jnp.where(own > least_mass(own.dtype), own, 1.0)
         weight = jnp.where(eye, own[:, None], others) * unit_of(own)[:, None]
-        averaged = self.in_balance(sides, others)
+        averaged = self.in_balance(sides, others, nearest=spread is not None)
         if spread is not None:
             averaged *= self.in_reach(sides, spread)
         return jnp.where(eye, (1 - averaged)[:, None], 0.0) + (averaged / weight.sum(1))[:, None] * weight
 
-    def in_balance(self, sides: Sides, others: Float[Array, "n all"]) -> Float[Array, " n"]:
+    def in_balance(self, sides: Sides, others: Float[Array, "n all"], *, nearest: bool = False) -> Float[Array, " n"]:
         """1 where the particles have at most the kernel mass of the references, falling to 0 where they have more.
 
         1/(1 + t⁴), t = surplus (q − p)₊/√(Σ_j v_j w(z_i, y_j)² − p²), p and q the means of the weights w(z_i, ·) over
@@ -117,11 +117,11 @@ class Field(Rule):
         ratio = sides.condition_ratio(own, each * past)
         q = q if ratio is None else q * ratio
 
-        def moments(z, rows, v):
-            w = jnp.clip(unit * sides.fixed.pair_weights(z, rows.of(sides.refs), same=False), 0.0, LARGE)
+        def moments(w, _, v):
+            w = jnp.clip(unit * w, 0.0, LARGE)
             return jnp.stack([product(w, v), product(w**2, v)], axis=1)
 
-        p, p2 = sides.over_refs(moments).T
+        p, p2 = sides.over_refs(moments, nearest=nearest).T
         mass = jax.lax.stop_gradient(jnp.maximum(p, q))
         scale = reciprocal(jnp.where(mass > FAINT, mass, 0.0))
         p, q, p2 = scale * p, scale * q, scale * (scale * p2)

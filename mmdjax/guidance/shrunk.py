@@ -59,9 +59,8 @@ class Shrunk(Field):
         centre = jax.lax.stop_gradient(flat(sides.everyone.x).mean(0))  # a common offset costs no digits
         unit = unit_of(sides.total(_finite(sides.pair_weights()).sum()))
 
-        def of_refs(z, rows, v):
-            weights = sides.fixed.pair_weights(z, rows.of(sides.refs), same=False)
-            return _moments(unit * weights, v, flat(rows.of(sides.refs.x)) - centre)
+        def of_refs(weights, refs, v):
+            return _moments(unit * weights, v, flat(refs.x) - centre)
 
         z = flat(sides.rows.x) - centre
         (p, pulled, of_pull), (q, pushed, of_push) = (

@@ -5,7 +5,6 @@ calls `init` and `step`. `guided_sample` uses the second.
 """
 
 import dataclasses
-import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -18,19 +17,13 @@ from mmdjax._points.particles import Particles, as_particles
 from mmdjax.denoisers import FORM, Denoiser
 from mmdjax.fit import check_comparable
 from mmdjax.guidance import MMDGuidance, check_guidance, check_kind
+from mmdjax.guidance.advice import JOIN, REMEMBER, Advisor
 from mmdjax.guidance.avoid import Avoid, as_avoid, check_avoid
 from mmdjax.guidance.bound import BoundGuidance, GuidanceState, bind, fit_avoid, fit_kernel, see
 from mmdjax.memory import Memory
 from mmdjax.samplers import Sampler, as_sampler, take_step
 from mmdjax.schedules import Level
-from mmdjax.tree import as_arrays, as_component, check_function, is_concrete, pytree, static
-
-JOIN = (
-    'under jax.vmap(..., axis_name="batch") or shard_map give axis_name="batch", which guides the samples of all calls '
-    "together"
-)
-REMEMBER = "give a memory, which guides it around those that were made before"
-MORE = "make more samples in a call"
+from mmdjax.tree import as_arrays, as_component, check_function, is_concrete, is_traced, pytree, static
 
 ROUNDING = 1e-5  # added to a fraction of steps: k/N may fall short of a window's edge at k/N by its last digit
 
@@ -60,7 +53,7 @@ class GuidedDenoiser:
     def __call__(self, params, x, level, cond):
         of_all, alike = _one_level(level)
         if self.refs is not None and not self.layout.calls:
-            warn_if_alone(x.shape[0], JOIN)
+            Advisor().alone(x.shape[0], JOIN)
         sets = [p for p in (self.refs, self.avoid and self.avoid.points) if p is not None]
         # distances among all of them pay if many samples share them: here all is made anew at each call
         reused = sum(p.n for p in sets) <= 8 * x.shape[0] * self.layout.num_calls()
@@ -95,7 +88,7 @@ def guide_denoiser(
         When it is called: no such axis; samples or calls at different levels, such as those of an adaptive solver under
         `vmap`. Inside `jit` samples of one call that are at different levels give NaN instead.
     Warns:
-      UserWarning: x has one row and there is no axis_name.
+      GuidanceWarning: of the scale; when it is called, that x has one row and there is no axis_name.
 
     Example:
       >>> from mmdjax import RBF
@@ -114,19 +107,10 @@ def guide_denoiser(
             f'{guidance.where} moves x after a step, which a denoiser never sees; use guide_sampler, or at="denoised"'
         )
     kernel = None if refs is None else fit_kernel(guidance, refs)
+    Advisor().before(guidance, kernel, refs, None, None)
     seen = None if refs is None else see(guidance, refs)
     avoid = None if avoid is None else fit_avoid(guidance, kernel, avoid)
     return GuidedDenoiser(as_component(denoiser), guidance, kernel, refs, seen, avoid, spread_over(axis_name))
-
-
-def warn_if_alone(num_samples: int, *remedies: str, stacklevel: int = 4) -> None:
-    """Warn of a sample that is guided as if it were a whole batch."""
-    if num_samples == 1:
-        warnings.warn(
-            f"one sample is guided as if it were the whole batch, towards where most references are; {MORE}, or "
-            + ", or ".join(remedies),
-            stacklevel=stacklevel,
-        )
 
 
 def _one_level(level: Level) -> tuple[Level, Any]:
@@ -186,7 +170,10 @@ class GuidedSampler:
     def init(self, x):
         """The first `GuidedCarry`."""
         if self.bound.refs is not None and self.bound.memory is None and not self.bound.layout.calls:
-            warn_if_alone(x.shape[0], JOIN, REMEMBER)
+            Advisor().alone(x.shape[0], JOIN, REMEMBER)
+        bound = self.bound
+        if bound.refs is not None and bound.kernel is not None and not is_traced((x, bound)):
+            Advisor().number(bound.guidance, bound.kernel, bound.refs, x.shape[0], bound.memory)
         return self.start(x)
 
     def start(self, x):
@@ -205,8 +192,9 @@ class GuidedSampler:
 
             def guided(x, level, states):
                 x0, outer = denoise(x, level, states[0])
-                x0, guidance = self.bound.denoised(x0, states[1], fraction, level)
-                return x0, (outer, guidance, x0 if settles else ())
+                moved, guidance = self.bound.denoised(x0, states[1], fraction, level)
+                guidance = self.bound.beside(guidance, level.alpha, x - level.alpha * x0)
+                return moved, (outer, guidance, moved if settles else ())
 
             states = state, guidance, jnp.zeros_like(x) if settles else ()
             x, inner, (state, guidance, x0) = take_step(self.sampler, key, x, inner, states, guided, t, s)
@@ -219,8 +207,11 @@ class GuidedSampler:
                     )
                 x = settled.astype(x.dtype)
         else:
+            before = x
             x, inner, state = take_step(self.sampler, key, x, inner, state, denoise, t, s)
+            own = x - before
             x, guidance = self.bound.after_step(noise_key, x, guidance, fraction, t, s)
+            guidance = self.bound.beside(guidance, 1.0, own)
         return x, GuidedCarry(inner, guidance, done + 1), state
 
 
@@ -253,7 +244,8 @@ def guide_sampler(
     Raises:
       ValueError, TypeError: references, conditions or a guidance that cannot be used. When it steps: no such axis.
     Warns:
-      UserWarning: x has one row, and there is neither an axis_name nor a memory.
+      GuidanceWarning: of the scale, and of conditions that no reference has; from `init`, of few references for the
+        rows of x, and of one row without an axis_name or a memory.
 
     Example:
       >>> from mmdjax import DDIM, RBF
@@ -271,6 +263,7 @@ def guide_sampler(
         if guidance.kernel is not None and guidance.kernel.uses_cond and memory.particles.cond is None:
             raise ValueError("the kernel compares conditions but memory has none: Memory.empty(capacity, shape, cond)")
     kernel = None if refs is None else fit_kernel(guidance, refs)
+    Advisor().before(guidance, kernel, refs, cond, None)
     avoid = None if avoid is None else fit_avoid(guidance, kernel, avoid)
     bound = bind(guidance, kernel, refs, cond, memory, spread_over(axis_name), avoid=avoid)
     return GuidedSampler(as_sampler(sampler), bound, num_steps)

@@ -138,6 +138,10 @@ class Product(Kernel):
         return True
 
     @property
+    def splits_cond(self):
+        return True
+
+    @property
     def has_mass(self):
         return self.x.has_mass
 

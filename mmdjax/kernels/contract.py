@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 from mmdjax._core.modes import in_own_modes
 from mmdjax._core.numerics import all_finite
 from mmdjax._points.blocks import block_beside, sum_over
-from mmdjax._points.particles import Particles, as_particles, whole, wide_dtype
+from mmdjax._points.particles import Particles, as_particles, on_device, whole, wide_dtype
 from mmdjax.schedules import Level
 from mmdjax.tree import Component, as_component, check_instance, is_concrete, pytree, replace, static
 
@@ -129,6 +129,11 @@ class Kernel(Component):
             'use RBF, or at="sample"'
         )
 
+    @property
+    def splits_cond(self) -> bool:
+        """Whether the kernel is a product of one on samples and one on conditions, which `cond_gram` is."""
+        return False
+
     def cond_gram(self, a: Particles, b: Particles) -> Any:
         """k_c(c_i, c_j) [n, m], the factor of a `Product` on conditions; None for any other kernel."""
         return None
@@ -195,7 +200,7 @@ class Kernel(Component):
         coef = jnp.broadcast_to(coef, (b.n,)) if jnp.ndim(coef) == 0 else coef
 
         def pull(columns):
-            part = columns.of(b)
+            part = on_device(columns.of(b))
             gram, pull_back = jax.vjp(lambda x: self.gram(replace(a, x=x), part, same=same and part.n == b.n), a.x)
             c = jnp.broadcast_to(scale * columns.weights(coef.T).T, gram.shape)
             (gradient,) = pull_back(c.astype(gram.dtype))
@@ -236,14 +241,19 @@ class Custom(Kernel):
         return gram
 
 
-def check_fitted(kernel: Kernel) -> None:
-    """Raise ValueError if a bandwidth came out as 0 (NaN), as references are equal; never inside `jit`."""
+def check_fitted(kernel: Kernel, points: str = "references") -> None:
+    """Raise ValueError if a bandwidth came out as 0 (NaN), as all points are equal; never inside `jit`.
+
+    Args:
+      points: what the kernel was fitted to, for the message.
+    """
     for leaf in jax.tree.leaves(kernel):
         if is_concrete(leaf) and not all_finite(leaf):
             raise ValueError(
-                f"the references give {type(kernel).__name__} a bandwidth of 0: they are all equal, or so many are "
+                f"the {points} give {type(kernel).__name__} a bandwidth of 0: they are all equal, or so many are "
                 "repeated that most pairs are equal, or they are so far apart that their squared distances overflow; "
-                "give the bandwidth as a number, such as IMQ(1.0), or references that differ"
+                f"give the bandwidth as a number, such as IMQ(1.0), or {points} that "
+                "differ"
             )
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from mmdjax._core.numerics import product, reciprocal, safe_sqrt
 from mmdjax._points.blocks import block_beside, sum_over
-from mmdjax._points.distances import about, centred_distance, middle, squared_distance
+from mmdjax._points.distances import about, centred_distance, distances_together, middle, read, squared_distance
 from mmdjax._points.particles import Particles, flat
 from mmdjax.kernels.bandwidths import Median, Neighbourhood
 from mmdjax.kernels.contract import Kernel
@@ -48,6 +48,12 @@ class Radial(Kernel):
     def is_radial(self):
         return type(self).gram is Radial.gram
 
+    @property
+    def from_distances(self) -> bool:
+        """Whether all that the guidance asks follows from `distance2`: no other method is a subclass's own."""
+        own = type(self)
+        return self.is_radial and own.gradient is Radial.gradient and own.pair_weights is Radial.pair_weights
+
     def map_radial(self, change):
         return change(self)
 
@@ -72,6 +78,29 @@ class Radial(Kernel):
     def distance2(self, a, b, *, same=False):
         return squared_distance(flat(a.x), b.x, same=same, accurate=True)
 
+    def distances2(self, a: Particles, *sets: Particles) -> list[Array]:
+        """`distance2` from a to each of several sets, each [n, m]; the first set begins with a's own points."""
+        if type(self).distance2 is not Radial.distance2:
+            return [self.distance2(a, b, same=b is sets[0]) for b in sets]
+        x = flat(a.x)
+        return distances_together(*((x, b.x, b is sets[0]) for b in sets))
+
+    def drawn(self, a: Particles, b: Particles, pulls: Float[Array, "n m"]) -> Any:
+        """Σ_j pulls_ij (b_j − a_i), shaped like a.x."""
+        points, unflatten = jax.vjp(flat, a.x)
+        centre = middle(b.x)  # a common offset costs no digits, nor does a point far from all others
+        towards = product(pulls, flat(b.x) - centre) - pulls.sum(1)[:, None] * (points - centre)
+        return unflatten(towards.astype(points.dtype))[0]
+
+    def known_gradient(
+        self, a: Particles, b: Particles, coef: Array, d2: Float[Array, "n m"], precondition: str
+    ) -> tuple[Any, Array]:
+        """`gradient`, where the squared distances are known."""
+        weight = self.preconditioned_weight(a, d2, precondition)
+        pulls = coef * weight
+        mass = jnp.sum(jnp.abs(coef) * weight, axis=1) if precondition == "mass" else jnp.ones_like(pulls[:, 0])
+        return self.drawn(a, b, pulls), mass
+
     def preconditioned_weight(self, a: Particles, d2: Float[Array, "n m"], precondition: str) -> Any:
         """w(d²) [n, m]; with "length" each component is multiplied by its ℓ²."""
         if precondition != "length":
@@ -86,9 +115,9 @@ class Radial(Kernel):
         x = points - centre
 
         def pull(columns):
-            y, c = flat(columns.of(b.x)), columns.weights(coef.T).T
+            (y, given, index), c = read(b.x, columns), columns.weights(coef.T).T
             diagonal = columns.index == jnp.arange(a.n)[:, None] if same else None
-            d2 = centred_distance(left, y - left.centre, b.x, columns.index, diagonal=diagonal, accurate=True)
+            d2 = centred_distance(left, y - left.centre, given, index, diagonal=diagonal, accurate=True)
             weight = self.preconditioned_weight(a, d2, precondition)
             pulls = c * weight
             mass = jnp.sum(jnp.abs(c) * weight, axis=1) if precondition == "mass" else jnp.zeros_like(left.squares)
@@ -99,6 +128,52 @@ class Radial(Kernel):
         gradient = towards - total[:, None] * x
         mass = mass if precondition == "mass" else jnp.ones_like(left.squares)
         return unflatten(gradient.astype(points.dtype))[0], mass
+
+
+@pytree
+class _AtDistances(Radial, autodiff=True):
+    """A kernel of the distance between two sets whose distances are known.
+
+    Args:
+      kernel: a kernel of the distance.
+      d2: the squared distances [n, m].
+    """
+
+    kernel: Any
+    d2: Any
+
+    def profile(self, d2):
+        """As of the kernel."""
+        return self.kernel.profile(d2)
+
+    def weight(self, d2):
+        """As of the kernel."""
+        return self.kernel.weight(d2)
+
+    def distance2(self, a, b, *, same=False):
+        return self.d2
+
+    def gradient(self, a, b, coef, *, same=False, precondition="none"):
+        return self.kernel.known_gradient(a, b, coef, self.d2, precondition)
+
+
+def at_distances(kernel: Kernel, d2: Float[Array, "n m"]) -> Kernel:
+    """A kernel that `is_radial`, between two sets whose squared distances are known."""
+    return kernel.map_radial(lambda part: _AtDistances(part, d2))
+
+
+def radial_parts(kernel: Kernel) -> list[Radial]:
+    """The parts of a kernel that `map_radial` changes, if all that they need are distances; else none."""
+    parts: list[Radial] = []
+    kernel.map_radial(lambda part: parts.append(part) or part)
+    return parts if kernel.is_radial and all(part.from_distances for part in parts) else []
+
+
+def weights_and_distance2(kernel: Kernel, a: Particles, b: Particles, *, same: bool = False) -> tuple[Array, Array]:
+    """`pair_weights` and `distance2`, from distances that are computed once, however many terms the kernel has."""
+    d2 = kernel.distance2(a, b, same=same)
+    known = at_distances(kernel, d2) if radial_parts(kernel) else kernel
+    return known.pair_weights(a, b, same=same), d2
 
 
 class Scaled(Radial, autodiff=True):
@@ -443,6 +518,10 @@ class Energy(Radial, autodiff=True):
     @property
     def is_radial(self):
         return self.origin is None
+
+    @property
+    def from_distances(self):
+        return self.is_radial and type(self).gradient is Energy.gradient
 
     def profile(self, d2):
         return -safe_sqrt(d2)

@@ -7,7 +7,7 @@ weights. x is generated, y is the target. All run under `jit` and `vmap`, and in
     permutation_test, nearest_neighbour_accuracy               are two sets one distribution?
     precision_recall, density_coverage                         fidelity and coverage
     vendi, rke                                                 diversity of one set
-    nearest_ratio                                              memorisation
+    nearest_ratio, nearest_distance                            memorisation
 """
 
 from mmdjax.metrics.discrepancy import (
@@ -24,6 +24,7 @@ from mmdjax.metrics.neighbours import (
     DensityCoverage,
     PrecisionRecall,
     density_coverage,
+    nearest_distance,
     nearest_neighbour_accuracy,
     nearest_ratio,
     precision_recall,
@@ -39,6 +40,7 @@ __all__ = [
     "frechet_distance",
     "kid",
     "mmd2_with_error",
+    "nearest_distance",
     "nearest_neighbour_accuracy",
     "nearest_ratio",
     "permutation_test",

@@ -16,10 +16,10 @@ from mmdjax._core.modes import in_own_modes
 from mmdjax._core.numerics import product
 from mmdjax._points.blocks import sum_across, sum_within, triangle
 from mmdjax._points.particles import flat, wide_dtype
+from mmdjax.calls import check_key
 from mmdjax.fit import as_sets, with_kernel
 from mmdjax.kernels import Energy, Polynomial
 from mmdjax.mmd import Estimator, check_estimator, distinct_pairs, estimate, if_known, pair_norm, per_pair, quotient
-from mmdjax.sampling import check_key
 
 
 class Estimate(NamedTuple):

@@ -135,6 +135,25 @@ def nearest_ratio(x: Any, refs: Any, fresh: Any) -> Float[Array, ""]:
     return _nearest_ratio(x, refs, fresh)
 
 
+@in_own_modes
+def nearest_distance(x: Any, refs: Any) -> Float[Array, " n"]:
+    """The distance of each sample to the nearest of `refs`, in the data's units (L2 norm). Differentiable.
+
+    As `mmdjax.Avoid(radius=...)` counts it: of samples kept off by a radius none is nearer.
+
+    Args:
+      x: samples [n, ...].
+      refs: [m, ...]; those of weight 0 do not count.
+    Raises:
+      ValueError: the samples' shapes differ.
+
+    Example:
+      >>> nearest_distance(jnp.array([[0.0, 3.0], [4.0, 0.0]]), jnp.array([[0.0, 0.0], [9.0, 0.0]])).tolist()
+      [3.0, 4.0]
+    """
+    return _nearest(*as_sets(x=x, refs=refs))
+
+
 def _check_k(k: int, **sets: Particles) -> None:
     for name, points in sets.items():
         if not 1 <= k < points.n:
@@ -263,12 +282,14 @@ def _accuracy(p, q):
 
 
 @jax.jit
-def _nearest_ratio(p, refs, fresh):
+def _nearest(points, refs):
     y = flat(refs.x)
     centre = middle(y) if y.shape[1] > DIRECT else jnp.zeros(y.shape[1], y.dtype)
+    sets = _Sets(flat(points.x), y, centre, jnp.zeros((), y.dtype))
+    return safe_sqrt(_across(sets).nearest_x)
 
-    def near(points):
-        sets = _Sets(flat(points.x), y, centre, jnp.zeros((), y.dtype))
-        return product(points.probabilities(), safe_sqrt(_across(sets).nearest_x))
 
-    return near(p) / near(fresh)
+@jax.jit
+def _nearest_ratio(p, refs, fresh):
+    near, of_fresh = (product(points.probabilities(), _nearest(points, refs)) for points in (p, fresh))
+    return near / of_fresh

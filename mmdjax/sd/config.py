@@ -11,6 +11,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+# diffusers 0.27 and before had one class for these; which of them it is, is in "norm_type"
+TRANSFORMERS = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
 MAX_LEVELS, MAX_BLOCKS = 12, 2000  # Stable Diffusion XL's U-Net has 3 and some 150
 HARMLESS = {"dropout", "attention_dropout", "gradient_checkpointing"}  # without effect when sampling
 HARMLESS |= {
@@ -68,6 +70,8 @@ class Config:
 def class_name(raw: Mapping[str, Any]) -> Any:
     """The class that a config.json names; None if it names none."""
     architectures = raw.get("architectures")
+    if raw.get("_class_name") == "Transformer2DModel":
+        return TRANSFORMERS.get(str(raw.get("norm_type")), "Transformer2DModel")
     return raw.get("_class_name") or (architectures[0] if isinstance(architectures, list) and architectures else None)
 
 

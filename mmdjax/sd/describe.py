@@ -7,14 +7,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mmdjax._core.extras import installed
 from mmdjax.checkpoint import CheckpointError, open_safetensors
+from mmdjax.sd.files.convert import shape_of
+from mmdjax.sd.files.lora import plan
 from mmdjax.sd.models import Component, load_models, local_path
 from mmdjax.sd.pack import FORMAT, load_references
 from mmdjax.sd.pipeline import Pipeline
-from mmdjax.sd.pretrained import assemble
+from mmdjax.sd.pretrained import assemble, with_tokens
 
 GIB = 2**30
 
@@ -25,8 +26,8 @@ def describe(path: str | Path, *, batch_size: int | None = None, dtype: Any = jn
     Args:
       batch_size: compile the U-Net for this number of pictures, and report the memory that XLA reserves on this device.
       dtype: the dtype to compile it in.
-      how: `variant`, `ema`, `configs`, `clip_skip` and `allow_unused` of `load_models`, `scheduler` and `tokenizer` of
-        `load`.
+      how: `variant`, `ema`, `configs`, `clip_skip`, `allow_unused` and `parts` of `load_models`; `scheduler`,
+        `tokenizer`, `lora` and `textual_inversion` of `load`.
     Raises:
       FileNotFoundError, CheckpointError, ValueError: see `mmdjax.sd.load_models`; every key is checked.
     """
@@ -35,8 +36,12 @@ def describe(path: str | Path, *, batch_size: int | None = None, dtype: Any = jn
         return _pack(path)
     path = local_path(path, how.get("variant"))
     rest = {name: how.pop(name) for name in ("scheduler", "tokenizer") if name in how}
+    lora, inversion = (how.pop(name, None) or {} for name in ("lora", "textual_inversion"))
     found = load_models(path, put=shape_of, dtype=dtype, **how)
-    lines = [str(path), "", *_table(found), ""]
+    lines = [str(path), "", *_table(found), "", *plan(lora, found).said]
+    if inversion:
+        rest["tokenizer"], new = with_tokens(path, found, rest.get("tokenizer"), inversion)
+        lines += [f"{', '.join(inversion)}: {len(rows.rows)} new vectors of {name}" for name, rows in new.items()]
     if len(found) == 1:
         return "\n".join([*lines, "one network, not a whole pipeline"])
     try:
@@ -46,13 +51,9 @@ def describe(path: str | Path, *, batch_size: int | None = None, dtype: Any = jn
     lines += _properties(pipeline)
     if batch_size is not None:
         params = {name: component.params for name, component in found.items()}
-        lines.append(f"U-Net, {batch_size} pictures at once: {_activations(pipeline, params, batch_size, dtype)}")
+        needed = _activations(pipeline, params, batch_size, dtype)
+        lines.append(f"{pipeline.family.said}, {batch_size} pictures at once: {needed}")
     return "\n".join(lines)
-
-
-def shape_of(array: np.ndarray) -> jax.ShapeDtypeStruct:
-    """A `put` for `load_models` that keeps only the shape and type of each array, so that no weights are read."""
-    return jax.ShapeDtypeStruct(array.shape, array.dtype)
 
 
 def _table(found: Mapping[str, Component]) -> list[str]:
@@ -92,11 +93,8 @@ def _activations(pipeline: Pipeline, params: Any, batch_size: int, dtype: Any) -
     x = jax.ShapeDtypeStruct((batch_size, *shape), jnp.float32)
     cond = None
     if pipeline.conditional:
-        config = pipeline.modules["unet"].config
-        width, pooled = config.cross_attention_dim, config.projection_class_embeddings_input_dim or 0
-        pooled -= 6 * (config.addition_time_embed_dim or 0)
-        sizes = {"context": (batch_size, 77, width), "pooled": (batch_size, max(pooled, 1))}
-        cond = {name: jax.ShapeDtypeStruct(size, jnp.float32) for name, size in sizes.items()}
+        shapes = pipeline.family.cond_shapes()
+        cond = {k: jax.ShapeDtypeStruct((batch_size, *leaf.shape), leaf.dtype) for k, leaf in shapes.items()}
 
     def call(params, x, cond):
         return pipeline.model().denoise(params, x, pipeline.schedule(0.5), cond)

@@ -20,7 +20,7 @@ from mmdjax._files.fingerprint import arrays_hash, sha256, tree_bytes
 from mmdjax._points.particles import Particles
 from mmdjax.checkpoint import CheckpointError, Entry, open_safetensors, write_safetensors
 from mmdjax.sd.pipeline import Pipeline
-from mmdjax.sd.prompts import rows
+from mmdjax.sd.text.prompts import rows
 from mmdjax.tree import short_repr
 
 FORMAT = "mmdjax references 1"

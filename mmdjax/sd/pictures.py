@@ -5,7 +5,7 @@ converted to 8-bit RGB: also grey, CMYK and 16 bits a channel; transparent pictu
 with several frames, and those smaller than one latent, are errors. A picture whose EXIF data are damaged is used; if
 they do not tell how to rotate it, it is not rotated.
 
-What else lies in the folder is named as skipped, but for hidden files. For captions see `mmdjax.sd.captions`.
+What else lies in the folder is named as skipped, but for hidden files. For captions see `mmdjax.sd.text.captions`.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float
 
 from mmdjax.checkpoint import POINTER
-from mmdjax.sd.captions import TABLES, find_captions, is_caption
+from mmdjax.sd.text.captions import TABLES, find_captions, is_caption
 
 ENDINGS = (
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".dib", ".tif", ".tiff", ".gif", ".apng"),

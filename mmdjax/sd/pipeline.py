@@ -18,7 +18,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -26,18 +25,21 @@ from jaxtyping import Array, Float
 from mmdjax._core.numerics import all_finite
 from mmdjax._files.atomic import write_json
 from mmdjax.denoisers import Clipped, DiffusionModel, cfg, from_model
+from mmdjax.guidance import MMDGuidance
 from mmdjax.kernels import Product
-from mmdjax.schedules import Discrete, DiscreteTime
-from mmdjax.sd.kinds import other_channels, other_sizes
+from mmdjax.samplers import DDIM
+from mmdjax.schedules import Schedule
+from mmdjax.sd.decoding import Decoder, decode_whole, encode_whole
+from mmdjax.sd.families import ENCODERS, TOKENIZERS, Embedded, Family, Network, encode, family_of
+from mmdjax.sd.flow import FlowScheduler
 from mmdjax.sd.models import Component, export, save
-from mmdjax.sd.prompts import ENCODERS, Network, encode_ids, prompt_kernel, rows
 from mmdjax.sd.scheduler import Scheduler
-from mmdjax.sd.tiling import decode_sliced, decode_tiled
-from mmdjax.sd.tokenizer import FILES, Tokenizer
-from mmdjax.tree import is_concrete, pytree, static
+from mmdjax.sd.text.fast_tokenizer import FastTokenizer
+from mmdjax.sd.text.prompts import rows
+from mmdjax.sd.text.tokenizer import FILES, Tokenizer
+from mmdjax.tree import is_concrete
 
 AUTOENCODERS = ("vae", "vqvae")
-TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,7 +47,7 @@ class Pipeline:
     """A latent diffusion model without its parameters; made by `mmdjax.sd.load`. Its methods take the parameters.
 
     Args:
-      modules: the networks by component: "unet", "vae" or "vqvae", "text_encoder", "text_encoder_2".
+      modules: the networks by component: "unet" or "transformer", "vae" or "vqvae", "text_encoder", …
       configs: their config.json.
       scheduler: the noise, the prediction and the time grid.
       tokenizers: by text encoder.
@@ -56,8 +58,8 @@ class Pipeline:
 
     modules: Mapping[str, Any]
     configs: Mapping[str, Mapping[str, Any]]
-    scheduler: Scheduler
-    tokenizers: Mapping[str, Tokenizer]
+    scheduler: Scheduler | FlowScheduler
+    tokenizers: Mapping[str, Tokenizer | FastTokenizer]
     index: Mapping[str, Any]
 
     def __repr__(self) -> str:
@@ -65,33 +67,13 @@ class Pipeline:
         return f"Pipeline({', '.join(parts)}, prediction={self.scheduler.prediction!r})"
 
     def __post_init__(self):
-        if "unet" not in self.modules or not set(AUTOENCODERS) & set(self.modules):
+        family = self.family
+        if not set(AUTOENCODERS) & set(self.modules):
             raise ValueError(
-                f"a pipeline needs a unet and a vae or vqvae; there are: {', '.join(self.modules) or 'none'}. "
+                f"a pipeline needs a {family.component} and a vae or vqvae; there are: {', '.join(self.modules)}. "
                 "mmdjax.sd.load_models loads networks on their own"
             )
-        unet, latents = self.modules["unet"].config, self.autoencoder.config.latent_channels
-        if unet.in_channels != latents or unet.out_channels != latents:
-            raise ValueError(
-                f"the U-Net maps {unet.in_channels} channels to {unet.out_channels} but the autoencoder's latents have "
-                f"{latents}: {other_channels(unet, latents)}"
-            )
-        if not self.conditional:
-            return
-        widths = [self.modules[name].config.hidden_size for name in self.encoders]
-        if sum(widths) != unet.cross_attention_dim:
-            raise ValueError(
-                f"the U-Net takes prompts of width {unet.cross_attention_dim} but the text encoders "
-                f"({', '.join(self.encoders) or 'none'}) give {sum(widths)}"
-            )
-        if self.sdxl:
-            pooled = self.modules["text_encoder_2"].config.projection_dim if "text_encoder_2" in self.modules else 0
-            wanted = unet.projection_class_embeddings_input_dim - 6 * unet.addition_time_embed_dim
-            if pooled != wanted:
-                raise ValueError(
-                    f"the U-Net takes a pooled prompt of width {wanted} beside six sizes but text_encoder_2 gives "
-                    f"{pooled}: {other_sizes(unet, pooled)}"
-                )
+        family.check(self.autoencoder.config.latent_channels)
 
     # What it is
 
@@ -100,45 +82,55 @@ class Pipeline:
         """The `AutoencoderKL` or `VQModel`."""
         return self.modules[self._autoencoder_name]
 
-    @property
-    def conditional(self) -> bool:
-        """Whether the model takes prompts."""
-        return hasattr(self.modules["unet"].config, "cross_attention_dim")
+    @functools.cached_property
+    def family(self) -> Family:
+        """How the networks work together; see `mmdjax.sd.families`."""
+        return family_of(self.modules)
 
     @property
-    def sdxl(self) -> bool:
-        """Whether the U-Net also takes pooled prompts and sizes."""
-        return self.conditional and self.modules["unet"].config.addition_embed_type is not None
+    def conditional(self) -> bool:
+        """Whether the model takes prompts or labels."""
+        return self.family.conditional
 
     @property
     def encoders(self) -> tuple[str, ...]:
         """The names of the text encoders."""
-        return tuple(name for name in ENCODERS if name in self.modules)
+        return self.family.texts
 
     @property
-    def schedule(self) -> Discrete:
+    def schedule(self) -> Schedule:
         """The noise schedule."""
         return self.scheduler.schedule()
 
-    def times(self, num_steps: int) -> Float[np.ndarray, " times"]:
-        """The time grid of the checkpoint's scheduler, for `guided_sample(times=...)`; see `Scheduler.times`."""
-        return self.scheduler.times(num_steps)
+    def times(
+        self, num_steps: int, *, height: int | None = None, width: int | None = None
+    ) -> Float[np.ndarray, " times"]:
+        """The time grid of the checkpoint's scheduler, for `guided_sample(times=...)`; see `Scheduler.times`.
+
+        Args:
+          height: of the pictures, in pixels, by which some schedulers shift the grid; None: the training size.
+          width: likewise.
+        """
+        return self.family.times(self.scheduler, num_steps, self.latent_shape(height, width))
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
-        """The shape of the latent of a picture of height × width pixels; None: the U-Net's training size.
+        """The shape of the latent of a picture of height × width pixels; None: the training size.
 
         Raises:
-          ValueError: a size that the autoencoder does not divide, or no size here and none in the config.
+          ValueError: a size that autoencoder and patches do not divide, or no size here and none in the config.
         """
-        down, size = self.autoencoder.config.downscale, self.modules["unet"].config.sample_size
-        defaults = size if isinstance(size, tuple) else (size, size)
+        down, size = self.autoencoder.config.downscale, self.family.sample_size
+        defaults, patch = size if isinstance(size, tuple) else (size, size), down * self.family.patch
         sides = []
         for name, side, default in zip(("height", "width"), (height, width), defaults, strict=True):
             if side is None and default is None:
-                raise ValueError(f"the U-Net's config has no sample_size; give {name} in pixels, a multiple of {down}")
+                raise ValueError(
+                    f"the {self.family.said}'s config has no sample_size; give {name} in pixels, a multiple of {patch}"
+                )
             side = default * down if side is None else side
-            if side < down or side % down:
-                raise ValueError(f"{name} is {side}; give a multiple of {down}, such as {max(1, side // down) * down}")
+            if side < patch or side % patch:
+                near = max(1, side // patch) * patch
+                raise ValueError(f"{name} is {side}; give a multiple of {patch}, such as {near}")
             sides.append(side // down)
         return (*sides, self.autoencoder.config.latent_channels)
 
@@ -168,7 +160,7 @@ class Pipeline:
             low, high = float(np.min(images)), float(np.max(images))
             if not (low >= -1.001 and high <= 1.001):
                 raise ValueError(f"images lie in [{low:g}, {high:g}]; give them in [-1, 1]: 8-bit ones / 127.5 - 1")
-        latents = _encode(self.autoencoder, params[self._autoencoder_name], jnp.asarray(images), batch_size)
+        latents = encode_whole(self.autoencoder, params[self._autoencoder_name], jnp.asarray(images), batch_size)
         return self._finite("the latents", latents)
 
     def decode(
@@ -194,7 +186,7 @@ class Pipeline:
         if latents.shape[3] != channels or 0 in latents.shape:
             raise ValueError(f"latents have shape {latents.shape}; give [n, h, w, {channels}]")
         self._finite("the latents to decode", latents)
-        images = _decode(self.autoencoder, params[self._autoencoder_name], jnp.asarray(latents), batch_size, tile)
+        images = decode_whole(self.autoencoder, params[self._autoencoder_name], jnp.asarray(latents), batch_size, tile)
         return self._finite("the pictures", images)
 
     def decoder(self, params: Any) -> "Decoder":
@@ -213,22 +205,23 @@ class Pipeline:
     def encode_prompts(
         self, params: Any, prompts: str | Sequence[str], *, negative: bool = False, time_ids: Any = None
     ) -> dict[str, Array]:
-        """The condition of prompts: {"context": [n, l, d], "pooled": [n, p]}; see `mmdjax.sd.prompts`.
+        """The condition of prompts, a dictionary of arrays with a row for each; see `mmdjax.sd.families`.
 
         Args:
-          prompts: a list; or one string, for a condition without the batch axis, as `model(null_cond=...)` takes it.
+          prompts: a list; or one string, for a condition without the batch axis, as `model(null_cond=...)` takes it. Of
+            a model with labels: their names, or numbers as text; "" is no label.
           negative: whether these are negative prompts. Then the condition of an empty prompt is zeros if the model was
             trained so (SDXL: `force_zeros_for_empty_prompt`).
           time_ids: SDXL's sizes, [6]: original height and width, the crop's top and left, target height and width.
             None: the height and width of the samples, not cropped.
         Raises:
-          ValueError: the model takes no prompts, `prompts` is empty, or a vocabulary is missing.
+          ValueError: the model takes no prompts, `prompts` is empty, a vocabulary is missing, or no such label.
         """
         if not self.conditional:
             raise ValueError("this model is unconditional; it takes no prompts")
         if isinstance(prompts, str):
             return rows(self.encode_prompts(params, [prompts], negative=negative, time_ids=time_ids), 0)
-        if not prompts:
+        if not len(prompts):
             raise ValueError("prompts is empty; give at least one")
         lacking = [name for name in self.encoders if name not in self.tokenizers]
         if lacking:
@@ -236,39 +229,38 @@ class Pipeline:
                 f"no vocabulary for {', '.join(lacking)}; give load(..., tokenizer=folder) a folder with {FILES}"
             )
         distinct = list(dict.fromkeys(prompts))
-        ids = {name: self.tokenizers[name](distinct) for name in self.encoders}
+        tokens = self.family.tokens(distinct, self.tokenizers, self.index)
         for name in self.encoders:
-            self.tokenizers[name].check(ids[name], self.modules[name].config.vocab_size, name)
-        encoders = tuple((name, self.modules[name]) for name in self.encoders)
-        cond = encode_ids({name: params[name] for name in self.encoders}, ids, encoders=encoders)
-        if negative and self.sdxl and self.index.get("force_zeros_for_empty_prompt", True) and "" in distinct:
-            empty = distinct.index("")
-            cond = jax.tree.map(lambda leaf: leaf.at[empty].set(0), cond)
+            if isinstance(tokenizer := self.tokenizers[name], Tokenizer):
+                tokenizer.check(tokens[name][0], self.modules[name].config.vocab_size, name)
+        cond = encode({name: params[name] for name in self.encoders}, tokens, family=self.family)
+        if negative:
+            cond = self.family.negative(cond, distinct, self.index)
         cond = rows(cond, [distinct.index(prompt) for prompt in prompts])
         if time_ids is None:
             return cond
-        if not self.sdxl or np.shape(time_ids) != (6,):
+        if not getattr(self.family, "sizes", False) or np.shape(time_ids) != (6,):
             raise ValueError(f"time_ids has shape {np.shape(time_ids)}; give six numbers for SDXL, None for others")
         return cond | {"time_ids": jnp.tile(jnp.asarray(time_ids, jnp.float32), (len(prompts), 1))}
 
     def kernel(self, x: Any = None, *, level: str = "pooled", cond: Any = None) -> Product:
-        """The kernel for references with prompts; see `mmdjax.sd.prompts.prompt_kernel`.
+        """The kernel for references with prompts; see `mmdjax.sd.text.prompts.prompt_kernel`. Of labels: equal or not.
 
         Raises:
           ValueError: the model takes no prompts.
         """
         if not self.conditional:
             raise ValueError("this model takes no prompts; use a kernel on latents, such as IMQ(None)")
-        return prompt_kernel(x, level=level, cond=cond)
+        return self.family.kernel(x, level=level, cond=cond)
 
     # The diffusion model
 
     @property
     def denoiser(self) -> Any:
         """E[x_0 | x_t] without classifier-free guidance; it takes the parameters of the whole pipeline."""
-        network = Network(self.modules["unet"], self.autoencoder.config.downscale)
-        time = DiscreteTime(self.scheduler.num_train_steps)
-        denoiser = from_model(network, self.scheduler.prediction, time)  # pyright: ignore[reportArgumentType]
+        network = Network(self.family.network, self.autoencoder.config.downscale)
+        prediction: Any = self.scheduler.prediction
+        denoiser = from_model(network, prediction, self.family.time(self.scheduler))
         clip = self.scheduler.clip
         return denoiser if clip is None else Clipped(denoiser, -clip, clip)
 
@@ -279,6 +271,7 @@ class Pipeline:
         null_cond: Any = None,
         height: int | None = None,
         width: int | None = None,
+        embedded_guidance: Any = None,
     ) -> DiffusionModel:
         """The model for `guided_sample`: samples are latents [h, w, k], parameters those of the pipeline.
 
@@ -288,25 +281,101 @@ class Pipeline:
             call takes both conditions, even at scale 1.
           height: of the pictures, in pixels; None: the training size.
           width: likewise.
+          embedded_guidance: the strength of a distilled model's guidance, an input of its network (FLUX.1 dev). None:
+            the usual one of such a model, 3.5.
         Raises:
           ValueError: a scale other than 1 without null_cond; null_cond with a batch axis, or for a model without
-            prompts; a size that the autoencoder does not divide.
+            prompts; embedded_guidance for a network without such an input; a size that the autoencoder does not divide.
         """
-        shape = self.latent_shape(height, width)
+        shape, denoiser = self.latent_shape(height, width), self.denoiser
+        usual = self.family.embedded_guidance
+        if usual is not None:
+            denoiser = Embedded(denoiser, usual if embedded_guidance is None else embedded_guidance)
+        elif embedded_guidance is not None:
+            raise ValueError(f"embedded_guidance is {embedded_guidance}, but this model's network has no such input")
         if null_cond is None:
             if not (is_concrete(guidance_scale) and np.ndim(guidance_scale) == 0 and float(guidance_scale) == 1.0):
                 how = 'null_cond=pipeline.encode_prompts(params, "", negative=True)'
                 remedy = f"give {how}" if self.conditional else "an unconditional model has none; leave it 1"
                 raise ValueError(f"guidance_scale is {guidance_scale} without a negative prompt; {remedy}")
-            return DiffusionModel(self.denoiser, self.schedule, shape)
+            return DiffusionModel(denoiser, self.schedule, shape)
         if not self.conditional:
             raise ValueError("null_cond is for models with prompts; this one is unconditional")
-        if not isinstance(null_cond, Mapping) or np.ndim(null_cond.get("context", 0)) != 2:
+        if not self.family.is_one(null_cond):
             raise ValueError(
                 "null_cond must be one condition without batch axis: "
                 'pipeline.encode_prompts(params, "", negative=True), with a string and not a list'
             )
-        return DiffusionModel(cfg(self.denoiser, guidance_scale, null_cond), self.schedule, shape)
+        return DiffusionModel(cfg(denoiser, guidance_scale, null_cond), self.schedule, shape)
+
+    def sample(
+        self,
+        params: Any,
+        key: Array,
+        prompts: str | Sequence[str] = (),
+        *,
+        refs: Any = None,
+        avoid: Any = None,
+        num_samples: int | None = None,
+        negative: str = "",
+        guidance_scale: float | None = None,
+        embedded_guidance: float | None = None,
+        num_steps: int = 50,
+        sampler: Any = DDIM(eta=1.0),
+        guidance: MMDGuidance = MMDGuidance(),
+        height: int | None = None,
+        width: int | None = None,
+        batch_size: int = 4,
+        memory: int = 1000,
+        progress: bool = True,
+    ) -> Float[np.ndarray, "n h w c"]:
+        """From prompts to pictures in one call, for notebooks: [n, h, w, c] in [−1, 1]. It cannot be traced.
+
+            pictures = pipeline.sample(params, jax.random.key(0), "a red cat", refs="pictures/", num_samples=8)
+
+        For samples in a folder, that survive a crash: `mmdjax.sd.run.sample_to_folder`. Within `jit`, or with more
+        settings: `guided_sample(params, key, refs, model=pipeline.model(...), ...)`.
+
+        Args:
+          prompts: sample i takes prompt i modulo their number. (): the references' prompts in turn, else "".
+          refs: what the samples shall be like: a `ReferencePack`, its file, a folder of pictures, with captions or
+            without, or pictures [m, h, w, c] in [−1, 1]. None: plain sampling.
+          avoid: what the samples shall keep away from, likewise.
+          num_samples: n; None: one for each prompt.
+          negative: the negative prompt.
+          guidance_scale: of classifier-free guidance; 1 is none. None: the usual one of this model's family.
+          embedded_guidance, height, width: as in `model`.
+          num_steps, sampler, guidance: as in `guided_sample`.
+          batch_size: the most samples made at once.
+          memory: how many samples of earlier batches count as particles in the guidance of a batch; 0: none.
+          progress: show bars.
+        Raises:
+          ValueError: see `model`, `encode_prompts` and `guided_sample`; references of another size or another model.
+          FileNotFoundError, CheckpointError, PictureError: references that cannot be read.
+          FloatingPointError: samples or pictures are not finite.
+        """
+        from mmdjax.sd.sample import sample  # it stands on this module
+
+        return sample(
+            self,
+            params,
+            key,
+            prompts,
+            refs=refs,
+            avoid=avoid,
+            num_samples=num_samples,
+            negative=negative,
+            guidance_scale=guidance_scale,
+            embedded_guidance=embedded_guidance,
+            num_steps=num_steps,
+            sampler=sampler,
+            guidance=guidance,
+            height=height,
+            width=width,
+            batch_size=batch_size,
+            memory=memory,
+            progress=progress,
+        )
 
     # Files
 
@@ -331,16 +400,13 @@ class Pipeline:
 
     def _index(self) -> dict[str, Any]:
         # what diffusers' loader wants to know: the class of the whole, and library and class of each part
-        kind = "StableDiffusionXLPipeline" if self.sdxl else "StableDiffusionPipeline"
-        index: dict[str, Any] = {"_class_name": kind if self.conditional else "LDMPipeline"}
+        index: dict[str, Any] = {"_class_name": self.family.pipeline_class}
         for name, raw in self.configs.items():
             library = "transformers" if name in ENCODERS else "diffusers"
             index[name] = [library, raw.get("_class_name") or raw["architectures"][0]]
-        index |= {TOKENIZERS[name]: ["transformers", "CLIPTokenizer"] for name in self.tokenizers}
+        index |= {TOKENIZERS[name]: ["transformers", t.class_name] for name, t in self.tokenizers.items()}
         index["scheduler"] = ["diffusers", self.scheduler.raw["_class_name"]]
-        if self.conditional and not self.sdxl:
-            index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
-        return index
+        return index | {name: [None, None] for name in self.family.left_out}
 
     @property
     def _autoencoder_name(self) -> str:
@@ -353,30 +419,3 @@ class Pipeline:
                 "dtype=jnp.float32 or jnp.bfloat16, which have a larger range"
             )
         return x
-
-
-@pytree
-class Decoder:
-    """Latents [n, h, w, k] -> pictures [n, h2, w2, c], not clipped; made by `Pipeline.decoder`."""
-
-    module: Any = static()
-    params: Any
-
-    def __call__(self, latents: Float[Array, "n h w k"]) -> Float[Array, "n h2 w2 c"]:
-        return self.module.apply({"params": self.params}, latents, method="from_latents").astype(jnp.float32)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def _encode(module: Any, params: Any, images: Array, batch_size: int | None) -> Array:
-    encode = functools.partial(module.apply, {"params": params}, method="to_latents")
-    latents = encode(images) if batch_size is None else decode_sliced(encode, images, size=batch_size)
-    return latents.astype(jnp.float32)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 3, 4))
-def _decode(module: Any, params: Any, latents: Array, batch_size: int | None, tile: int | None) -> Array:
-    decode = functools.partial(module.apply, {"params": params}, method="from_latents")
-    if tile is not None:
-        decode = functools.partial(decode_tiled, decode, tile=tile, overlap=tile // 4)
-    images = decode(latents) if batch_size is None else decode_sliced(decode, latents, size=batch_size)
-    return jnp.clip(images.astype(jnp.float32), -1.0, 1.0)

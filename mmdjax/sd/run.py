@@ -8,7 +8,6 @@ run.json             settings, versions, hashes, and the distances to the refere
 parts                until the run is finished: the samples so far, from which the same call resumes (`mmdjax.runs`)
 """
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -22,20 +21,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 from PIL import Image
 
-from mmdjax._core.progress import progress_bar
 from mmdjax._files.atomic import write_json, written_whole
 from mmdjax._files.fingerprint import tree_hash
 from mmdjax._files.lock import NAME as LOCK
 from mmdjax._files.lock import locked
 from mmdjax._points.particles import Particles, num_present
 from mmdjax.checkpoint import Entry, write_safetensors
-from mmdjax.guidance import MMDGuidance, default_kernel
-from mmdjax.guidance.avoid import Avoid
+from mmdjax.conditional import mmd2_by_condition
+from mmdjax.guidance import MMDGuidance
 from mmdjax.guidance.bound import fit_kernel
-from mmdjax.metrics import energy_distance
+from mmdjax.kernels import Energy, Product
+from mmdjax.metrics import energy_distance, nearest_distance
 from mmdjax.mmd import mmd2
 from mmdjax.plots import image_grid, save_labelled_grids
 from mmdjax.provenance import provenance
@@ -43,20 +42,23 @@ from mmdjax.runs import sample_many
 from mmdjax.samplers import DDIM, Sampler
 from mmdjax.sd.pack import ReferencePack
 from mmdjax.sd.pipeline import Pipeline
-from mmdjax.sd.prompts import rows
-from mmdjax.sd.tokenizer import FILES
-from mmdjax.tree import replace, short_repr
+from mmdjax.sd.sample import REMEMBERED, check_size, decode_each, prepare
+from mmdjax.sd.text.prompts import rows
+from mmdjax.sd.text.tokenizer import FILES
 
 IN_GRID, IN_COMPARISON = 64, 16  # pictures
 SMALL = 64  # pixels: smaller pictures are enlarged in grids
 PARTS, REPORT = "parts", "run.json"
-REMEMBERED = 1000  # samples of earlier batches that the later ones are guided around, unless told otherwise
 AS_BEFORE = {  # options that a run.json of before them does not name
     "memory": REMEMBERED,
     "captions": "use",
     "avoid": None,
     "avoid_strength": 1.0,
     "avoid_radius": None,
+    "embedded_guidance": None,
+    "lora": {},
+    "part": {},
+    "textual_inversion": {},
     "scheduler": None,
     "clip_skip": None,
     "allow_unused": [],
@@ -73,7 +75,8 @@ def sample_to_folder(
     seed: int = 0,
     prompts: Sequence[str] = (),
     negative: str = "",
-    cfg_scale: float = 7.5,
+    cfg_scale: float | None = None,
+    embedded_guidance: float | None = None,
     num_steps: int = 50,
     sampler: Sampler = DDIM(eta=1.0),
     guidance: MMDGuidance = MMDGuidance(),
@@ -99,7 +102,9 @@ def sample_to_folder(
       refs: encoded references, or None: plain sampling.
       prompts: sample i takes prompt i modulo their number. (): the references' prompts in turn, else the empty prompt.
       negative: the negative prompt.
-      cfg_scale: of classifier-free guidance; 1 is none. Unused by models without prompts.
+      cfg_scale: of classifier-free guidance; 1 is none; None: the usual one of the model's family, 7.5 for Stable
+        Diffusion. Unused by models without prompts.
+      embedded_guidance: see `Pipeline.model`.
       batch_size: the most samples that are made at once.
       memory: how many samples of earlier batches count as particles in the guidance of a batch; 0: none.
       compare: also make unguided samples from the same noise, in twice the time.
@@ -120,57 +125,38 @@ def sample_to_folder(
     finished = check_out(out, settings)
     if finished is not None:
         return finished
-    for name, value, least in (("num_samples", num_samples, 1), ("batch_size", batch_size, 1), ("memory", memory, 0)):
-        if value < least:
-            raise ValueError(f"{name} is {value}; give at least {least}")
     how = {"num_steps": num_steps, "prompts": prompts, "negative": negative, "height": height, "width": width}
     check_settings(pipeline, refs, avoid=avoid, **how)
     started = time.perf_counter()
-    if pipeline.conditional:
-        prompts = prompts or (refs.captions() if refs is not None else None) or [""]
-    batches = math.ceil(num_samples / batch_size)
-    batch_size = math.ceil(num_samples / batches)
-
-    cond, null_cond = None, None
-    if pipeline.conditional:
-        cond = pipeline.encode_prompts(params, prompts)
-        if cfg_scale != 1:
-            null_cond = pipeline.encode_prompts(params, negative, negative=True)
-    scale = {} if null_cond is None else {"guidance_scale": cfg_scale, "null_cond": null_cond}
-    model = pipeline.model(height=height, width=width, **scale)
-    particles = None if refs is None else refs.particles()
-    avoided = None if avoid is None else avoid.particles()
-    first = particles if particles is not None else avoided
-    if first is not None and guidance.kernel is None and first.cond is not None and cond is not None:
-        guidance = replace(guidance, kernel=pipeline.kernel())
-    kept_off = None
-    if avoided is not None:
-        unlike = avoided.cond is None and avoid_radius is None and guidance.base_kernel.uses_cond
-        kernel = default_kernel(guidance.at) if unlike else None
-        kept_off = Avoid(avoided.x, avoided.cond, strength=avoid_strength, radius=avoid_radius, kernel=kernel)
-
-    index = np.arange(num_samples) % max(len(prompts), 1)
-    call = {
-        "model": model,
-        "num_samples": num_samples,
-        "batch_size": batch_size,
-        "cond": None if cond is None else Conditions(cond, index),
-        "sampler": sampler,
-        "times": pipeline.times(num_steps),
-        "progress": progress,
-    }
-    capacity = min(num_samples, memory) if first is not None and batches > 1 else 0
+    ready = prepare(
+        pipeline,
+        params,
+        refs,
+        num_samples=num_samples,
+        guidance_scale=cfg_scale,
+        embedded_guidance=embedded_guidance,
+        guidance=guidance,
+        batch_size=batch_size,
+        memory=memory,
+        avoid=avoid,
+        avoid_strength=avoid_strength,
+        avoid_radius=avoid_radius,
+        **how,
+    )
+    guided, call = ready.guided, {**ready.call, "sampler": sampler, "progress": progress}
+    prompts, cond, index, guidance = ready.prompts, ready.cond, ready.index, guided["guidance"]
+    particles = guided["refs"]
     key, parts = jax.random.key(seed), out / PARTS
 
     def save_pictures(start, latents):
         missing = [i for i in range(len(latents)) if not _is_whole(out / f"{start + i:05d}.png")]
-        for i, picture in zip(missing, _decode(pipeline, params, latents[missing], progress), strict=True):
+        for i, picture in zip(missing, decode_each(pipeline, params, latents[missing], progress), strict=True):
             save_picture(out / f"{start + i:05d}.png", picture)
 
     with locked(out):
-        how = {"guidance": guidance, "memory": capacity or None, "each": save_pictures, "out": parts / "guided"}
-        arrays = {"latents": np.asarray(sample_many(params, key, particles, avoid=kept_off, **how, **call))}
-        if compare and first is not None:
+        how = {**guided, **call, "each": save_pictures, "out": parts / "guided"}
+        arrays = {"latents": np.asarray(sample_many(params, key, how.pop("refs"), **how))}
+        if compare and (refs is not None or avoid is not None):
             arrays["unguided"] = np.asarray(sample_many(params, key, None, out=parts / "unguided", **call))
         arrays["prompt"] = index.astype(np.int32)
         pictures = np.stack([_read_picture(out / f"{i:05d}.png") for i in range(min(num_samples, IN_GRID))])
@@ -181,10 +167,13 @@ def sample_to_folder(
         report = {
             "settings": settings,
             "prompts": list(prompts),
-            "batch_size": batch_size,
+            "batch_size": call["batch_size"],
+            "cfg_scale": ready.guidance_scale,
             "references": None if refs is None else len(refs.latents),
             "avoided": None if avoid is None else len(avoid.latents),
             "distances": None if particles is None else _distances(guidance, particles, arrays, cond),
+            "by_condition": particles is not None and guidance.base_kernel.splits_cond,
+            "nearest_avoided": None if avoid is None else _nearest(avoid.particles(), arrays),
             "hashes": {
                 "weights": tree_hash(params),
                 "references": None if refs is None else refs.content,
@@ -217,27 +206,14 @@ def check_settings(
         grid of so many steps; prompts for an unconditional model, or for text encoders without a vocabulary.
     """
     for name, pack in (("references", refs), ("pictures to avoid", avoid)):
-        _check_size(name, pack, pipeline.latent_shape(height, width), pipeline.autoencoder.config.downscale)
-    pipeline.times(num_steps)
+        check_size(name, pack, pipeline.latent_shape(height, width), pipeline.autoencoder.config.downscale)
+    pipeline.times(num_steps, height=height, width=width)
     said = [*prompts, *([negative] if negative else [])]
     if said and not pipeline.conditional:
         raise ValueError(f"this model is unconditional; leave out the prompts {said}")
     lacking = [name for name in pipeline.encoders if name not in pipeline.tokenizers]
     if pipeline.conditional and lacking:
         raise ValueError(f"no vocabulary for {', '.join(lacking)}; give --tokenizer a folder with {FILES}")
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Conditions:
-    """The conditions of samples, by the numbers of the samples, from the condition of each distinct prompt."""
-
-    distinct: Any
-    index: Int[np.ndarray, " n"]
-
-    __repr__ = short_repr
-
-    def __call__(self, samples: Int[np.ndarray, " b"]) -> Any:
-        return rows(self.distinct, self.index[samples])
 
 
 def check_out(out: str | Path, settings: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
@@ -255,7 +231,10 @@ def check_out(out: str | Path, settings: Mapping[str, Any] | None = None) -> dic
         return None
     if settings is not None and (out / REPORT).is_file():
         report = json.loads((out / REPORT).read_text(encoding="utf-8"))
-        if AS_BEFORE | report["settings"] == AS_BEFORE | json.loads(json.dumps(dict(settings))):
+        before, now = (AS_BEFORE | said for said in (report["settings"], json.loads(json.dumps(dict(settings)))))
+        if "cfg_scale" not in report and now.get("cfg_scale", 0) is None:  # written when the default had a number
+            now["cfg_scale"] = 7.5
+        if before == now:
             shutil.rmtree(out / PARTS, ignore_errors=True)  # left where it was interrupted in doing so itself
             return report
     elif settings is not None and (out / PARTS).is_dir():
@@ -296,20 +275,6 @@ def _read_picture(path: Path) -> np.ndarray:
         return np.asarray(picture, np.float32) / 127.5 - 1
 
 
-def _check_size(name: str, refs: ReferencePack | None, shape: tuple[int, ...], down: int) -> None:
-    if refs is not None and tuple(refs.latents.shape[1:]) != shape:
-        theirs, ours = ([side * down for side in sides[:2]] for sides in (refs.latents.shape[1:], shape))
-        raise ValueError(
-            f"the {name} have {theirs[0]} × {theirs[1]} pixels but the samples {ours[0]} × {ours[1]}; encode the "
-            "pictures again in the samples' size, or sample in theirs"
-        )
-
-
-def _decode(pipeline: Pipeline, params: Any, latents: Any, progress: bool) -> list[np.ndarray]:
-    one_by_one = progress_bar(range(len(latents)), desc="decoding", disable=not progress or not len(latents))
-    return [np.asarray(pipeline.decode(params, latents[i : i + 1]))[0] for i in one_by_one]
-
-
 def _save_grids(out, pipeline, params, packs, pictures, unguided, progress) -> None:
     columns = math.ceil(math.sqrt(len(pictures)))
     scale = max(1, SMALL // pictures.shape[2])
@@ -318,24 +283,41 @@ def _save_grids(out, pipeline, params, packs, pictures, unguided, progress) -> N
     if unguided is None:
         return
     pairs = {title: pack.latents for title, pack in packs.items() if pack is not None} | {"unguided": unguided}
-    grids = {title: np.stack(_decode(pipeline, params, x[:IN_COMPARISON], progress)) for title, x in pairs.items()}
+    grids = {title: np.stack(decode_each(pipeline, params, x[:IN_COMPARISON], progress)) for title, x in pairs.items()}
     save_labelled_grids(out / "comparison.png", {**grids, "guided": pictures[:IN_COMPARISON]}, columns=4, scale=scale)
 
 
 def _distances(guidance: MMDGuidance, refs: Particles, arrays: Mapping[str, np.ndarray], cond: Any) -> dict[str, Any]:
     """The energy distance and MMD² (by the guidance's kernel) to the references, in latents, unbiased.
 
-    Empty if there is only one sample or reference, for which they are undefined.
+    With a kernel that compares prompts they are those at each prompt, of the samples whose prompt others share; None if
+    there are none. Empty if there is only one sample or reference, for which they are undefined.
     """
     found = {}
     if min(len(arrays["latents"]), num_present(refs)) < 2:
         return found
     kernel = fit_kernel(guidance, refs)
-    for name, x in (("before", arrays.get("unguided")), ("after", arrays["latents"])):
-        if x is not None:
-            samples = Particles(jnp.asarray(x), None if cond is None else rows(cond, arrays["prompt"]))
-            found[name] = {
-                "energy_distance": float(energy_distance(samples.x, refs.x)),
-                "mmd2": float(mmd2(kernel, samples, refs, estimator="u")),
-            }
+    for name, x in _before_and_after(arrays):
+        samples = Particles(jnp.asarray(x), None if cond is None else rows(cond, arrays["prompt"]))
+        if isinstance(kernel, Product):
+            energy = Product(x=Energy(), cond=kernel.cond)
+            both = (mmd2_by_condition(each, samples, refs) for each in (energy, kernel))
+        else:
+            both = energy_distance(samples.x, refs.x), mmd2(kernel, samples, refs, estimator="u")
+        figures = dict(zip(("energy_distance", "mmd2"), map(float, both), strict=True))
+        found[name] = {key: None if math.isnan(value) else value for key, value in figures.items()}
     return found
+
+
+def _nearest(avoided: Particles, arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    """How near samples come to the pictures to avoid: the least and the median of their distances to the nearest."""
+    found = {}
+    for name, x in _before_and_after(arrays):
+        near = np.asarray(nearest_distance(x, avoided.x))
+        found[name] = {"least": float(near.min()), "median": float(np.median(near))}
+    return found
+
+
+def _before_and_after(arrays: Mapping[str, np.ndarray]) -> list[tuple[str, np.ndarray]]:
+    both = ("before", arrays.get("unguided")), ("after", arrays["latents"])
+    return [(name, x) for name, x in both if x is not None]

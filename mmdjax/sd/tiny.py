@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from mmdjax.sd import convert
+from mmdjax.sd.families.unets import SD_SCHEDULER
+from mmdjax.sd.files import convert
 from mmdjax.sd.models import Component, module_from_config
 from mmdjax.sd.pipeline import Pipeline
-from mmdjax.sd.pretrained import SD_SCHEDULER
 from mmdjax.sd.scheduler import Scheduler
-from mmdjax.sd.tokenizer import END, START, load_tokenizer
+from mmdjax.sd.text.tokenizer import END, START, load_tokenizer
 
 # CLIP's way to write any byte as a letter: printable ones stand for themselves
 PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -40,6 +40,15 @@ UNCONDITIONAL = {
     "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
     "layers_per_block": 1,
 }
+LABELS = {
+    "_class_name": "DiTTransformer2DModel",
+    "sample_size": 16,
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "out_channels": 8,
+    "num_embeds_ada_norm": 3,
+}
 VAE = {
     "_class_name": "AutoencoderKL",
     "block_out_channels": [32, 32],
@@ -57,9 +66,12 @@ TEXT = {
 }
 
 
-def write_tiny(folder: str | Path, *, unconditional: bool = False, seed: int = 0) -> Path:
-    """Write a model of 32 × 32 pictures with random weights, like Stable Diffusion or an unconditional latent model.
+def write_tiny(folder: str | Path, *, unconditional: bool = False, labels: bool = False, seed: int = 0) -> Path:
+    """Write a model of 32 × 32 pictures with random weights, like Stable Diffusion.
 
+    Args:
+      unconditional: like an unconditional latent model instead.
+      labels: like a DiT of three classes, "cat", "dog" and "bird".
     Returns:
       The folder, which `mmdjax.sd.load` and diffusers read.
 
@@ -72,15 +84,18 @@ def write_tiny(folder: str | Path, *, unconditional: bool = False, seed: int = 0
     """
     folder = Path(folder)
     configs = {"unet": UNCONDITIONAL, "vqvae": VQVAE}
-    tokenizers = {}
-    if not unconditional:
+    tokenizers, index = {}, {}
+    if labels:
+        configs = {"transformer": LABELS, "vae": VAE}
+        index = {"_class_name": "DiTPipeline", "id2label": {"0": "cat", "1": "dog", "2": "bird"}}
+    elif not unconditional:
         size = write_vocabulary(folder / "tokenizer")
         tokenizers = {"text_encoder": load_tokenizer(folder / "tokenizer")}
         text = TEXT | {"vocab_size": size, "eos_token_id": size - 1}
         configs = {"unet": UNET, "vae": VAE, "text_encoder": text}
     parts = {name: _random(raw, seed) for name, raw in configs.items()}
     modules = {name: part.module for name, part in parts.items()}
-    pipeline = Pipeline(modules, configs, Scheduler(SD_SCHEDULER), tokenizers, {})
+    pipeline = Pipeline(modules, configs, Scheduler(SD_SCHEDULER), tokenizers, index)
     pipeline.export(folder, {name: part.params for name, part in parts.items()})
     return folder
 

@@ -15,14 +15,27 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import diffusers
 import numpy as np
+import sd_tiny
+import test_flow_parity as flow_parity
 import test_samplers_parity as samplers_parity
 import test_sd_pipeline as pipelines
 import test_sd_tokenizer as tokenizers
+import text_models as texts
 import torch
 import torch_models as tm
-from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel, VQModel
+from diffusers import (
+    AutoencoderKL,
+    DiTTransformer2DModel,
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    UNet2DModel,
+    VQModel,
+)
 from safetensors.numpy import save_file
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, Qwen3ForCausalLM, T5Config, T5EncoderModel
 
 from mmdjax.sd.tiny import write_vocabulary
 
@@ -48,6 +61,24 @@ def unet(config, cls=UNet2DConditionModel):
     return model, arrays | {"output": tm.nhwc(model(*args, **added).sample)}
 
 
+def dit():
+    model = tm.randomise(DiTTransformer2DModel(**tm.DIT))
+    arrays = {"x": normal(0, 3, 12, 12, 4), "t": np.float32([0, 1, 999]), "labels": np.int32([0, 6, 7])}
+    args = tm.nchw(arrays["x"]), torch.from_numpy(arrays["t"]), torch.from_numpy(arrays["labels"])
+    return model, arrays | {"output": tm.nhwc(model(*args).sample)[..., :4]}
+
+
+def pixart():
+    """A prompt of one token, one of some, and one of all; a picture that is not square."""
+    model = tm.randomise(PixArtTransformer2DModel(**tm.PIXART | tm.ALPHA_1024 | {"num_layers": 1}))
+    arrays = {"x": normal(0, 3, 4, 12, 4), "t": np.float32([0, 1, 999]), "context": normal(1, 3, 7, 20)}
+    arrays["mask"] = (np.arange(7) < np.array([[1], [4], [7]])).astype(np.int32)
+    sizes = {"resolution": torch.tensor([[32.0, 96]] * 3), "aspect_ratio": torch.tensor([[1 / 3]] * 3)}
+    x, t, context, mask = (torch.from_numpy(arrays[key]) for key in ("x", "t", "context", "mask"))
+    out = model(x.moveaxis(-1, 1), context, t, sizes, encoder_attention_mask=mask).sample
+    return model, arrays | {"output": tm.nhwc(out)[..., :4]}
+
+
 def vae():
     model = tm.randomise(AutoencoderKL(**tm.KL))
     images, z = normal(0, 1, 16, 24, 3), normal(1, 1, 8, 12, 4)
@@ -64,6 +95,32 @@ def vqvae():
     return model, {"images": images, "z": z} | {key: tm.nhwc(value) for key, value in outputs.items()}
 
 
+def flux():
+    model = tm.randomise(FluxTransformer2DModel(**tm.FLUX | {"num_layers": 1, "num_single_layers": 1}))
+    arrays = {"x": normal(0, 2, 4, 6, 4), "t": np.float32([0.02, 0.9])}
+    arrays |= {"context": normal(1, 2, 5, 24), "pooled": normal(2, 2, 12), "guidance": np.float32([0.2, 1.0])}
+    return model, arrays | {"output": tm.flux(model, **arrays)}
+
+
+def flux2():
+    model = tm.randomise(Flux2Transformer2DModel(**tm.FLUX2 | {"num_layers": 1, "num_single_layers": 1}))
+    arrays = {"x": normal(0, 2, 2, 3, 16), "t": np.float32([0.02, 0.9]), "context": normal(1, 2, 5, 24)}
+    return model, arrays | {"output": tm.flux2(model, **arrays)}
+
+
+def sd3(layers, n, height, width):
+    """Of several blocks the first has dual attention; the last one leaves the context behind."""
+    config = tm.SD3["medium35"] | {"num_layers": layers, "dual_attention_layers": (0,)}
+    model = tm.randomise(SD3Transformer2DModel(**config))
+    table = model.pos_embed.pos_embed
+    table.copy_(torch.from_numpy(sd_tiny.draw("pos_embed.pos_embed", tuple(table.shape))))
+    arrays = {"x": normal(0, n, height, width, 16), "t": np.array([1000.0, 0.5], np.float32)[:n]}
+    arrays |= {"context": normal(1, n, 5, 24), "pooled": normal(2, n, 20)}
+    x, t, context, pooled = tm.nchw(arrays["x"]), *(torch.from_numpy(arrays[key]) for key in ("t", "context", "pooled"))
+    output = model(x, timestep=t, encoder_hidden_states=context, pooled_projections=pooled).sample
+    return model, arrays | {"output": tm.nhwc(output)}
+
+
 def text(config, projection=False):
     model = tm.text_encoder(config, projection)
     ids = np.random.RandomState(0).randint(1, 97, (2, 12))
@@ -75,6 +132,28 @@ def text(config, projection=False):
     return model, arrays | (
         {"projected": out.text_embeds.numpy()} if projection else {"pooled": out.pooler_output.numpy()}
     )
+
+
+def masked_ids():
+    ids = np.random.RandomState(0).randint(3, 100, (2, 12))
+    return torch.from_numpy(ids), torch.from_numpy(np.arange(12) < np.array([[3], [12]]))
+
+
+def t5():
+    model = tm.randomise(T5EncoderModel(T5Config(**texts.T5_V11 | {"vocab_size": 100, "num_layers": 2})))
+    ids, mask = masked_ids()
+    out = model(ids, mask.long(), output_hidden_states=True)
+    arrays = {"ids": ids.int(), "mask": mask, "last": out.last_hidden_state, "hidden": out.hidden_states[1]}
+    return model, {key: x.numpy() for key, x in arrays.items()}
+
+
+def qwen3():
+    small = {"vocab_size": 100, "num_hidden_layers": 2, "out_layers": [1, 2], "tie_word_embeddings": True}
+    model = texts.qwen3(Qwen3ForCausalLM, texts.QWEN3 | small)
+    ids, mask = masked_ids()
+    states = model(input_ids=ids, attention_mask=mask.long(), output_hidden_states=True).hidden_states
+    arrays = {"ids": ids.int(), "mask": mask, "hidden1": states[1], "hidden2": states[2]}
+    return model, {key: x.numpy() for key, x in arrays.items()}
 
 
 def pipeline():
@@ -107,6 +186,16 @@ def schedulers():
     }
     arrays = {key: (s.alphas_cumprod if key[0] == "t" else s.timesteps).numpy() for key, s in made.items()}
     write("schedulers", {"configs": configs}, arrays)
+
+
+def flow():
+    """The ten levels of flow-matching schedulers, by config, grid and the picture's length."""
+    arrays, said = {}, {}
+    for name, (config, grid) in (flow_parity.PUBLISHED | flow_parity.OTHERS).items():
+        scheduler = flow_parity.theirs(config, grid, 10, 1024)
+        said[name] = {"config": dict(scheduler.config) | {"_class_name": flow_parity.CLASS}, "grid": grid}
+        arrays[name] = scheduler.sigmas.numpy()
+    write("flow", {"length": 1024, "cases": said}, arrays)
 
 
 def samplers():
@@ -159,11 +248,19 @@ RECORDED = {
     "unet_sd2": lambda: unet(tm.SD2_UNET),
     "unet_sdxl": lambda: unet(tm.SDXL_UNET),
     "unet_ldm": lambda: unet(tm.LDM_UNET, UNet2DModel),
+    "dit": dit,
+    "pixart": pixart,
     "vae": vae,
     "vqvae": vqvae,
+    "flux": flux,
+    "flux2": flux2,
     "clip_l": lambda: text(tm.CLIP_L),
     "clip_h": lambda: text(tm.CLIP_H),
     "clip_g": lambda: text(tm.CLIP_H, projection=True),
+    "t5": t5,
+    "qwen3": qwen3,
+    "sd3": lambda: sd3(2, 2, 6, 10),
+    "sd3_one_block": lambda: sd3(1, 1, 4, 6),
 }
 
 
@@ -172,13 +269,15 @@ def main():
     FOLDER.mkdir(exist_ok=True)
     for name, record in RECORDED.items():
         model, arrays = record()
-        if name.startswith("clip"):
+        if hasattr(model.config, "to_dict"):  # of transformers
             config = model.config.to_dict() | {"architectures": [type(model).__name__]}
         else:
             config = dict(model.config) | {"_class_name": type(model).__name__}
-        shapes = {key: list(value.shape) for key, value in model.named_parameters()}
+        buffers = dict(model.named_buffers())
+        saved = dict(model.named_parameters()) | {key: buffers[key] for key in model.state_dict() if key in buffers}
+        shapes = {key: list(value.shape) for key, value in saved.items()}
         write(name, {"config": config, "shapes": shapes}, arrays)
-    for record in (pipeline, schedulers, samplers, token_ids):
+    for record in (pipeline, schedulers, flow, samplers, token_ids):
         record()
 
 

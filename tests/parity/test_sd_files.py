@@ -14,7 +14,7 @@ transformers = pytest.importorskip("transformers", reason="parity needs the extr
 
 import torch_models as tm  # noqa: E402
 
-from mmdjax.sd import compvis, convert  # noqa: E402
+from mmdjax.sd.files import compvis, convert  # noqa: E402
 from mmdjax.sd.models import export, load_models, save  # noqa: E402
 
 PREFIXES = {

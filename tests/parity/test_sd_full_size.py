@@ -6,7 +6,7 @@ torch = pytest.importorskip("torch", reason="parity needs the extra mmdjax[parit
 diffusers = pytest.importorskip("diffusers", reason="parity needs the extra mmdjax[parity]")
 transformers = pytest.importorskip("transformers", reason="parity needs the extra mmdjax[parity]")
 
-from mmdjax.sd import convert  # noqa: E402
+from mmdjax.sd.files import convert  # noqa: E402
 from mmdjax.sd.models import module_from_config  # noqa: E402
 
 SD1 = {
@@ -65,11 +65,16 @@ CLIP_G = CLIP_H | {
     "projection_dim": 1280,
 }
 
+PIXART = {"caption_channels": 4096, "sample_size": 128}
+
 MODELS = {  # with the number of parameters, in millions, that their authors give
     "sd1-unet": (diffusers.UNet2DConditionModel, SD1, 859.5),
     "sd2-unet": (diffusers.UNet2DConditionModel, SD2, 865.9),
     "sdxl-unet": (diffusers.UNet2DConditionModel, SDXL, 2567.5),
     "ldm-unet": (diffusers.UNet2DModel, CELEBA, 274.1),
+    "dit": (diffusers.DiTTransformer2DModel, {"out_channels": 8}, 749.8),  # 675 and 27 more tables of labels and times
+    "pixart-alpha": (diffusers.PixArtTransformer2DModel, PIXART, 611.3),
+    "pixart-sigma": (diffusers.PixArtTransformer2DModel, PIXART | {"use_additional_conditions": False}, 610.9),
     "kl": (diffusers.AutoencoderKL, KL, 83.7),
     "vq-f4": (diffusers.VQModel, VQ_F4, 55.3),
     "clip-l": (transformers.CLIPTextModel, CLIP_L, 123.1),

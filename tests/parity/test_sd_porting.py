@@ -18,8 +18,9 @@ from diffusers.models.embeddings import get_timestep_embedding  # noqa: E402
 from diffusers.models.resnet import Downsample2D, ResnetBlock2D  # noqa: E402
 from diffusers.models.transformers.transformer_2d import Transformer2DModel  # noqa: E402
 
-from mmdjax.sd import convert, layers  # noqa: E402
-from mmdjax.sd.unet import SpatialTransformer, TransformerBlock, UNet2DConditionConfig  # noqa: E402
+from mmdjax.sd.files import convert  # noqa: E402
+from mmdjax.sd.networks import layers  # noqa: E402
+from mmdjax.sd.networks.unet import SpatialTransformer, TransformerBlock, UNet2DConditionConfig  # noqa: E402
 
 TOLERANCE = 1e-5  # one block in float32
 

@@ -18,7 +18,7 @@ from test_sd_networks import normal, ours, tensor  # noqa: E402
 from test_sd_pipeline import PROMPTS, build  # noqa: E402
 
 from mmdjax.sd import load, load_component, load_models  # noqa: E402
-from mmdjax.sd.files import open_file  # noqa: E402
+from mmdjax.sd.files.places import open_file  # noqa: E402
 from mmdjax.sd.scheduler import Scheduler, in_place  # noqa: E402
 
 pytestmark = [

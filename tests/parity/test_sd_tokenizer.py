@@ -14,8 +14,8 @@ pytest.importorskip("transformers", reason="parity needs the extra mmdjax[parity
 
 from transformers import AddedToken, CLIPTokenizer
 
+from mmdjax.sd.text.tokenizer import load_tokenizer
 from mmdjax.sd.tiny import write_vocabulary
-from mmdjax.sd.tokenizer import load_tokenizer
 
 PADS = {"clip-l": "<|endoftext|>", "second": "!"}
 AWKWARD = [

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from mmdjax import checkpoint
 from mmdjax.checkpoint import CheckpointError, open_safetensors
-from mmdjax.sd.files import open_file
+from mmdjax.sd.files.places import open_file
 from mmdjax.sd.models import load_models
 
 ROOT = Path(__file__).parents[2]

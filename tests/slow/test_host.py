@@ -10,16 +10,22 @@ from mmdjax import (
     RBF,
     DiffusionModel,
     Energy,
+    Mapped,
     MMDGuidance,
     Particles,
     Polynomial,
+    Sum,
     from_model,
     guide_denoiser,
     guided_sample,
     mmd2,
 )
+from mmdjax._points import blocks
 from mmdjax._points.streaming import HostReferences
 from mmdjax.compression import coreset, nystroem, random_features
+from mmdjax.guidance import bound as bound_module
+from mmdjax.guidance.bound import bind
+from mmdjax.kernels import as_kernel
 from mmdjax.schedules import RectifiedFlow, VPLinear
 
 M, D = 3000, 2048  # 25 MB: many blocks
@@ -69,6 +75,62 @@ def test_the_device_holds_a_block(stored):
 
     temporary = jax.jit(pull).lower(z, stored[0]).compile().memory_analysis().temp_size_in_bytes
     assert temporary < 16e6
+
+
+class Counted:
+    """An array of which each reading is noted: how many rows."""
+
+    def __init__(self, array):
+        self.array, self.shape, self.dtype, self.read = array, array.shape, array.dtype, []
+
+    def __getitem__(self, index):
+        self.read.append(len(index))
+        return self.array[index]
+
+    def times(self):
+        """How often all rows have been read since the last call, or how many rows, if not all equally often."""
+        total, self.read = sum(self.read), []
+        return total / self.shape[0]
+
+
+KERNELS = {  # and inner steps, precondition
+    "default": (IMQ(2.0), 3, None),
+    "two terms": (Sum(IMQ(2.0), RBF(3.0)), 3, None),
+    "shrunk": (IMQ(2.0), 2, "shrunk"),
+    "mass": (IMQ(2.0), 3, "mass"),
+    "of features": (Mapped(jnp.tanh, RBF(1.0)), 2, "length"),
+    "a function": (as_kernel(lambda a, b: jnp.exp(-((a.x[:, None] - b.x[None]) ** 2).sum(-1))), 2, "none"),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_each_inner_step_reads_the_references_once(name, monkeypatch):
+    """And the preparation of all steps reads them once, and so does the trace."""
+    kernel, steps, precondition = KERNELS[name]
+    array = np.random.default_rng(4).normal(size=(120, 6)).astype(np.float32)
+    x = jnp.asarray(array[:5] + np.float32([[1.0], [1e-4], [0.1], [0.0], [2.0]]))  # some as good as references
+    guidance = MMDGuidance(kernel, inner_steps=steps, precondition=precondition)
+    step = jax.jit(lambda bound: bound.denoised(x, bound.init(x), 0.5, VPLinear()(0.2)))
+    plain = bind(guidance, kernel, Particles(jnp.asarray(array)))
+    expected, state = step(plain)
+    assert jnp.abs(expected - x).max() > 1e-2
+    counted = Counted(array)
+    in_memory = step(bind(guidance, kernel, Particles(HostReferences(counted))))[0]
+    np.testing.assert_allclose(in_memory, expected, rtol=1e-5, atol=1e-6)
+    assert counted.times() <= 3  # as few rows are no more than a block: its own term, its spread, and for all steps
+    monkeypatch.setattr(blocks, "PLAIN", 256)
+    monkeypatch.setattr(blocks, "CACHED", 256)
+    monkeypatch.setattr(bound_module, "PLAIN", 256)
+    jax.clear_caches()
+    refs = Particles(HostReferences(counted))
+    bound = jax.block_until_ready(bind(guidance, kernel, refs, seen=plain.seen))  # small blocks look at fewer
+    counted.times()
+    found, found_state = jax.block_until_ready(step(bound))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)  # float32 sums of other lengths
+    np.testing.assert_allclose(found_state.mmd2, state.mmd2, rtol=1e-4, atol=1e-5)
+    prepares = precondition in (None, "shrunk")
+    assert counted.times() == steps + prepares + 1
+    jax.clear_caches()
 
 
 def test_what_cannot_be_references():

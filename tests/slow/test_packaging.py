@@ -13,7 +13,7 @@ from mmdjax import __version__
 
 ROOT = Path(__file__).parents[2]
 NEEDED = {
-    "py.typed", "__init__.py", "sd/unet.py", "digits/NOTICE", "digits/digits.npz", "digits/digits.safetensors",
+    "py.typed", "__init__.py", "sd/networks/unet.py", "digits/NOTICE", "digits/digits.npz", "digits/digits.safetensors",
     "faces/NOTICE", "faces/source.png", "faces/source.npz", "faces/faces.safetensors", "faces/attributes.safetensors",
 }  # fmt: skip
 

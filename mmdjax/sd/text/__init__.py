@@ -1,0 +1,1 @@
+"""Prompts: tokenizers, captions in files, and kernels that compare prompts."""
