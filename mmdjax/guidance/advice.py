@@ -204,7 +204,7 @@ def of_reach(guidance: MMDGuidance, kernel: Kernel, moved: np.ndarray) -> str | 
     Early on samples are near each other, and even such a kernel pushes them apart.
 
     Args:
-      moved: [num_steps] the share of the samples that moved; NaN in steps without guidance.
+      moved: [num_steps] the share of the samples that moved; below 0 in steps without guidance.
     """
     if isinstance(guidance.rule, Shrunk) or guidance.transform is not None:
         return None  # what may well stand still
@@ -212,7 +212,7 @@ def of_reach(guidance: MMDGuidance, kernel: Kernel, moved: np.ndarray) -> str | 
         return None
     if np.min(np.abs(np.asarray(guidance.scale))) < FAINT:
         return None
-    guided = moved[~np.isnan(moved)]
+    guided = moved[moved >= 0]
     late = guided[len(guided) // 2 :]
     if not late.size or late.max() > UNMOVED:
         return None
