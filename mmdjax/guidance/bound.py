@@ -269,6 +269,18 @@ def fit_kernel(guidance: MMDGuidance, refs: Particles, layout: Layout = HERE) ->
     return kernel
 
 
+def fit(
+    guidance: MMDGuidance, refs: Particles | None, avoid: Avoid | None, layout: Layout = HERE
+) -> tuple[Kernel | None, Avoid | None]:
+    """`fit_kernel` and `fit_avoid` of what there is.
+
+    Raises:
+      ValueError: as these.
+    """
+    kernel = None if refs is None else fit_kernel(guidance, refs, layout)
+    return kernel, None if avoid is None else fit_avoid(guidance, kernel, avoid, layout)
+
+
 def fit_avoid(guidance: MMDGuidance, kernel: Kernel | None, avoid: Avoid, layout: Layout = HERE) -> Avoid:
     """What is avoided with its kernel: the guidance's, already fitted to the references, or fitted to what is avoided.
 
