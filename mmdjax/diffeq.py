@@ -43,7 +43,7 @@ from mmdjax.denoisers import DiffusionModel
 from mmdjax.guidance import MMDGuidance
 from mmdjax.guidance.advice import REMEMBER, Advisor
 from mmdjax.guidance.avoid import as_avoid
-from mmdjax.guidance.bound import bind, fit_avoid, fit_kernel
+from mmdjax.guidance.bound import bind, fit
 from mmdjax.memory import Memory
 from mmdjax.samplers import DDIM
 from mmdjax.schedules import Level, Schedule, time_of_log_snr
@@ -292,10 +292,9 @@ def _call(
         raise TypeError(f"adjoint is {adjoint!r}; give an adjoint from diffrax, such as diffrax.DirectAdjoint()")
 
     refs, guidance, model, cond, numbers, avoid = strong((refs, guidance, model, cond, numbers, avoid))
-    kernel = None if refs is None else fit_kernel(guidance, refs)
+    kernel, avoid = fit(guidance, refs, avoid)
     if not is_traced((params, key, refs, cond, x_init)):
         advisor.before(guidance, kernel, refs, cond, num_samples, memory)
-    avoid = None if avoid is None else fit_avoid(guidance, kernel, avoid)
     arrays, choices = eqx.partition((solver, adjoint), eqx.is_array)  # what is left of a diffrax object can be hashed
     return _solve(
         params,

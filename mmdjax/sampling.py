@@ -20,9 +20,9 @@ from mmdjax._points.particles import Particles, as_particles, widen
 from mmdjax.calls import as_memory, as_times, check_call
 from mmdjax.denoisers import DiffusionModel
 from mmdjax.guidance import MMDGuidance
-from mmdjax.guidance.advice import JOIN, REMEMBER, Advisor, warn
+from mmdjax.guidance.advice import JOIN, REMEMBER, Advisor
 from mmdjax.guidance.avoid import as_avoid
-from mmdjax.guidance.bound import bind, fit_avoid, fit_kernel
+from mmdjax.guidance.bound import bind, fit
 from mmdjax.guidance.wrappers import GuidedSampler
 from mmdjax.memory import Memory
 from mmdjax.samplers import DDIM, Sampler, as_sampler, take_step
@@ -152,7 +152,8 @@ def guided_sample(
     Warns:
       GuidanceWarning: guidance is given, but no references, or few for the samples, or some in [0, 1] or [0, 255] where
         the model makes pictures in [−1, 1]; one sample is guided alone, without axis_name and memory; a condition that
-        no reference has; a scale below 0 or above 3; a kernel that reaches no reference. Once a call; not inside `jit`.
+        no reference has; a scale below 0 or above 3; a kernel that reaches no reference. Once a call, and only of one
+        sample inside `jit`, where values are not seen.
 
     Example:
       >>> from mmdjax.denoisers import from_model
@@ -187,7 +188,7 @@ def sample_with(
     times = as_times(as_arrays("times", times), num_steps)
     avoid = avoid if avoid is None or avoid.effective() else None  # the very program of a call without it
     if refs is None and avoid is None and advisor is not None and not _is_default(guidance):
-        warn("guidance does nothing without references; give refs, or leave guidance out")
+        advisor.say("refs", "guidance does nothing without references; give refs, or leave guidance out")
     memory = as_memory(memory, model, cond)
     if checks and is_traced((params, key, refs, model, cond, guidance, sampler, times, x_init, memory, avoid)):
         raise ValueError(
@@ -210,10 +211,9 @@ def sample_with(
     params, refs, guidance, model, sampler, cond, avoid = strong(
         (params, refs, guidance, model, as_sampler(sampler), cond, avoid)
     )
-    kernel = None if refs is None else fit_kernel(guidance, refs, placed)
+    kernel, avoid = fit(guidance, refs, avoid, placed)
     if advisor is not None and not is_traced((params, key, refs, cond, x_init)):
         advisor.before(guidance, kernel, refs, cond, num_samples * placed.num_calls(), memory)
-    avoid = None if avoid is None else fit_avoid(guidance, kernel, avoid, placed)
     if checks:
         held = None if memory is None else widen(memory.particles)  # empty slots may hold anything
         _raise_at_leaf({"params": params, "cond": cond, "model": model, "sampler": sampler, "memory": held})

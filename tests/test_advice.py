@@ -139,9 +139,9 @@ def test_a_reference_of_weight_zero_has_no_condition():
     [
         (MMDGuidance(), [1, 0, 0, 0], r"hardly any sample: the kernel RBF\(bandwidth=0.001\) reaches no reference"),
         (MMDGuidance(), [1, 1, 0.04, 0.01], "give a larger bandwidth, or None"),
-        (MMDGuidance(), [np.nan, 0, 0, np.nan], "hardly any sample"),
+        (MMDGuidance(), [-1, 0, 0, -1], "hardly any sample"),
         (MMDGuidance(), [0, 0, 0, 0.2], None),
-        (MMDGuidance(), [np.nan] * 4, None),  # no step was guided
+        (MMDGuidance(), [-1] * 4, None),  # no step was guided
         (MMDGuidance(scale=0.0), [0, 0, 0, 0], None),
         (MMDGuidance(precondition="shrunk"), [1, 0, 0, 0], None),  # it may well stand still
         (MMDGuidance.paper(), [0, 0, 0, 0], None),  # as it does until a sample is remembered

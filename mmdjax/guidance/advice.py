@@ -47,9 +47,9 @@ MORE = "make more samples in a call"
 class GuidanceWarning(UserWarning):
     """Guidance will not do what it is meant to; the message names the value and the remedy.
 
-    It is given once a call, outside of `jit`: where a sample is guided alone; references are few for the samples, lie
-    in another range, or are missing; no reference has a sample's condition; the scale is below 0 or above 3; or the
-    kernel is so narrow that it reaches no reference. Silence all of them by
+    It is given once a call: where a sample is guided alone; and, outside of `jit`, where references are few for the
+    samples, lie in another range, or are missing; no reference has a sample's condition; the scale is below 0 or above
+    3; or the kernel is so narrow that it reaches no reference. Silence all of them by
 
       >>> import warnings
       >>> from mmdjax import GuidanceWarning
@@ -67,7 +67,8 @@ class Advisor:
     def __init__(self, together: int | None = None):
         self.together, self._said = together, set()
 
-    def _say(self, kind: Any, message: str | None) -> None:
+    def say(self, kind: Any, message: str | None) -> None:
+        """Warn, unless all is well (None) or something of the kind was said."""
         if message is not None and kind not in self._said:
             self._said.add(kind)
             warn(message)
@@ -79,8 +80,8 @@ class Advisor:
         """What the arguments tell; `num_samples` None: not known."""
         if refs is None or kernel is None or (is_concrete(guidance.scale) and not np.any(guidance.scale)):
             return
-        self._say(of_scale, of_scale(guidance))
-        self._say(of_conditions, of_conditions(kernel, refs, cond))
+        self.say(of_scale, of_scale(guidance))
+        self.say(of_conditions, of_conditions(kernel, refs, cond))
         if num_samples is not None:
             self.number(guidance, kernel, refs, num_samples, None if memory is None else memory.particles)
 
@@ -92,19 +93,19 @@ class Advisor:
         if together is None and is_concrete(memory):
             together = num_samples + (0 if memory is None else num_present(memory))
         if together is not None:
-            self._say(of_number, of_number(guidance, kernel, refs, together))
+            self.say(of_number, of_number(guidance, kernel, refs, together))
 
     def alone(self, num_samples: int, *remedies: str) -> None:
         """A sample that is guided as if it were a whole batch."""
-        self._say(of_one, of_one(num_samples, *remedies))
+        self.say(of_one, of_one(num_samples, *remedies))
 
     def reach(self, guidance: MMDGuidance, kernel: Kernel, moved: Any) -> None:
         """What the samples' moves have shown."""
-        self._say(of_reach, of_reach(guidance, kernel, np.asarray(moved)))
+        self.say(of_reach, of_reach(guidance, kernel, np.asarray(moved)))
 
     def range(self, name: str, points: Particles, low: Any, high: Any) -> None:
         """What x̂0 has shown beside references, or samples to avoid, of that name."""
-        self._say((of_range, name), of_range(name, points, np.asarray(low), np.asarray(high)))
+        self.say((of_range, name), of_range(name, points, np.asarray(low), np.asarray(high)))
 
 
 def warn(message: str) -> None:
@@ -204,7 +205,7 @@ def of_reach(guidance: MMDGuidance, kernel: Kernel, moved: np.ndarray) -> str | 
     Early on samples are near each other, and even such a kernel pushes them apart.
 
     Args:
-      moved: [num_steps] the share of the samples that moved; NaN in steps without guidance.
+      moved: [num_steps] the share of the samples that moved; below 0 in steps without guidance.
     """
     if isinstance(guidance.rule, Shrunk) or guidance.transform is not None:
         return None  # what may well stand still
@@ -212,7 +213,7 @@ def of_reach(guidance: MMDGuidance, kernel: Kernel, moved: np.ndarray) -> str | 
         return None
     if np.min(np.abs(np.asarray(guidance.scale))) < FAINT:
         return None
-    guided = moved[~np.isnan(moved)]
+    guided = moved[moved >= 0]
     late = guided[len(guided) // 2 :]
     if not late.size or late.max() > UNMOVED:
         return None

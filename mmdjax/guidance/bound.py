@@ -36,7 +36,7 @@ class GuidanceState:
       mmd2: MMD² after the last shift (the trace).
       shift_norm: mean L2 norm of the last shift, in the data's units (the trace).
       unshifted: x before the last shift where the placement's memory wants it, else ().
-      moved: the share of the samples that the last shift moved at all; NaN where it was none.
+      moved: the share of the samples that the last shift moved at all; −1 outside of the window.
       relative: the length of the last shift beside the model's own move (the trace).
     """
 
@@ -145,10 +145,8 @@ class BoundGuidance:
         reach = 0.0 if self.kernel is None else self.kernel.reach()
         around = None if level is None else self.around
         numbers = {"scale": scale, "length": length, "level": level, "reach": reach, "seen": seen, "around": around}
-        numbers = jax.tree.map(lambda v: jnp.asarray(v, wide), numbers) | {
-            "active": self.active(fraction),
-            "refs_own": self.refs_own,
-        }
+        numbers = jax.tree.map(lambda v: jnp.asarray(v, wide), numbers) | {"active": self.active(fraction)}
+        numbers["refs_own"] = self.refs_own
         numbers["avoiding"] = False if avoid is None else avoid.active(fraction)
         avoided, apart = None, avoid
         if avoid is not None:
@@ -156,14 +154,17 @@ class BoundGuidance:
         shards = layout.shards
         batch, on_refs, on_avoid = P(shards.batch), P(shards.refs), P(self.avoid_over)
         kernel, refs, memory = compared
-        z, transform_state, norm, moved, mmd2 = layout.split(
+        z, transform_state, norm, mmd2 = layout.split(
             self._guide_rows,
             (*layout.join((x.astype(wide), self.cond, state.transform)), kernel, refs, memory, numbers, apart, avoided),
             specs=(batch, batch, batch, P(), on_refs, P(), P(), P(), on_avoid),
-            out=(batch, batch, P(), P(), P()),
+            out=(batch, batch, P(), P()),
         )
         z, transform_state = layout.own((z, transform_state), x.shape[0])
-        mmd2, norm, moved = (v.astype(wide) for v in (mmd2 + self.refs_term, norm, moved))
+        mmd2, norm = (mmd2 + self.refs_term).astype(wide), norm.astype(wide)
+        moved = layout.join_all(jnp.any(flat(z) != flat(x), axis=1).astype(wide)).mean()
+        guides = (numbers["active"] & (refs is not None)) | numbers["avoiding"]
+        moved = jnp.where(guides, moved, -1.0)
         transform_state = jax.tree.map(lambda new, old: new.astype(old.dtype), transform_state, state.transform)
         unshifted = x if placement.keeps_unshifted else ()
         return z.astype(x.dtype), GuidanceState(transform_state, mmd2, norm, unshifted, moved, state.relative)
@@ -176,10 +177,7 @@ class BoundGuidance:
         return replace(state, relative=relative.astype(state.relative.dtype))
 
     def _guide_rows(self, shards: Shards, x, cond, transform_state, kernel, refs, memory, numbers, avoid: Any, avoided):
-        """`_guide` for the rows of one device: moved x, state of the transform, mean norm of the shifts, MMD².
-
-        And before MMD² the share of the rows that moved.
-        """
+        """`_guide` for the rows of one device: moved x, state of the transform, mean norm of the shifts, MMD²."""
         guidance, rule, steps, length = self.guidance, self.guidance.rule, self.guidance.steps, numbers["length"]
         all_cond = shards.everyone(cond)
         first, points = x, lambda z: z
@@ -245,19 +243,18 @@ class BoundGuidance:
             there = points(moved[0]).astype(x.dtype)
             moved_by = jax.lax.stop_gradient(there - x)  # here: √ has no derivative where a sample stays
             norms = jnp.sqrt(jnp.sum((moved_by**2).reshape(x.shape[0], -1), axis=1))
-            of_all = (shards.total(v) / all_rows(shards, x) for v in (norms.sum(), (norms > 0).sum().astype(x.dtype)))
-            return *moved, there, *of_all
+            return *moved, there, shards.total(norms.sum()) / all_rows(shards, x)
 
         def left(*carry):
-            return *carry, x, jnp.zeros((), x.dtype), jnp.full((), jnp.nan, x.dtype)
+            return *carry, x, jnp.zeros((), x.dtype)
 
         carry = *at(first), transform_state
-        z, gathered, known, transform_state, there, norm, share = jax.lax.cond(pulled | avoiding, guided, left, *carry)
+        z, gathered, known, transform_state, there, norm = jax.lax.cond(pulled | avoiding, guided, left, *carry)
         if refs is None:
-            return there, transform_state, norm, share, jnp.full((), jnp.nan, x.dtype)
+            return there, transform_state, norm, jnp.full((), jnp.nan, x.dtype)
         kernel, refs, memory, *z = jax.lax.stop_gradient((kernel, refs, memory, z, gathered, known))
         mmd2 = sides(*z, kernel=kernel, refs=refs).mmd2(numbers["refs_own"])
-        return there, transform_state, norm, share, mmd2
+        return there, transform_state, norm, mmd2
 
 
 def all_rows(shards: Shards, x: Array) -> int:
@@ -274,6 +271,18 @@ def fit_kernel(guidance: MMDGuidance, refs: Particles, layout: Layout = HERE) ->
     kernel = _fit(guidance.base_kernel, refs, layout=layout)
     check_fitted(kernel)
     return kernel
+
+
+def fit(
+    guidance: MMDGuidance, refs: Particles | None, avoid: Avoid | None, layout: Layout = HERE
+) -> tuple[Kernel | None, Avoid | None]:
+    """`fit_kernel` and `fit_avoid` of what there is.
+
+    Raises:
+      ValueError: as these.
+    """
+    kernel = None if refs is None else fit_kernel(guidance, refs, layout)
+    return kernel, None if avoid is None else fit_avoid(guidance, kernel, avoid, layout)
 
 
 def fit_avoid(guidance: MMDGuidance, kernel: Kernel | None, avoid: Avoid, layout: Layout = HERE) -> Avoid:

@@ -19,7 +19,7 @@ from mmdjax.fit import check_comparable
 from mmdjax.guidance import MMDGuidance, check_guidance, check_kind
 from mmdjax.guidance.advice import JOIN, REMEMBER, Advisor
 from mmdjax.guidance.avoid import Avoid, as_avoid, check_avoid
-from mmdjax.guidance.bound import BoundGuidance, GuidanceState, bind, fit_avoid, fit_kernel, see
+from mmdjax.guidance.bound import BoundGuidance, GuidanceState, bind, fit, see
 from mmdjax.memory import Memory
 from mmdjax.samplers import Sampler, as_sampler, take_step
 from mmdjax.schedules import Level
@@ -106,10 +106,9 @@ def guide_denoiser(
         raise ValueError(
             f'{guidance.where} moves x after a step, which a denoiser never sees; use guide_sampler, or at="denoised"'
         )
-    kernel = None if refs is None else fit_kernel(guidance, refs)
+    kernel, avoid = fit(guidance, refs, avoid)
     Advisor().before(guidance, kernel, refs, None, None)
     seen = None if refs is None else see(guidance, refs)
-    avoid = None if avoid is None else fit_avoid(guidance, kernel, avoid)
     return GuidedDenoiser(as_component(denoiser), guidance, kernel, refs, seen, avoid, spread_over(axis_name))
 
 
@@ -262,8 +261,7 @@ def guide_sampler(
             check_comparable("memory", memory.particles, *beside, kernel_uses_cond=False)
         if guidance.kernel is not None and guidance.kernel.uses_cond and memory.particles.cond is None:
             raise ValueError("the kernel compares conditions but memory has none: Memory.empty(capacity, shape, cond)")
-    kernel = None if refs is None else fit_kernel(guidance, refs)
+    kernel, avoid = fit(guidance, refs, avoid)
     Advisor().before(guidance, kernel, refs, cond, None)
-    avoid = None if avoid is None else fit_avoid(guidance, kernel, avoid)
     bound = bind(guidance, kernel, refs, cond, memory, spread_over(axis_name), avoid=avoid)
     return GuidedSampler(as_sampler(sampler), bound, num_steps)
