@@ -14,7 +14,6 @@ from mmdjax import RBF, Particles
 from mmdjax.__main__ import main
 from mmdjax.sd import load
 from mmdjax.sd.families import Embedded, family_of
-from mmdjax.sd.families.contract import mean_state
 from mmdjax.sd.families.labels import label_of
 from mmdjax.sd.tiny import write_tiny
 
@@ -125,13 +124,6 @@ def test_embedded_guidance_is_an_input_of_the_network():
     Embedded(denoiser, 3.5)(None, jnp.zeros((2, 1)), None, {"context": 1})
     assert seen["context"] == 1
     np.testing.assert_array_equal(seen["guidance"], [3.5, 3.5])
-
-
-def test_the_mean_state_leaves_padding_out():
-    context = jnp.arange(12.0).reshape(1, 3, 4)
-    mask = jnp.array([[True, True, False]])
-    np.testing.assert_array_equal(mean_state(context, mask), [[2, 3, 4, 5]])
-    np.testing.assert_array_equal(mean_state(context.at[0, 2].set(99), mask), mean_state(context, mask))
 
 
 def test_modules_that_moved_are_imported_by_their_old_names():

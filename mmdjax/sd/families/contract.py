@@ -165,12 +165,6 @@ def padded(tokenizer: Any, prompts: Sequence[str], length: int) -> Any:
     return dataclasses.replace(tokenizer, length=length).encode(prompts)
 
 
-def mean_state(context: Float[Array, "n l d"], mask: Float[Array, "n l"]) -> Float[Array, "n d"]:
-    """The mean state of each prompt's tokens: "pooled" for text encoders that have no such vector."""
-    weights = mask.astype(jnp.float32)[..., None]
-    return (context * weights).sum(1) / jnp.maximum(weights.sum(1), 1)
-
-
 @pytree
 class Embedded:
     """A denoiser whose network takes the strength of guidance as an input, cond["guidance"] [n]: distilled models."""

@@ -2,7 +2,7 @@
 
 A condition is {"context": [n, l, d], "pooled": [n, p]}. For FLUX.1 the context is T5's states, and "pooled" CLIP's
 vector, which the network takes as well. For FLUX.2 klein the context is some hidden states of Qwen3, side by side, and
-"pooled" their mean over the prompt's tokens, for kernels only. Padding is attended to, as in training.
+"pooled" the tokens' mean direction, for kernels only. Padding is attended to, as in training.
 
 FLUX.1 dev was distilled from guided samples: the strength of guidance is an input of its network. Klein's distilled
 model takes no guidance at all.
@@ -14,10 +14,11 @@ References:
 import jax
 import jax.numpy as jnp
 
-from mmdjax.sd.families.contract import Family, check_width, mean_state, padded
+from mmdjax.sd.families.contract import Family, check_width, padded
 from mmdjax.sd.flow import CLASS as FLOW
 from mmdjax.sd.networks.transformers.flux import Flux
 from mmdjax.sd.networks.transformers.flux2 import Flux2
+from mmdjax.sd.text.prompts import mean_token
 
 LENGTH = 512  # tokens of a prompt
 PIXELS = 1024  # the side of pictures, unless told otherwise
@@ -146,4 +147,5 @@ class Flux2Klein(Flow):
 
     def encode(self, params, tokens):
         context = self.text("text_encoder", params, tokens["text_encoder"]).context
-        return {"context": context, "pooled": mean_state(context, tokens["text_encoder"][1])}
+        mask = jnp.asarray(tokens["text_encoder"][1])
+        return {"context": context, "pooled": mean_token({"context": context, "mask": mask})}

@@ -1,6 +1,6 @@
 """PixArt-α and -Σ: prompts by T5's states, with a mask of the tokens that there are.
 
-A condition is {"context": [n, l, d], "mask": [n, l], "pooled": [n, d]}; "pooled" is the mean state of the tokens, for
+A condition is {"context": [n, l, d], "mask": [n, l], "pooled": [n, d]}; "pooled" is the tokens' mean direction, for
 kernels only. Prompts are in lower case, as in training.
 
 References:
@@ -10,8 +10,9 @@ References:
 import jax
 import jax.numpy as jnp
 
-from mmdjax.sd.families.contract import Family, check_width, mean_state, padded
+from mmdjax.sd.families.contract import Family, check_width, padded
 from mmdjax.sd.networks.transformers.pixart import PixArt as PixArtNetwork
+from mmdjax.sd.text.prompts import mean_token
 
 LENGTHS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}  # tokens of a prompt
 
@@ -36,7 +37,8 @@ class PixArt(Family):
     def encode(self, params, tokens):
         _, mask = tokens["text_encoder"]
         context = self.text("text_encoder", params, tokens["text_encoder"]).last
-        return {"context": context, "mask": jnp.asarray(mask), "pooled": mean_state(context, mask)}
+        cond = {"context": context, "mask": jnp.asarray(mask)}
+        return {**cond, "pooled": mean_token(cond)}
 
     def cond_shapes(self):
         width, length = self.network.config.caption_channels, LENGTHS[self.pipeline_class]
