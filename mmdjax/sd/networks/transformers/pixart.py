@@ -75,7 +75,7 @@ class PixArtConfig(Config):
         return self.caption_channels or self.cross_attention_dim
 
     @property
-    def sized(self) -> bool:
+    def conditions_on_size(self) -> bool:
         """Whether the model takes the picture's size and aspect ratio."""
         given = self.use_additional_conditions
         return self.sample_size == 128 if given is None else given
@@ -92,7 +92,7 @@ class PixArtConfig(Config):
             raise ValueError(
                 f"prompts are projected to the width {self.width} but cross_attention_dim is {self.cross_attention_dim}"
             )
-        if self.sized and self.width % 3:
+        if self.conditions_on_size and self.width % 3:
             raise ValueError(f"the width {self.width} does not split in three, for height, width and aspect ratio")
 
 
@@ -170,7 +170,7 @@ class PixArt(Transformer):
             return self.two_layers(f"adaln_single.emb.{name}", waves, features).reshape(n, -1)
 
         c = embed("timestep_embedder", t, cfg.width)
-        if not cfg.sized:
+        if not cfg.conditions_on_size:
             return c
         pixels = jnp.array([[PIXELS * side for side in size]], jnp.float32)
         resolution = cond.get("resolution", jnp.tile(pixels, (n, 1)))
