@@ -180,7 +180,10 @@ def test_fused_tensor_is_changed_piece_by_piece(tmp_path):
     model = {"unet": component(heads, **{f"mid_block.attentions.0.{part}.weight": (32, 32) for part in parts})}
     up, down = normal(96, 2), normal(2, 32)
     tensors = {"lora_unet_middle_block_1_qkv.lora_up.weight": up, "lora_unet_middle_block_1_qkv.lora_down.weight": down}
-    changes = plan({written(tmp_path / "a.safetensors", tensors): 2.0}, model).changes["unet"]
+    path = written(tmp_path / "a.safetensors", tensors | {"lora_unet_middle_block_1_qkv.dora_scale": normal(96, 1)})
+    with pytest.raises(CheckpointError, match="block_1_qkv is a DoRA of 3 parameters in one, which is not implemented"):
+        plan({path: 1.0}, model)
+    changes = plan({written(path, tensors): 2.0}, model).changes["unet"]
     whole = (up @ down).reshape(4, 3, 8, 32)  # head, query/key/value, channel
     for i, part in enumerate(parts):
         (change,) = changes[f"mid_block.attentions.0.{part}.weight"]
@@ -354,7 +357,7 @@ WRONG = {
     "some astray": (
         pairs(f"unet.{Q}", f"unet.{OUT}", "unet.other"),
         r"^a.safetensors: of its 3 modules 1 have no place in this model \(unet, text_encoder, text_encoder_2\), 0 "
-        r"another shape\n  no place: unet.other$",
+        r"another shape\n  no place: unet.other\nto leave them out: .* --allow-unused PATTERN, such as .unet.other.$",
     ),
     "another size": (
         lora(f"unet.{Q}", 64),
@@ -377,14 +380,14 @@ WRONG = {
     "alpha alone": ({f"unet.{Q}.alpha": normal()}, "mixes no parts"),
     "alpha": (lora(f"unet.{Q}", 32) | {f"unet.{Q}.alpha": np.float32([np.nan])}, "has alpha nan and rank 2"),
     "alphas": (lora(f"unet.{Q}", 32) | {f"unet.{Q}.alpha": normal(2)}, r"the alpha of .* has shape \[2\]"),
-    "twice": (pairs(f"unet.{Q}", Q), rf"changes {Q}.weight twice, by {Q} and by unet.{Q}"),
+    "twice": (pairs(f"unet.{Q}", Q), rf"a.safetensors: unet.{Q} changes {Q}.weight, and so does {Q}$"),
     "a model": (
         {"conv_in.weight": normal(2), "conv_in.bias": normal(2)},
         r"is no LoRA: 2 of its 2 keys are none's, as con",
     ),
     "unknown": (
         lora(f"unet.{Q}", 32) | {"unet.step": normal()},
-        r"1 keys are none that a LoRA has\n  unknown: unet.step$",
+        r"1 keys are none that a LoRA has\n  unknown: unet.step\nto leave them out: ",
     ),
     "OFT": ({f"lora_unet_{Q}.oft_blocks": normal(2)}, r"is OFT, which is not implemented; implemented: LoRA with conv"),
     "GLoRA": ({"lora_unet_x.a1.weight": normal(2)}, "is GLoRA, which is not implemented"),
@@ -400,6 +403,16 @@ def test_wrong_files(model, tmp_path, case):
     tensors, text = WRONG[case]
     with pytest.raises(CheckpointError, match=text):
         plan({written(tmp_path / "a.safetensors", tensors): 1.0}, model)
+
+
+def test_what_may_be_left_out(model, tmp_path):
+    """By patterns of names, where they have no place; what has one is merged none the less."""
+    tensors = pairs(f"unet.{Q}", "unet.other", "transformer.x") | {"unet.step": normal()}
+    path = written(tmp_path / "a.safetensors", tensors)
+    found = plan({path: 1.0}, model, convert.permitted(["unet.*", "transformer.*"])).changes
+    assert list(found["unet"]) == [f"{Q}.weight"]
+    with pytest.raises(CheckpointError, match=r"changes transformer \(transformer.x\), which is not in this model"):
+        plan({path: 1.0}, model, convert.permitted("unet.*"))
 
 
 def test_values_that_are_not_finite(model, tmp_path):

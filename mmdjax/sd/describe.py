@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from mmdjax._core.extras import installed
 from mmdjax.checkpoint import CheckpointError, open_safetensors
-from mmdjax.sd.files.convert import shape_of
+from mmdjax.sd.files.convert import permitted, shape_of
 from mmdjax.sd.files.lora import plan
 from mmdjax.sd.models import Component, load_models, local_path
 from mmdjax.sd.pack import FORMAT, load_references
@@ -37,8 +37,9 @@ def describe(path: str | Path, *, batch_size: int | None = None, dtype: Any = jn
     path = local_path(path, how.get("variant"))
     rest = {name: how.pop(name) for name in ("scheduler", "tokenizer") if name in how}
     lora, inversion = (how.pop(name, None) or {} for name in ("lora", "textual_inversion"))
+    permits = permitted(how.get("allow_unused", ()))
     found = load_models(path, put=shape_of, dtype=dtype, **how)
-    lines = [str(path), "", *_table(found), "", *plan(lora, found).said]
+    lines = [str(path), "", *_table(found), "", *plan(lora, found, permits).said]
     if inversion:
         rest["tokenizer"], new = with_tokens(path, found, rest.get("tokenizer"), inversion)
         lines += [f"{', '.join(inversion)}: {len(rows.rows)} new vectors of {name}" for name, rows in new.items()]

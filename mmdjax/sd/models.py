@@ -190,7 +190,7 @@ def load_models(
     how = _How(dtype, param_dtype, flash, remat, put, progress, new_rows=new_rows or {}, **rest)
     if lora:
         plain = _How(dtype, None, False, False, convert.shape_of, False, **rest)
-        changes = plan(lora, _load(path, variant, plain, ema, configs, parts)).changes
+        changes = plan(lora, _load(path, variant, plain, ema, configs, parts), convert.permitted(allow_unused)).changes
         how = how._replace(changes=changes)
     found = _load(path, variant, how, ema, configs, parts)
     if clip_skip is not None and not any(isinstance(component.module, CLIPText) for component in found.values()):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from mmdjax._core.extras import optional
 from mmdjax.checkpoint import read_json
 from mmdjax.sd.families import ENCODERS, TOKENIZERS, family_of
-from mmdjax.sd.files.convert import shape_of, to_device
+from mmdjax.sd.files.convert import permitted, shape_of, to_device
 from mmdjax.sd.files.inversion import NewRows, add_tokens
 from mmdjax.sd.files.lora import plan
 from mmdjax.sd.files.places import open_file
@@ -131,7 +131,7 @@ def outline(
         allow_unused=allow_unused,
         put=shape_of,
     )
-    plan(lora or {}, found)
+    plan(lora or {}, found, permitted(allow_unused))
     if textual_inversion:
         tokenizer, _ = with_tokens(path, found, tokenizer, textual_inversion)
     return assemble(path, found, scheduler=scheduler, tokenizer=tokenizer)

@@ -235,10 +235,9 @@ def test_peft_folder(tmp_path, kind):
 
 
 TRANSFORMERS = {
-    "sd3": lambda: diffusers.SD3Transformer2DModel(**tm.SD3),
+    "sd3": lambda: diffusers.SD3Transformer2DModel(**tm.SD3["medium35"]),
     "flux": lambda: diffusers.FluxTransformer2DModel(**tm.FLUX),
     "flux2": lambda: diffusers.Flux2Transformer2DModel(**tm.FLUX2),
-    "pixart": lambda: diffusers.PixArtTransformer2DModel(**tm.PIXART),
 }
 IN_TRANSFORMERS = re.compile(
     r"attn\d?\.(to_[qkv]|to_out\.0|to_add_out|add_[qkv]_proj|to_qkv_mlp_proj|to_out)$|ff(_context)?\.(net\.(0\.proj|2)|linear_in)$"
@@ -252,25 +251,20 @@ def test_transformers(tmp_path, name, dialect):
     """Their names are found without a word about any family."""
     model, rng = tm.randomise(TRANSFORMERS[name]()), np.random.default_rng(0)
     model.save_pretrained(tmp_path / "transformer")
-    plain = {k: v.numpy().copy() for k, v in model.state_dict().items()}
+    plain = {k: v.detach().numpy().copy() for k, v in model.named_parameters()}
     places = {k: factors(rng, shape) for k, shape in layers(model, IN_TRANSFORMERS).items() if len(shape) > 1}
-    peft_names = {
-        f"transformer.{k}.lora_{end}.weight": pair[i] for k, pair in places.items() for i, end in enumerate("AB")
-    }
-    written = peft_names
-    if dialect == "kohya":
-        stems = {k: "lora_transformer_" + k.replace(".", "_") for k in places}
-        written = {
-            f"{stems[k]}.lora_{end}.weight": x
-            for k, pair in places.items()
-            for x, end in zip(pair, ("down", "up"), strict=True)
-        }
-        written |= {f"{stem}.alpha": np.array(RANK, np.float32) for stem in stems.values()}
-    save_file(written, tmp_path / "a.safetensors")
-    model.load_lora_adapter({k: torch.from_numpy(v) for k, v in peft_names.items()}, prefix="transformer")
+    file, adapter = {}, {}
+    for key, (down, up) in places.items():
+        adapter |= {f"{key}.lora_A.weight": torch.from_numpy(down), f"{key}.lora_B.weight": torch.from_numpy(up)}
+        stem, ends = f"transformer.{key}", ("lora_A.weight", "lora_B.weight")
+        if dialect == "kohya":
+            stem, ends = "lora_transformer_" + key.replace(".", "_"), ("lora_down.weight", "lora_up.weight")
+        file |= {f"{stem}.{ends[0]}": down, f"{stem}.{ends[1]}": up}
+    save_file(file, tmp_path / "a.safetensors")
+    model.load_lora_adapter(adapter, prefix=None)
     model.fuse_lora(lora_scale=0.7)
     model.unload_lora()
-    merged = {k: v.numpy() for k, v in model.state_dict().items()}
+    merged = {k: v.detach().numpy() for k, v in model.named_parameters()}
     found = load_models(tmp_path / "transformer", lora={tmp_path / "a.safetensors": 0.7})["transformer"].params
     found = {"transformer": {k: e.read() for k, e in params_to_torch(found).items()}}
     assert same(found, {"transformer": merged}, {"transformer": plain}) == len(places)

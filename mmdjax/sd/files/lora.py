@@ -30,6 +30,7 @@ import numpy as np
 from mmdjax.checkpoint import Checkpoint, CheckpointError, Entry
 from mmdjax.sd.files import compvis, convert, single_sd3
 from mmdjax.sd.files.compvis import FluxNetwork, Source
+from mmdjax.sd.files.differences import REMEDY
 from mmdjax.sd.files.lora_files import LoRAFile, open_lora
 from mmdjax.sd.files.single_flux import Rows
 from mmdjax.sd.files.updates import Update
@@ -89,12 +90,15 @@ class Merges(NamedTuple):
     said: list[str]
 
 
-def plan(lora: Mapping[Any, Any], components: Mapping[str, Any]) -> Merges:
+def plan(
+    lora: Mapping[Any, Any], components: Mapping[str, Any], permits: Callable[[str], bool] = lambda name: False
+) -> Merges:
     """Where every tensor of LoRA files goes in a model. Only headers and alphas are read.
 
     Args:
       lora: strength by file or folder; a number, or numbers by component: the others are then left as they are.
       components: `Component` by name; of the parameters only the shapes are used.
+      permits: whether what has this name in a file may be left out, where it has no place in the model.
     Raises:
       TypeError, ValueError: `lora` is of another kind; a strength is not finite, or for a component that is not there.
       FileNotFoundError: no such file.
@@ -111,7 +115,7 @@ def plan(lora: Mapping[Any, Any], components: Mapping[str, Any]) -> Merges:
     merges = Merges({}, [])
     for path, strength in lora.items():
         strengths = _strengths(path, strength, components)
-        _place(open_lora(path), strengths, index, merges)
+        _place(open_lora(path, permits), strengths, index, merges, permits)
     return merges
 
 
@@ -212,16 +216,17 @@ def _read_name(name: str, index: Mapping[str, Any]) -> tuple[tuple[str, ...], st
     return components, name.replace(".processor.", ".")
 
 
-def _place(file: LoRAFile, strengths: Callable, index: Mapping[str, Mapping], merges: Merges) -> None:
+def _place(
+    file: LoRAFile, strengths: Callable, index: Mapping[str, Mapping], merges: Merges, permits: Callable[[str], bool]
+) -> None:
     """Add what a file does to the changes, or raise one error about all that does not fit."""
     found: dict[tuple[str, str], Change] = {}
-    astray = _Astray({}, [], [])
-    total = 0
+    astray, total = _Astray({}, [], []), 0
     for name in file.modules:
         components, rest = _read_name(name, index)
         wanted = [component for component in components if strengths(component) is not None]
         present = [component for component in wanted if component in index]
-        if wanted and not present:
+        if wanted and not present and not permits(name):
             astray.absent.setdefault(wanted[0], []).append(name)
         if not present:
             continue
@@ -229,27 +234,12 @@ def _place(file: LoRAFile, strengths: Callable, index: Mapping[str, Mapping], me
         for leaf, update in file.updates(present[0], name, rest):
             place = f"{_joined(rest)}_{leaf}"
             groups = [index[component][place] for component in present if place in index[component]]
-            fitting = [group for group in groups if update.fits(_whole(group))]
-            if not groups:
-                astray.homeless.append(name)
-            elif not fitting:
-                astray.unlike.append((name, update.shape, groups[0]))
-            elif len(fitting) > 1:
-                one, two = (group[0].component for group in fitting[:2])
-                raise CheckpointError(
-                    f"{file.source}: {name} may be of {one} or of {two}; give the strength by component, such as "
-                    f"lora={{file: {{{one!r}: 1.0}}}}"
-                )
-            for home in fitting[0] if fitting else ():
+            if not groups and permits(name):
+                continue
+            for home in _homes(name, update, groups, astray):
                 where = (home.component, home.key)
                 if where in found:
-                    raise CheckpointError(
-                        f"{file.source} changes {home.key} twice, by {found[where].name} and by {name}"
-                    )
-                if home.source is not None and update.magnitudes:
-                    raise CheckpointError(
-                        f"{file.source}: {name} is a DoRA of {len(fitting[0])} parameters in one; not implemented"
-                    )
+                    raise CheckpointError(f"{update.name} changes {home.key}, and so does {found[where].name}")
                 found[where] = Change(name, strengths(home.component), update, home.source)
     astray.check(file.source, total, tuple(index))
     if not found:
@@ -262,6 +252,26 @@ def _place(file: LoRAFile, strengths: Callable, index: Mapping[str, Mapping], me
         for component, count in counts.items()
         if count
     )
+
+
+def _homes(name: str, update: Update, groups: list[list[Home]], astray: "_Astray") -> list[Home]:
+    """The parameters that an update changes, of those that its name may mean; none, and a note, if it fits nowhere."""
+    fitting = [group for group in groups if update.fits(_whole(group))]
+    if len(fitting) > 1:
+        one, two = (group[0].component for group in fitting[:2])
+        raise CheckpointError(
+            f"{update.name} may be of {one} or of {two}; give the strength by component, such as "
+            f"lora={{file: {{{one!r}: 1.0}}}}"
+        )
+    if not groups:
+        astray.homeless.append(name)
+    elif not fitting:
+        astray.unlike.append((name, update.shape, groups[0]))
+    elif update.magnitudes and fitting[0][0].source is not None:
+        raise CheckpointError(
+            f"{update.name} is a DoRA of {len(fitting[0])} parameters in one, which is not implemented"
+        )
+    return fitting[0] if fitting else []
 
 
 def _whole(group: list[Home]) -> tuple[int, ...]:
@@ -298,6 +308,7 @@ class _Astray(NamedTuple):
                 f"{len(told)} another shape"
             )
             lines += [f"  no place: {name}" for name in self.homeless] + [f"  shape: {text}" for text in told]
+            lines += [REMEDY.format(self.homeless[0])] if self.homeless else []
         if lines:
             raise CheckpointError("\n".join(lines))
 

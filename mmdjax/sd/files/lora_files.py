@@ -14,7 +14,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ import numpy as np
 
 from mmdjax.checkpoint import Checkpoint, CheckpointError, read_json
 from mmdjax.sd.files import convert
+from mmdjax.sd.files.differences import REMEDY
 from mmdjax.sd.files.places import open_file
 from mmdjax.sd.files.updates import Update
 
@@ -111,9 +112,11 @@ class LoRAFile(NamedTuple):
         return alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
 
 
-def open_lora(path: str | Path) -> LoRAFile:
+def open_lora(path: str | Path, permits: Callable[[str], bool] = lambda key: False) -> LoRAFile:
     """A LoRA's file, or its folder as PEFT and diffusers write it.
 
+    Args:
+      permits: whether a key may be left out that no LoRA has.
     Raises:
       FileNotFoundError: there is none.
       CheckpointError: it is damaged, or holds something else.
@@ -133,7 +136,7 @@ def open_lora(path: str | Path) -> LoRAFile:
     file = open_file(path)
     if "lora_adapter_metadata" in file.metadata:
         settings = _metadata(file)
-    return LoRAFile(file.source, _modules(file), settings)
+    return LoRAFile(file.source, _modules(file, permits), settings)
 
 
 def _metadata(file: Checkpoint) -> Mapping[str, Mapping[str, Any]]:
@@ -149,7 +152,7 @@ def _metadata(file: Checkpoint) -> Mapping[str, Mapping[str, Any]]:
     return found
 
 
-def _modules(file: Checkpoint) -> dict[str, dict[str, Any]]:
+def _modules(file: Checkpoint, permits: Callable[[str], bool]) -> dict[str, dict[str, Any]]:
     """The tensors by module and part."""
     convert.refuse_foreign(file, changes=True)
     for pattern, name in OTHERS:
@@ -164,11 +167,12 @@ def _modules(file: Checkpoint) -> dict[str, dict[str, Any]]:
                 found.setdefault(key[: match.start()], {})[part.format(**match.groupdict())] = stored
                 break
         else:
-            unknown.append(key)
+            unknown += [] if permits(key) else [key]
     if len(unknown) > len(file) / 2:
         few = ", ".join(unknown[:FEW])
         raise CheckpointError(f"{file.source} is no LoRA: {len(unknown)} of its {len(file)} keys are none's, as {few}")
     if unknown:
         lines = [f"{file.source}: {len(unknown)} keys are none that a LoRA has", *(f"  unknown: {k}" for k in unknown)]
+        lines.append(REMEDY.format(unknown[0]))
         raise CheckpointError("\n".join(lines))
     return found
