@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import sd_tiny
 import sd_toys
-from ml_dtypes import float8_e4m3fn, float8_e5m2
+from ml_dtypes import bfloat16, float8_e4m3fn, float8_e5m2
 from safetensors.numpy import load_file, save_file
 
 from mmdjax.checkpoint import Checkpoint, CheckpointError, Entry, write_safetensors
 from mmdjax.sd import load, load_component, load_models
 from mmdjax.sd.describe import shape_of
+from mmdjax.sd.files import convert
 from mmdjax.sd.files.places import download, open_file, open_folder
 from mmdjax.sd.files.quantised import scaled
 
@@ -79,6 +80,16 @@ def test_weights_in_eight_bits(text, dtype):
     kernel = params["text_model.encoder.layers.0"]["mlp.fc1"]["kernel"]
     expected = tensors["text_model.encoder.layers.0.mlp.fc1.weight"].astype(np.float32).T
     np.testing.assert_array_equal(kernel, expected)
+
+
+def test_values_that_eight_bits_cannot_hold():
+    """They would become NaN, or infinite, without a word."""
+    kept = convert.cast(np.float32([448, -448]), float8_e4m3fn, "w")
+    np.testing.assert_array_equal(kept.astype(np.float32), [448, -448])
+    for stored in (np.float32, np.float16, bfloat16, float8_e5m2):
+        with pytest.raises(CheckpointError, match="w holds values beyond float8_e4m3fn's largest, 448"):
+            convert.cast(np.asarray([1, -1024], stored), float8_e4m3fn, "w")
+    assert convert.cast(np.asarray([1024], float8_e5m2), float8_e5m2, "w")[0] == 1024
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,15 @@ def test_eight_bit_floats(tmp_path, dtype):
             assert found.keys() == values.keys()
             for key, value in values.items():
                 np.testing.assert_array_equal(np.asarray(found[key], np.float32), value.numpy())
-        assert load_component(tmp_path / "x", param_dtype=jnp.float32).params["text_model.final_layer_norm"]
+        module, params, _ = load_component(tmp_path / "x", param_dtype=jnp.float32)
+        ids = np.arange(12)[None]
+        whole = jax.jit(module.apply)({"params": params}, ids).last
+        with torch.no_grad():
+            model.load_state_dict(values)
+            assert tm.relative(whole, model(torch.from_numpy(ids)).last_hidden_state) < TOLERANCE
+        kept = load_component(tmp_path / "x").params  # in 8 bits, where there is no scale; computed with in float32
+        assert kept["text_model.final_layer_norm"]["scale"].dtype.itemsize == 1
+        np.testing.assert_array_equal(jax.jit(module.apply)({"params": kept}, ids).last, whole)
 
 
 @pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler"])

@@ -132,17 +132,20 @@ def cast(array: np.ndarray, dtype: Any, what: str) -> np.ndarray:
     """The array in another dtype; None leaves it.
 
     Raises:
-      CheckpointError: it holds values that the dtype cannot, which would become infinite; `what` is its name.
+      CheckpointError: it holds values that the dtype cannot, which would become infinite or NaN; `what` is its name.
     """
-    if dtype is None:
+    if dtype is None or array.dtype == dtype:
         return array
-    if array.dtype == jnp.bfloat16:
-        array = array.astype(np.float32)  # whose casts report an overflow
+    if array.dtype.kind == "V":  # bfloat16 and the like, whose casts report no overflow
+        array = array.astype(np.float32)
+    largest = float(jnp.finfo(dtype).max)
     try:
         with np.errstate(over="raise"):
+            if jnp.dtype(dtype).itemsize == 1 and np.abs(array).max(initial=0) > largest:  # nor do casts to 8 bits
+                raise FloatingPointError
             return array.astype(dtype, copy=False)
     except FloatingPointError as error:
-        name, largest = jnp.dtype(dtype).name, float(jnp.finfo(dtype).max)
+        name = jnp.dtype(dtype).name
         raise CheckpointError(
             f"{what} holds values beyond {name}'s largest, {largest:,.0f}; give param_dtype=jnp.bfloat16, which has a "
             "larger range, or None"
