@@ -13,6 +13,7 @@
     avoid         samples to keep away from
     bound         the guidance with its references, applied at each step
     wrappers      guide_denoiser, guide_sampler
+    advice        what users are told at run time
     paper         the published rule
 
 References:

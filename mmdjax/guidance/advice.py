@@ -1,7 +1,7 @@
 """What users are told at run time: that guidance will not do what it is meant to, why, and what to do.
 
-Everything is a `GuidanceWarning`, said once a call, from values that the call has anyway, and never inside `jit`, where
-there are none. Each function here returns the message, or None where all is well; `Advisor` says them.
+Everything is a `GuidanceWarning`, said once a call, from values that the call has anyway; inside `jit` there are none.
+Each function here returns the message, or None where all is well; `Advisor` says them.
 
     before a run    the scale, the number of references, conditions that no reference has, a sample on its own
     after it        a kernel that reaches no reference, references in another range than the model's samples
@@ -101,7 +101,8 @@ class Advisor:
 
     def reach(self, guidance: MMDGuidance, kernel: Kernel, moved: Any) -> None:
         """What the samples' moves have shown."""
-        self.say(of_reach, of_reach(guidance, kernel, np.asarray(moved)))
+        if of_conditions not in self._said:  # which may be why nothing moved
+            self.say(of_reach, of_reach(guidance, kernel, np.asarray(moved)))
 
     def range(self, name: str, points: Particles, low: Any, high: Any) -> None:
         """What x̂0 has shown beside references, or samples to avoid, of that name."""
@@ -169,7 +170,7 @@ def of_conditions(kernel: Kernel, refs: Particles, cond: Any) -> str | None:
         return None
     if not is_concrete((kernel, refs.cond, refs.weight, cond)):
         return None
-    lacks = np.flatnonzero(np.asarray(_lacks(kernel, *whole((cond, refs.cond, refs.weight)))))
+    lacks = np.flatnonzero(np.asarray(_lacks(*whole((kernel, cond, refs.cond, refs.weight)))))
     if not lacks.size:
         return None
     count = len(jax.tree.leaves(cond)[0])
