@@ -56,7 +56,7 @@ def test_quiet_runs_are_kept_and_have_the_same_bits(model, refs, tmp_path):
     assert shown.returncode == 0
     assert "sampling: 100%" in shown.stderr
     assert "MISS for 'jit__sample'" in shown.stderr
-    assert "jit__decode" in kept
+    assert "jit_decode_whole" in kept
     assert "jit__sample" not in kept
     quiet, kept = run([*words, "--out", tmp_path / "quiet", "--quiet"], tmp_path / "cache-quiet")
     assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")

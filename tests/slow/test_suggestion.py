@@ -182,6 +182,7 @@ def test_the_rule(name):
     assert _choose(trials, np.full(50, 1 / 50))[0] == expected
 
 
+@pytest.mark.filterwarnings("ignore:scale is 1e.30:mmdjax.GuidanceWarning")  # which is one of the candidates
 def test_the_first_of_equals_is_chosen():
     """Of one candidate written twice, the first; and a candidate that breaks is passed over."""
     one, same = (MMDGuidance(kernel=IMQ(NearestNeighbour(4.0))) for _ in range(2))
@@ -246,6 +247,7 @@ def test_smoothness_multiplies_every_bandwidth_between_samples(kernel, wider):
     assert varied == MMDGuidance(kernel=wider, precondition="none", scale=0.2, at="sample")
 
 
+@pytest.mark.filterwarnings("ignore:9 references for 60 samples:mmdjax.GuidanceWarning")
 def test_few_references_keep_the_default_untried():
     guidance = MMDGuidance(at="sample")
     suggestion = suggest(KEPT[:9], guidance=guidance)
