@@ -51,4 +51,4 @@ class PixArt(Family):
     @property
     def pipeline_class(self):
         # of the smaller sizes both have the same networks; only model_index.json knows
-        return "PixArtAlphaPipeline" if self.network.config.sized else "PixArtSigmaPipeline"
+        return "PixArtAlphaPipeline" if self.network.config.conditions_on_size else "PixArtSigmaPipeline"

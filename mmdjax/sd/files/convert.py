@@ -129,11 +129,13 @@ def shape_of(array: np.ndarray) -> jax.ShapeDtypeStruct:
 
 
 def cast(array: np.ndarray, dtype: Any, what: str) -> np.ndarray:
-    """The array in another dtype; None leaves it.
+    """The array in another dtype. None leaves it, but takes 8-bit floats, which nothing computes with, to bfloat16.
 
     Raises:
       CheckpointError: it holds values that the dtype cannot, which would become infinite or NaN; `what` is its name.
     """
+    if dtype is None and array.dtype.name.startswith("float8"):
+        return array.astype(jnp.bfloat16)  # which holds every one of them
     if dtype is None or array.dtype == dtype:
         return array
     if array.dtype.kind == "V":  # bfloat16 and the like, whose casts report no overflow
