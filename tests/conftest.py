@@ -33,6 +33,17 @@ if os.environ.get("MMDJAX_TYPES", "0") != "0":
 MAPS, MANY = Path("/proc/self/maps"), 45_000  # Linux gives a process 65,530 memory mappings; a program takes some
 
 
+def pytest_collection_modifyitems(items):
+    """Slow tests guide many samples by few references, for other reasons than the result: no error of theirs.
+
+    What is said when, and when nothing is said, is for test_advice.py and the quick tests.
+    """
+    for item in items:
+        slow = item.get_closest_marker("slow") or "slow" in item.path.parts
+        if slow and item.path.name != "test_advice.py":
+            item.add_marker(pytest.mark.filterwarnings("ignore::mmdjax.GuidanceWarning"))
+
+
 def pytest_collection_finish(session):
     """What is imported by now stays: the collector of garbage need not look at it each time."""
     gc.collect()

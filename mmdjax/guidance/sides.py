@@ -48,7 +48,7 @@ class Sides:
       known: what `distances` returned for these particles, not to be computed again; (): nothing.
     """
 
-    kernel: Kernel | tuple[Kernel, Kernel]
+    kernel: Any  # a kernel, two of them, or none where nothing pulls
     rows: Particles
     refs: Any
     memory: Particles | None = None
