@@ -24,7 +24,7 @@ def condition(n=2, **change):
 
 
 def recorded(name):
-    arrays = load_file(FIXTURES / f"sd_{name}.safetensors")
+    arrays = {key: jnp.asarray(value) for key, value in load_file(FIXTURES / f"sd_{name}.safetensors").items()}
     cond = {key: arrays[key] for key in ("context", "pooled")}
     return json.loads((FIXTURES / f"sd_{name}.json").read_text())["config"], arrays, cond
 

@@ -274,7 +274,8 @@ def by_difference(of_pairs: list[Callable], d2: list[Array], close: list[Array],
             return i + 1, jax.lax.dynamic_update_index_in_dim(values, there, here, 0)
 
         _, values = jax.lax.while_loop(lambda state: state[0] < some.sum(), next_stretch, (0, stretches(d2)))
-        return jnp.split(values.reshape(-1)[:total].reshape(n, columns), firsts[1:-1], axis=1)
+        parts = jnp.split(values.reshape(-1)[:total].reshape(n, columns), firsts[1:-1], axis=1)
+        return [part.astype(before.dtype) for part, before in zip(parts, d2, strict=True)]
 
     any_close = functools.reduce(jnp.logical_or, (part.any() for part in close))
     return jax.lax.cond(any_close, recompute, lambda d2: d2, d2)
