@@ -86,7 +86,8 @@ class Barycentric(Radial, autodiff=True):
 
     def drawn(self, a, b, pulls):
         if b.x.ndim == 1:
-            towards = jax.lax.dynamic_update_slice_in_dim(jnp.zeros_like(a.x), pulls, b.x[0].astype(int), 1)
+            nowhere = jnp.zeros_like(a.x, pulls.dtype)
+            towards = jax.lax.dynamic_update_slice_in_dim(nowhere, pulls, b.x[0].astype(int), 1)
         else:
             towards = product(pulls, b.x)
         return towards - pulls.sum(1, keepdims=True) * a.x
