@@ -197,7 +197,8 @@ def test_single_ckpt(family, tmp_path):
 def test_single_file_says_what_it_is(family, tmp_path):
     """Configurations from shapes alone, apart from heads where the tiny models' are not the published ones'."""
     name, folder, components = family
-    save_file(single_file(name, components), tmp_path / "model.safetensors")
+    file = {key: value for key, value in single_file(name, components).items() if "resblocks.3." not in key}
+    save_file(file, tmp_path / "model.safetensors")
     text = {k: v for k, v in overrides(folder, components).items() if k == "unet" and name == "sdxl"}
     found = load_models(tmp_path / "model.safetensors", configs=text)
     for part, component in found.items():
@@ -205,6 +206,17 @@ def test_single_file_says_what_it_is(family, tmp_path):
         for field in FIELDS:
             if hasattr(ours, field):
                 assert getattr(ours, field) == getattr(theirs, field), (part, field)
+
+
+@pytest.mark.parametrize("family", ["sd2"], indirect=True)
+def test_openclip_h_is_used_without_its_last_layer(family, tmp_path):
+    """Of Stable Diffusion 2's text encoder a single file has all 24 layers, and the pipeline uses 23."""
+    _, _, components = family
+    file = single_file("sd2", components)
+    for key in [key for key in file if "resblocks.2." in key]:
+        file |= {key.replace("resblocks.2.", f"resblocks.{i}."): file[key].copy() for i in range(3, 24)}
+    save_file(file, tmp_path / "model.safetensors")
+    assert load_models(tmp_path / "model.safetensors")["text_encoder"].module.config.num_hidden_layers == 23
 
 
 def test_ema(tmp_path):
