@@ -435,7 +435,7 @@ def _x0_hat_of(lam, y, args):
 def _x0_hat(args, x, level, lam):
     params, model, bound, cond = args
     x0 = model.denoise(params, x, level, cond)
-    return x0 if bound is None else bound.denoised(x0, bound.init(x0), lam, level)[0]
+    return x0 if bound is None else bound.denoised(x0, bound.init(x0), lam, level, x)[0]
 
 
 def _signal(lam):

@@ -112,6 +112,8 @@ def allowed(kernel, at, rule):
     """Whether the guidance can be built: mass needs a kernel of the distance, "length" a length, "diffused" an RBF."""
     if at == "diffused" and not diffusable(kernel):
         return False
+    if rule == "shrunk" and at != "denoised":
+        return False
     needs = {"field": "mass", "shrunk": "mass", "mass": "mass", "length": "length", "none": "", "raw": ""}
     needs = needs[rule] if rule in needs else RULES[rule].needs
     if needs == "length":
@@ -119,6 +121,6 @@ def allowed(kernel, at, rule):
     return needs != "mass" or has_mass(kernel)
 
 
-def rules_of(kernel):
+def rules_of(kernel, at):
     """The rules that a kernel serves at a placement that it serves."""
-    return [rule for rule in RULES if allowed(kernel, "denoised", rule)]
+    return [rule for rule in RULES if allowed(kernel, at, rule)]

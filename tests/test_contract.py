@@ -58,7 +58,7 @@ def test_what_is_ruled_out_raises(kernel, at, rule):
     if allowed(KERNELS[kernel], at, rule):
         assert guidance_of(kernel, at, rule, "u").at == PLACEMENTS[at]
     else:
-        with pytest.raises(ValueError, match=r"none; use precondition|has no length|for RBF only"):
+        with pytest.raises(ValueError, match=r"none; use precondition|has no length|for RBF only|compares x̂0"):
             guidance_of(kernel, at, rule, "u")
 
 
@@ -75,7 +75,7 @@ IN_TURN = [(k, ANY[(i + j) % len(ANY)]) for i, k in enumerate(KERNELS) for j in 
 )
 def test_bound_guidance(kernel, at):
     """By a rule and an estimator in turn: finite and moved, and at scale 0 not at all."""
-    turn, rules = PAIRS.index((kernel, at)), rules_of(KERNELS[kernel])
+    turn, rules = PAIRS.index((kernel, at)), rules_of(KERNELS[kernel], at)
     check_bound([guidance_of(kernel, at, rules[turn % len(rules)], "uv"[turn // 2 % 2])])
 
 
@@ -107,7 +107,7 @@ def end_to_end():
     for (i, at), (j, sampler) in itertools.product(enumerate(PLACEMENTS), enumerate(CLASSES)):
         kernels = [kernel for kernel, where in PAIRS if where == at]
         kernel = kernels[(i * len(CLASSES) + j) % len(kernels)]
-        rules = rules_of(KERNELS[kernel])
+        rules = rules_of(KERNELS[kernel], at)
         yield sampler, kernel, at, rules[(i + j) % len(rules)], "uv"[j % 2]
 
 

@@ -1,6 +1,7 @@
 """Truths about the shift: its formula, its placements and its composition."""
 
 import functools
+import warnings
 from typing import Any
 
 import jax
@@ -33,9 +34,9 @@ from mmdjax._points.distances import spread2, subset
 from mmdjax.guidance import PLACEMENTS, RULES, AtSample, Denoised, Field, Placement, Rule, Shrunk
 from mmdjax.guidance.bound import bind, fit_kernel
 from mmdjax.guidance.field import balance_at
-from mmdjax.guidance.sides import Sides
 from mmdjax.guidance.wrappers import ROUNDING
 from mmdjax.kernels import NearestNeighbour, Neighbourhood
+from mmdjax.mixtures import mixture, mixture_model
 from mmdjax.schedules import Level, VPLinear
 
 # one program where the operations, each of them compiled for shapes that no other test has, would be fifty
@@ -149,43 +150,83 @@ def test_field_step_in_loops():
     np.testing.assert_allclose(neighbours(IMQ(c), Particles(Z), Particles(Y)), average, rtol=2e-4)  # t⁴
 
 
-def test_shrunk_step_in_loops():
-    """The averaged step of "field", each coordinate less its averaged sampling variance over the step, or 0."""
-    z, y, c, evidence = np.asarray(Z, np.float64), np.asarray(Y, np.float64), 1.3, 0.7
-    kernel, level = IMQ(c), Level(0.5, 0.8, 0.9)
-    b = float(balance_at(kernel.reach(), level))
-    rule, spread = Shrunk(evidence=evidence), spread2(Y, jnp.full(len(y), 1 / len(y)))
-    sides = Sides(kernel, Particles(Z), Particles(Y), reach=kernel.reach())
-    step, chance = np.zeros_like(z), np.zeros_like(z)
-    for i in range(len(z)):
-        total = np.zeros_like(z[0])
-        for points, sign in ((y, 1), (np.delete(z, i, axis=0), -1)):
-            s = (((z[i] - points) ** 2).sum(1) + c**2) ** -1.5 / len(points)
-            mean = s @ points / s.sum()
-            variance = s @ (points - mean) ** 2 / s.sum() * (s**2).sum()
-            if sign > 0:
-                p, pull, of_pull = s.sum(), s @ (points - z[i]), variance
-            else:
-                f = min(1.0, (p / s.sum()) ** b)
-                larger, q = max(p, f * s.sum()), s.sum()
-                total = (pull - f * (s @ (points - z[i]))) / larger
-                of_both = (of_pull + f**2 * variance) / larger**2
-        near = 1 / (1 + (((z[i] - y) ** 2).sum(1).min() / (rule.far * float(spread))) ** 8)
-        step[i] = total
-        chance[i] = evidence * b * near * min(p, q) / max(p, q) * of_both
-    average = np.asarray(neighbours(kernel, Particles(Z), Particles(Y), spread2=spread), np.float64)
-    step, chance = average @ step, average @ chance
-    expected = np.where(step**2 > chance, step - chance / step, 0.0)
-    assert 0 < (expected == 0).mean() < 1  # some coordinates move, some do not
-    found = -rule.direction(sides, rule.prepare(sides, level, spread))
-    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)  # float32, and a difference beside a threshold
+def part_in_loops(x, x0, y, noise, level, evidence):
+    """1 − evidence E/MMD² of pairs (x, x0) and (α y + σ ε, y), biased; E as the variance of a mean of m features."""
+    c, s2 = y.mean(0), ((y - y.mean(0)) ** 2).sum(1).mean()
+    width2 = level.alpha**2 * s2 + level.sigma**2 * y.shape[1]
+
+    def k(a, b):
+        return (1 + (a[1] - c) @ (b[1] - c) / s2) / np.sqrt(width2 + ((a[0] - b[0]) ** 2).sum())
+
+    p, q = list(zip(x, x0, strict=True)), list(zip(level.alpha * y + level.sigma * noise, y, strict=True))
+    among, across, own = (
+        np.array([[k(a, b) for b in right] for a in left]) for left, right in ((p, p), (p, q), (q, q))
+    )
+    m = len(y)
+    error = (np.trace(own) / m - (own.sum() - np.trace(own)) / (m * (m - 1))) / m
+    return 1 - evidence * error / (among.mean() - 2 * across.mean() + own.mean())
+
+
+def test_part_in_loops():
+    rule, level = Shrunk(evidence=2.0), Level(0.5, 0.8, 0.6)
+    x, y = Z + 0.3, Y
+    noise = jax.random.normal(jax.random.key(0), y.shape)
+    expected = part_in_loops(*(np.asarray(v, np.float64) for v in (x, Z, y, noise)), level, 2.0)
+    assert 0.1 < expected < 0.9
+    seen = rule.from_refs(Particles(y), lambda function, y: function(y, y))
+    np.testing.assert_allclose(rule.part(x, Z, level, seen, 0.0), expected, rtol=1e-4)
+    assert rule.part(x, Z, level, seen, 0.95) == np.float32(0.95)  # the largest so far
+
+
+@pytest.mark.parametrize("part", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("dimensions", [3, 60])  # 60: inner steps among known distances
+def test_a_part_of_the_whole_shift(part, dimensions):
+    """x̂0 moves by so much of what "field" moves it by, and the trace has MMD² there."""
+
+    class Fixed(Field):
+        def part(self, x, x0, level, seen, before):
+            return jnp.float32(part)
+
+    x, refs = (jax.random.normal(jax.random.key(i), (n, dimensions)) for i, n in ((1, 6), (2, 9)))
+    found = {}
+    for rule in (Fixed(), Field()):
+        guidance = MMDGuidance(precondition=rule)
+        bound = bind(guidance, fit_kernel(guidance, Particles(refs)), Particles(refs))
+        found[type(rule)] = bound.denoised(x, bound.init(x), 0.5, VPLinear()(0.3), x)
+    moved, state = found[Fixed]
+    whole = found[Field][0]
+    assert jnp.abs(whole - x).max() > 0.1
+    np.testing.assert_allclose(moved, x + part * (whole - x), rtol=1e-4, atol=1e-5)
+    kernel = fit_kernel(MMDGuidance(), Particles(refs))
+    np.testing.assert_allclose(state.mmd2, mmdjax.mmd2(kernel, moved, refs, estimator="u"), rtol=1e-3, atol=1e-5)
 
 
 def test_shrunk_without_evidence_is_the_default():
-    sides = Sides(IMQ(1.3), Particles(Z), Particles(Y), reach=1.3)
-    level, seen = Level(0.5, 0.8, 0.9), spread2(Y, jnp.full(11, 1 / 11))
-    steps = [rule.direction(sides, rule.prepare(sides, level, seen)) for rule in (Shrunk(evidence=0.0), Field())]
-    np.testing.assert_allclose(*steps, rtol=1e-4, atol=1e-5)  # float32, two ways of summing
+    model = mixture_model(2)
+    prior = mixture([[-2.0, 0.0], [2.0, 0.0]], 0.5)
+    refs = jax.random.normal(jax.random.key(1), (10, 2)) * 0.5 + jnp.array([2.0, 0.0])
+    run = lambda rule: mmdjax.guided_sample(
+        prior,
+        jax.random.key(0),
+        refs,
+        model=model,
+        num_samples=12,
+        num_steps=6,
+        guidance=MMDGuidance(precondition=rule),
+    )
+    np.testing.assert_allclose(run(Shrunk(evidence=0.0)).x, run(Field()).x, rtol=1e-4, atol=1e-5)
+
+
+def test_shrunk_and_placements():
+    with pytest.raises(ValueError, match=r"precondition='shrunk' compares x̂0 .*at=\"clean\" moves x_s; use at="):
+        MMDGuidance(precondition="shrunk", at="clean")
+
+
+def test_one_reference_is_followed():
+    """Nothing says how far it is from others: "shrunk" is "field"."""
+    rule, y = Shrunk(), jnp.ones((1, 3))
+    seen = rule.from_refs(Particles(y), lambda function, y: function(y, y))
+    assert rule.part(jnp.zeros((4, 3)), jnp.zeros((4, 3)), Level(0.5, 0.8, 0.6), seen, 0.0) == 1
 
 
 def test_evidence_is_a_number_that_is_not_negative():
@@ -196,15 +237,24 @@ def test_evidence_is_a_number_that_is_not_negative():
 
 
 def test_shrunk_leaves_chance_alone():
-    """Of 20 references from the batch's own Gaussian little is followed; of references elsewhere nearly all."""
-    z, y = (jax.random.normal(jax.random.key(i), (n, 8)) for i, n in ((0, 40), (1, 20)))
+    """Of 20 references from the model's own distribution little is followed; of references elsewhere nearly all."""
+    rng = np.random.default_rng(0)
+    means = 2 * rng.normal(size=(12, 16))
+    draw = lambda some: (means[rng.choice(some, 20)] + 0.5 * rng.normal(size=(20, 16))).astype(np.float32)
+    own, elsewhere = draw(range(12)), draw([1, 4, 6])
+    model, prior = mixture_model(16), mixture(means, 0.5)
 
-    def length(rule, refs):
-        sides = Sides(IMQ(2.0), Particles(z), Particles(refs), reach=2.0)
-        return float(jnp.linalg.norm(rule.direction(sides, rule.prepare(sides, Level(0.0, 1.0, 0.0), None))))
+    def moved(refs, rule):
+        run = functools.partial(
+            mmdjax.guided_sample, prior, jax.random.key(0), model=model, num_samples=100, num_steps=20
+        )
+        plain, guided = run(None).x, run(refs, guidance=MMDGuidance(precondition=rule)).x
+        return float(jnp.linalg.norm(guided - plain, axis=1).mean())
 
-    assert length(Shrunk(), y) < 0.5 * length(Field(), y)
-    assert length(Shrunk(), y + 3.0) > 0.9 * length(Field(), y + 3.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", mmdjax.GuidanceWarning)
+        assert moved(own, "shrunk") < 0.25 * moved(own, "field")
+        assert moved(elsewhere, "shrunk") > 0.8 * moved(elsewhere, "field")
 
 
 def test_balance_is_on_when_noise_is_below_the_kernels_reach():

@@ -97,7 +97,8 @@ class MMDGuidance:
         "field": "mass", with steps averaged over neighbours in the batch, so that few references are not copied, and
         the push between particles weakened at low noise.
         "shrunk": "field", less what the references' sampling error could explain: for fewer than 50 references, or
-        where they differ little from what the model makes. Attributes of few pixels may be taken for chance, too.
+        where they differ little from what the model makes. Attributes of few pixels may be taken for chance, too. Only
+        for "denoised". With samples to avoid it is "field".
         "mass": a mean-shift step, which is bounded. Like "field" it needs a kernel of the distance: `IMQ`, `RBF`,
         `Laplacian`, `Matern32`, `Matern52`, `RationalQuadratic`, `Energy`, a `Sum` or `Product` of these on samples.
         "length": the kernel's length squared, such as its bandwidth squared, so that the shift is a length. For kernels
@@ -163,6 +164,11 @@ class MMDGuidance:
                 raise ValueError(
                     f"window is ({start:g}, {end:g}); it needs 0 <= start < end <= 1, fractions of the steps"
                 )
+        if self.rule.weighs and not (self.placement.moves == "x0_hat" and self.placement.clean):
+            raise ValueError(
+                f"precondition={shown(self.precondition)} compares x̂0 with clean references, and {self.where} moves "
+                'x_s; use at="denoised"'
+            )
         if self.kernel is not None:
             object.__setattr__(self, "kernel", as_kernel(self.kernel))
             named = self.precondition or self.placement.rule

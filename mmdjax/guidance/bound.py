@@ -38,6 +38,7 @@ class GuidanceState:
       unshifted: x before the last shift where the placement's memory wants it, else ().
       moved: the share of the samples that the last shift moved at all; −1 outside of the window.
       relative: the length of the last shift beside the model's own move (the trace).
+      part: how much of the last shift was made, where the rule says so (`Rule.part`), else ().
     """
 
     transform: Any
@@ -46,6 +47,7 @@ class GuidanceState:
     unshifted: Any
     moved: Any
     relative: Any
+    part: Any
 
 
 @pytree
@@ -86,7 +88,12 @@ class BoundGuidance:
         per_sample_state = () if transform is None else jax.vmap(transform.init)(x.astype(wide))
         zero = jnp.zeros((), wide)
         unshifted = x if self.guidance.placement.keeps_unshifted else ()
-        return GuidanceState(per_sample_state, zero, zero, unshifted, zero, zero)
+        return GuidanceState(per_sample_state, zero, zero, unshifted, zero, zero, zero if self.weighs else ())
+
+    @property
+    def weighs(self) -> bool:
+        """Whether the rule makes only a part of each shift; not where samples are avoided, from which all moves."""
+        return self.guidance.rule.weighs and self.refs is not None and self.avoid is None
 
     def active(self, fraction: Any) -> Any:
         """Whether a fraction of the steps lies in the window."""
@@ -94,10 +101,24 @@ class BoundGuidance:
         return (fraction >= start) & (fraction < end)
 
     def denoised(
-        self, x0: Array, state: GuidanceState, fraction: Any, level: Level | None = None
+        self, x0: Array, state: GuidanceState, fraction: Any, level: Level | None = None, x: Array | None = None
     ) -> tuple[Array, GuidanceState]:
-        """x̂0 [n, ...] of points at a level, moved against clean references; `fraction` of the steps is done."""
-        return self._guide(x0, state, fraction, level, (self.kernel, self.refs, self.memory), self.avoid, None)
+        """x̂0 [n, ...] of points x at a level, moved against clean references; `fraction` of the steps is done.
+
+        Where the rule makes a part of each shift, all of it is made without x.
+        """
+        if self.weighs:
+            part = jnp.ones((), wide_dtype(x0)) if x is None else self._part(x, x0, level, state.part)
+            state = replace(state, part=part)
+        compared = self.kernel, self.refs, self.memory
+        return self._guide(x0, state, fraction, level, compared, self.avoid, None)
+
+    def _part(self, x, x0, level, before):
+        wide = wide_dtype(x0)
+        x, x0 = self.layout.join_all((x.astype(wide), x0.astype(wide)))
+        x, x0, level, seen, before = jax.lax.stop_gradient((x, x0, level, self.seen, before))
+        found = self.guidance.rule.part(x, x0, level, seen, before)
+        return jax.lax.stop_gradient(jnp.asarray(found, wide))
 
     def after_step(
         self, key: Array, x: Array, state: GuidanceState, fraction: Any, t: Level, s: Level
@@ -146,7 +167,7 @@ class BoundGuidance:
         around = None if level is None else self.around
         numbers = {"scale": scale, "length": length, "level": level, "reach": reach, "seen": seen, "around": around}
         numbers = jax.tree.map(lambda v: jnp.asarray(v, wide), numbers) | {"active": self.active(fraction)}
-        numbers["refs_own"] = self.refs_own
+        numbers |= {"refs_own": self.refs_own, "part": state.part if self.weighs else None}
         numbers["avoiding"] = False if avoid is None else avoid.active(fraction)
         avoided, apart = None, avoid
         if avoid is not None:
@@ -167,7 +188,8 @@ class BoundGuidance:
         moved = jnp.where(guides, moved, -1.0)
         transform_state = jax.tree.map(lambda new, old: new.astype(old.dtype), transform_state, state.transform)
         unshifted = x if placement.keeps_unshifted else ()
-        return z.astype(x.dtype), GuidanceState(transform_state, mmd2, norm, unshifted, moved, state.relative)
+        trace = mmd2, norm, unshifted, moved, state.relative
+        return z.astype(x.dtype), GuidanceState(transform_state, *trace, state.part)
 
     def beside(self, state: GuidanceState, weight: Any, own: Array) -> GuidanceState:
         """The state with the length of the last shift, times a weight, over that of the model's own moves [n, ...]."""
@@ -240,6 +262,9 @@ class BoundGuidance:
                 return jax.lax.cond(index < jnp.ceil(length), lambda c: move(plan, *c), lambda c: c, carry), None
 
             moved = inner(carry, 0)[0] if steps == 1 else jax.lax.scan(inner, carry, jnp.arange(steps))[0]
+            if numbers["part"] is not None:
+                between = carry[0] + numbers["part"] * (moved[0] - carry[0])
+                moved = *at(between.astype(moved[0].dtype)), moved[-1]
             there = points(moved[0]).astype(x.dtype)
             moved_by = jax.lax.stop_gradient(there - x)  # here: √ has no derivative where a sample stays
             norms = jnp.sqrt(jnp.sum((moved_by**2).reshape(x.shape[0], -1), axis=1))

@@ -53,6 +53,11 @@ class Rule(Component):
         """Whether the subclass overrides `from_refs`."""
         return type(self).from_refs is not Rule.from_refs
 
+    @property
+    def weighs(self) -> bool:
+        """Whether the subclass overrides `part`."""
+        return type(self).part is not Rule.part
+
     def check(self, kernel: Kernel, name: str) -> None:
         """Raise ValueError if the kernel lacks what the rule needs; `name` is the rule's name in the message."""
         if self.needs and not (kernel.has_length if self.needs == "length" else kernel.has_mass):
@@ -76,6 +81,20 @@ class Rule(Component):
           seen: the result of `from_refs`; None if the references are noisy.
         """
         return None
+
+    def part(
+        self, x: Float[Array, "n ..."], x0: Float[Array, "n ..."], level: Level, seen: Any, before: Any
+    ) -> Float[Array, ""]:
+        """How much of a network call's whole shift is made, from 0 to 1. Only for placements that move x̂0; detached.
+
+        Args:
+          x, x0: the network's input and its estimate x̂0, of the whole batch.
+          level: of the input.
+          seen: the result of `from_refs`.
+          before: this at the call before; 0 at the first, and at each call of what keeps no state (`guide_denoiser`,
+            adaptive solvers).
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no part(x, x0, level, seen, before); write it")
 
     def direction(self, sides: Sides, plan: Any) -> Float[Array, "n ..."]:
         """P_i ∂MMD²/∂z_i / u_i at each inner step, shaped like `sides.rows.x` [n, ...]; the shift is −scale times it.

@@ -1,30 +1,41 @@
 """A rule for few references: "field" that moves particles only as far as the references' number supports.
 
-A batch that matches few references exactly also matches their sampling error. With v_i the step of "field" before its
-average, p_i and q_i the kernel masses of particle i from references and from the other particles (its push weakened),
+A batch that matches few references exactly also matches their sampling error. If the references were drawn from what
+the model makes, noise of the same level would turn them into points like x_t, and
 
-    step_id = v_id max(0, 1 − c_i se²_id/v_id²),    c_i = evidence · b · near_i · min(p_i, q_i)/max(p_i, q_i),
-    se²_id  = [var_id(references) Σ_j (v_j w_ij)² + var_id(particles) Σ_j (u_j w_ij)²]/max(p_i, q_i)².
+    (x_t, x̂0)   of the particles,      (α y + σ ε, y)   of the references y, ε standard normal,
 
-var_id is the variance of coordinate d around particle i, weighted by the kernel's weight w. Both v and c se² are
-averaged over neighbours before they are compared. c is 1 where a particle sits among references and the noise is too
-small to carry it elsewhere, and 0 where it still has to travel: b and near_i are those of "field".
+would have equal means of every function that is linear in the second entry, as x̂0 = E[x_0 | x_t]. So these pairs are
+compared, with the kernel
+
+    K = k(x_t, x_t') (1 + ⟨x̂0 − c, x̂0' − c⟩/s²),
+
+k an IMQ whose bandwidth squared is α² s² + σ² D, c and s² the references' mean and squared spread, D the size of a
+sample. Of each network call's whole shift this part is made:
+
+    part = max(0, 1 − evidence · E/MMD²),   E = MMD²(biased) − MMD²(unbiased) of the references' own term,
+
+E the expected squared distance, in K, between m references and what they were drawn from: James and Stein's estimate,
+positive part. The largest part so far counts, as a guided batch no longer shows how far the model was from the
+references. A small batch has an error of its own in MMD², larger than E: it follows the references.
 
 References:
-  James & Stein 1961 (shrinkage, the positive part). Kish 1965 (the effective number of weighted samples).
+  James & Stein 1961 (shrinkage, the positive part). Muandet et al. 2016 (shrinkage of kernel mean embeddings).
 """
 
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from mmdjax._core.numerics import product, reciprocal, unit_of
-from mmdjax._points.particles import flat
-from mmdjax.guidance.field import LARGE, Field, surplus_share
-from mmdjax.guidance.sides import Sides
+from mmdjax._core.numerics import product, reciprocal
+from mmdjax._points.particles import Particles, fill_empty, flat
+from mmdjax.guidance.field import Field
+from mmdjax.kernels import IMQ, Polynomial, Product
+from mmdjax.mmd import cross_term, self_term
+from mmdjax.schedules import Level
 from mmdjax.tree import check_number, is_concrete, pytree
 
 
@@ -33,12 +44,10 @@ class Shrunk(Field):
     """precondition="shrunk": "field", less what could be chance.
 
     Args:
-      evidence: multiplies the sampling variance; more moves less, 0 is "field" but for rounding.
+      evidence: multiplies the references' sampling error; more moves less, 0 is "field".
     Raises:
       TypeError, ValueError: an evidence that is not a number, or below 0.
     """
-
-    reads_points: ClassVar[bool] = True
 
     evidence: Any = 1.0
 
@@ -47,61 +56,38 @@ class Shrunk(Field):
         if is_concrete(self.evidence) and not np.all(np.asarray(self.evidence) >= 0):
             raise ValueError(f"Shrunk.evidence is {self.evidence}; give at least 0; 1 is usual")
 
+    def from_refs(self, refs, distances):
+        """That of "field", and the references themselves."""
+        refs = fill_empty(refs)
+        return super().from_refs(refs, distances), Particles(refs.x, weight=refs.weight)
+
     def prepare(self, sides, level, seen):
-        """b, the average over neighbours [n, all], and evidence · b · near [n]."""
-        balance, average = super().prepare(sides, level, seen)
-        near = 1.0 if seen is None else self.in_reach(sides, seen)
-        return balance, average, jnp.broadcast_to(self.evidence * balance * near, sides.rows.n)
+        """That of "field"."""
+        return super().prepare(sides, level, None if seen is None else seen[0])
 
-    def direction(self, sides, plan):
-        """The shrunk step."""
-        balance, average, chance = plan
-        centre = jax.lax.stop_gradient(flat(sides.everyone.x).mean(0))  # a common offset costs no digits
-        unit = unit_of(sides.total(_finite(sides.pair_weights()).sum()))
-
-        def of_refs(weights, refs, v):
-            return _moments(unit * weights, v, flat(refs.x) - centre)
-
-        z = flat(sides.rows.x) - centre
-        (p, pulled, of_pull), (q, pushed, of_push) = (
-            _shift(moments, z) for moments in (sides.over_refs(of_refs), self.of_particles(sides, centre, unit))
-        )
-        chance = chance * jnp.minimum(p, q) * reciprocal(jnp.maximum(p, q))
-        weaker = (surplus_share(p, q) ** balance)[:, None]
-        per_mass = reciprocal(jnp.maximum(p, weaker[:, 0] * q))[:, None]
-        step = (pulled - weaker * pushed) * per_mass
-        variance = chance[:, None] * (of_pull + weaker**2 * of_push) * per_mass**2
-        step, variance = (sides.averaged(average, each) for each in (step, variance))
-        clear = step**2 > variance
-        step = jnp.where(clear, step - variance / jnp.where(clear, step, 1.0), 0.0)
-        return -step.reshape(sides.rows.x.shape)
-
-    def of_particles(self, sides: Sides, centre: Array, unit: Any) -> Float[Array, "n moments"]:
-        """`_moments` of the batch and the memory, compared at each condition as in "field"."""
-        own, of_memory = sides.shares
-        moments = _moments(unit * sides.pair_weights(), own, flat(sides.everyone.x) - centre)
-        if sides.memory is not None:
-            moments += _moments(unit * sides.memory_weights(), of_memory, flat(sides.memory.x) - centre)
-        ratio = sides.condition_ratio(own, of_memory)
-        if ratio is None:
-            return moments
-        return jnp.concatenate([moments[:, :-1] * ratio[:, None], moments[:, -1:] * ratio[:, None] ** 2], axis=1)
+    def part(self, x, x0, level, seen, before):
+        """The largest part so far."""
+        _, refs = seen
+        p = refs.probabilities()
+        distance, error = compared(flat(x), flat(x0), flat(refs.x), p, level)
+        part = 1 - jnp.clip(self.evidence * error * reciprocal(distance), 0.0, 1.0)
+        alone = jnp.sum(p**2) > 0.99  # of one reference nothing says how far it is from others
+        return jnp.maximum(before, jnp.where(alone, 1.0, part))
 
 
-def _finite(weight):
-    return jnp.where(jnp.isfinite(weight), weight, 0.0)  # one that is infinite at distance 0 does not count there
-
-
-def _moments(weight: Array, share: Array, y: Float[Array, "m d"]) -> Float[Array, "n moments"]:
-    """Σ_j s_ij y_j, Σ_j s_ij y_j², Σ_j s_ij, Σ_j s_ij², s = share · weight."""
-    s = share * jnp.clip(_finite(weight), 0.0, LARGE)
-    return jnp.concatenate([product(s, y), product(s, y**2), s.sum(1)[:, None], (s**2).sum(1)[:, None]], axis=1)
-
-
-def _shift(moments: Array, z: Float[Array, "n d"]) -> tuple[Array, Array, Array]:
-    """The mass, Σ_j s_ij (y_j − z_i), and its sampling variance by coordinate."""
-    d = z.shape[1]
-    first, second, mass, squares = moments[:, :d], moments[:, d:-2], moments[:, -2:-1], moments[:, -1:]
-    per_mass = reciprocal(mass)
-    variance = jnp.maximum(second * per_mass - (first * per_mass) ** 2, 0.0)
-    return mass[:, 0], first - mass * z, variance * squares
+def compared(
+    x: Float[Array, "n d"], x0: Float[Array, "n d"], y: Float[Array, "m d"], p: Float[Array, " m"], level: Level
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """MMD² of K, biased, between particles and references y of weights p; and E. The noise is the same in all calls."""
+    size = y.shape[1]
+    centre = product(p, y)
+    spread2 = product(p, jnp.sum((y - centre) ** 2, axis=1))
+    unit = jnp.sqrt(size * reciprocal(spread2))  # Polynomial divides by the size
+    noise = jax.random.normal(jax.random.key(0), y.shape, y.dtype)
+    bandwidth = jnp.sqrt(level.alpha**2 * spread2 + level.sigma**2 * size)
+    kernel = Product(x=IMQ(bandwidth), cond=Polynomial(degree=1))
+    batch = Particles(x, unit * (x0 - centre))
+    refs = Particles(level.alpha * y + level.sigma * noise, unit * (y - centre), p)
+    own = self_term(kernel, refs, "v")
+    distance = self_term(kernel, batch, "v") - 2 * cross_term(kernel, batch, refs) + own
+    return distance, own - self_term(kernel, refs, "u")

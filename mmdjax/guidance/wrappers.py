@@ -62,7 +62,7 @@ class GuidedDenoiser:
         )
         _check_shapes(x, bound)
         x0 = self.denoiser(params, x, level, cond)
-        moved = bound.denoised(x0, bound.init(x0), steps_done(1 - of_all.t), of_all)[0]
+        moved = bound.denoised(x0, bound.init(x0), steps_done(1 - of_all.t), of_all, x)[0]
         return moved if alike is True else jnp.where(alike, moved, jnp.nan)
 
 
@@ -72,7 +72,8 @@ def guide_denoiser(
 ) -> GuidedDenoiser:
     """A denoiser whose x̂0 is moved towards the references: "denoised" guidance for your own loop or solver.
 
-    It keeps no state: the transform's state starts anew at each call. The window is compared with 1 − t.
+    It keeps no state: the transform's state starts anew at each call, and "shrunk" judges each call by itself, which
+    moves less. The window is compared with 1 − t.
 
     Args:
       denoiser: (params, x, level, cond) -> x0_hat. The level's fields are scalars, or [n, ...] with equal numbers.
@@ -191,7 +192,7 @@ class GuidedSampler:
 
             def guided(x, level, states):
                 x0, outer = denoise(x, level, states[0])
-                moved, guidance = self.bound.denoised(x0, states[1], fraction, level)
+                moved, guidance = self.bound.denoised(x0, states[1], fraction, level, x)
                 guidance = self.bound.beside(guidance, level.alpha, x - level.alpha * x0)
                 return moved, (outer, guidance, moved if settles else ())
 

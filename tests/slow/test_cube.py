@@ -15,7 +15,7 @@ from examples import KERNELS, SAMPLERS, rules_of
 
 def combinations():
     for (i, sampler), (kernel, at) in itertools.product(enumerate(SAMPLERS), PAIRS):
-        rules, number = rules_of(KERNELS[kernel]), list(KERNELS).index(kernel)
+        rules, number = rules_of(KERNELS[kernel], at), list(KERNELS).index(kernel)
         yield sampler, kernel, at, rules[(i + number) % len(rules)], "uv"[(i // 2 + number) % 2]
 
 
@@ -26,5 +26,5 @@ def test_cube(sampler, kernel, at, rule, estimator):
 
 @pytest.mark.parametrize(("kernel", "at"), PAIRS)
 def test_bound_cube(kernel, at):
-    rules = rules_of(KERNELS[kernel])
+    rules = rules_of(KERNELS[kernel], at)
     check_bound([guidance_of(kernel, at, rule, estimator) for rule in rules for estimator in "uv"])
