@@ -49,7 +49,8 @@ def free_port():
 
 
 @pytest.mark.parametrize(
-    "name", ["agree", "counts", "transformations", "joined", "sent", "flops", "placed", "resumes", "metrics"]
+    "name",
+    ["agree", "counts", "transformations", "joined", "sent", "flops", "transformer", "placed", "resumes", "metrics"],
 )
 def test_8_devices(name):
     finish(start(name, *(sharded.CASES if name == "agree" else ()), devices=8))
