@@ -201,6 +201,22 @@ def test_a_part_of_the_whole_shift(part, dimensions):
     np.testing.assert_allclose(state.mmd2, mmdjax.mmd2(kernel, moved, refs, estimator="u"), rtol=1e-3, atol=1e-5)
 
 
+def test_a_rule_that_reads_points_gets_points():
+    """In 60 dimensions others get coefficients of known points."""
+
+    class Home(Rule):
+        reads_points = True
+
+        def direction(self, sides, plan):
+            return sides.rows.x
+
+    x, refs = (jax.random.normal(jax.random.key(i), (n, 60)) for i, n in ((1, 6), (2, 9)))
+    guidance = MMDGuidance(precondition=Home())
+    bound = bind(guidance, fit_kernel(guidance, Particles(refs)), Particles(refs))
+    assert bound.distances is None
+    np.testing.assert_array_equal(bound.denoised(x, bound.init(x), 0.5, VPLinear()(0.3))[0], 0.0)
+
+
 def test_shrunk_without_evidence_is_the_default():
     model = mixture_model(2)
     prior = mixture([[-2.0, 0.0], [2.0, 0.0]], 0.5)
