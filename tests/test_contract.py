@@ -108,7 +108,7 @@ def end_to_end():
         kernels = [kernel for kernel, where in PAIRS if where == at]
         kernel = kernels[(i * len(CLASSES) + j) % len(kernels)]
         rules = rules_of(KERNELS[kernel], at)
-        yield sampler, kernel, at, rules[(i + j) % len(rules)], "uv"[j % 2]
+        yield sampler, kernel, at, rules[(i - j) % len(rules)], "uv"[j % 2]
 
 
 @functools.cache
