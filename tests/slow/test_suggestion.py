@@ -337,3 +337,10 @@ def test_mistake_is_named(name, without_type_checks):
     error, message, call = CASES[name]
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_rule_of_one_placement_is_varied_there():
+    """The rule "shrunk" serves only "denoised"."""
+    found = suggest(KEPT, guidance=MMDGuidance(precondition="shrunk"))
+    assert len(found.scores) > 2
+    assert {score.guidance.at for score in found.scores} == {"denoised"}
