@@ -25,13 +25,14 @@ import face_tasks
 import jax
 import jax.numpy as jnp
 import numpy as np
+from alignment_tables import error
 from common import as_particles, write_json
 from methods import guided
 from scores import judge
 from task import NUM_REFS, REPORTING, Draw, Task, split_pool
 
 from mmdjax import IMQ, RBF, DiffusionModel, Mapped, MMDGuidance, Particles, Product, from_model
-from mmdjax.faces import HAIR, HAIR_COLOURS, SKINS, pool, read_attributes
+from mmdjax.faces import HAIR, HAIR_COLOURS, SKINS, pool
 from mmdjax.plots import image_grid
 from mmdjax.provenance import provenance
 from mmdjax.schedules import Cosine
@@ -147,13 +148,9 @@ def prompted(params: Any, name: str = "prompted", kernel: Any = None) -> Task:
         sizes = seed, num_refs // 2, face_tasks.NUM_SAMPLES // 2
         return Draw(*map(particles, *(split_pool(np.arange(len(faces.images)), *sizes) for faces in parts)))
 
-    def wanted(x, groups):
-        seen = read_attributes(x)
-        return np.where(groups == list(HAIR).index("short"), seen["glasses"], seen["hat"]) == 1
-
     said = [prompt for faces in parts for prompt in prompts_of(faces[: face_tasks.NUM_SAMPLES // 2].attributes)]
     kernel = kernel or Product(x=IMQ(), cond=Mapped(hair_of, RBF(0.5)))
-    return _task(name, params, draw, said, wanted=wanted, kernel=kernel)
+    return _task(name, params, draw, said, wanted=face_tasks.faces_prompted().wanted, kernel=kernel)
 
 
 def _task(name, params, draw, said, **more):
@@ -180,19 +177,15 @@ def measure(task: Task, out: Path | None = None) -> dict[str, Any]:
     fresh = [np.mean(task.wanted(each.x, task.groups(each.cond))) for each in fresh]
     energy = {name: np.array([row["energy"] for row in by_seed]) for name, by_seed in found.items()}
     left = energy["guided"] / energy["unguided"].mean()
-    found |= {"fresh_share": float(np.mean(fresh)), "left": [float(left.mean()), _error(left)]}
+    found |= {"fresh_share": float(np.mean(fresh)), "left": [float(left.mean()), error(left)]}
     for name in ("unguided", "guided"):
         means = {key: np.mean([row[key] for row in found[name]]) for key in ("energy", "ratio", "share")}
         print(f"{task.name:43}{name:10}" + "  ".join(f"{key} {value:.3f}" for key, value in means.items()))
-    print(f"{task.name:43}{100 * left.mean():.1f} ± {100 * _error(left):.1f} % of the unguided energy left")
+    print(f"{task.name:43}{100 * left.mean():.1f} ± {100 * error(left):.1f} % of the unguided energy left")
     if out is not None:
         name = f"pixart_faces_{task.name.replace(' ', '_')}.png"
         image_grid(np.concatenate(shown), columns=20, scale=3).save(out / name)
     return found
-
-
-def _error(values):
-    return float(np.std(values, ddof=1) / np.sqrt(len(values)))
 
 
 def main():

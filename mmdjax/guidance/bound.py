@@ -116,9 +116,9 @@ class BoundGuidance:
     def _part(self, x, x0, level, before):
         wide = wide_dtype(x0)
         x, x0 = self.layout.join_all((x.astype(wide), x0.astype(wide)))
-        x, x0, level, seen, before = jax.lax.stop_gradient((x, x0, level, self.seen, before))
-        found = self.guidance.rule.part(x, x0, level, seen, before)
-        return jax.lax.stop_gradient(jnp.asarray(found, wide))
+        given = self.guidance.rule, x, x0, level, self.seen, before
+        rule, x, x0, level, seen, before = jax.lax.stop_gradient(given)
+        return jnp.asarray(rule.part(x, x0, level, seen, before), wide)
 
     def after_step(
         self, key: Array, x: Array, state: GuidanceState, fraction: Any, t: Level, s: Level
@@ -188,8 +188,8 @@ class BoundGuidance:
         moved = jnp.where(guides, moved, -1.0)
         transform_state = jax.tree.map(lambda new, old: new.astype(old.dtype), transform_state, state.transform)
         unshifted = x if placement.keeps_unshifted else ()
-        trace = mmd2, norm, unshifted, moved, state.relative
-        return z.astype(x.dtype), GuidanceState(transform_state, *trace, state.part)
+        made = {"transform": transform_state, "mmd2": mmd2, "shift_norm": norm, "unshifted": unshifted, "moved": moved}
+        return z.astype(x.dtype), replace(state, **made)
 
     def beside(self, state: GuidanceState, weight: Any, own: Array) -> GuidanceState:
         """The state with the length of the last shift, times a weight, over that of the model's own moves [n, ...]."""

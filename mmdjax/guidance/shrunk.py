@@ -57,9 +57,11 @@ class Shrunk(Field):
             raise ValueError(f"Shrunk.evidence is {self.evidence}; give at least 0; 1 is usual")
 
     def from_refs(self, refs, distances):
-        """That of "field", and the references themselves."""
+        """That of "field", the references themselves, and their noise, the same in all calls."""
         refs = fill_empty(refs)
-        return super().from_refs(refs, distances), Particles(refs.x, weight=refs.weight)
+        y = flat(refs.x)
+        noise = jax.random.normal(jax.random.key(0), y.shape, y.dtype)
+        return super().from_refs(refs, distances), Particles(y, weight=refs.weight), noise
 
     def prepare(self, sides, level, seen):
         """That of "field"."""
@@ -67,23 +69,27 @@ class Shrunk(Field):
 
     def part(self, x, x0, level, seen, before):
         """The largest part so far."""
-        _, refs = seen
+        _, refs, noise = seen
         p = refs.probabilities()
-        distance, error = compared(flat(x), flat(x0), flat(refs.x), p, level)
+        distance, error = compared(flat(x), flat(x0), refs.x, p, noise, level)
         part = 1 - jnp.clip(self.evidence * error * reciprocal(distance), 0.0, 1.0)
         alone = jnp.sum(p**2) > 0.99  # of one reference nothing says how far it is from others
         return jnp.maximum(before, jnp.where(alone, 1.0, part))
 
 
 def compared(
-    x: Float[Array, "n d"], x0: Float[Array, "n d"], y: Float[Array, "m d"], p: Float[Array, " m"], level: Level
+    x: Float[Array, "n d"],
+    x0: Float[Array, "n d"],
+    y: Float[Array, "m d"],
+    p: Float[Array, " m"],
+    noise: Float[Array, "m d"],
+    level: Level,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """MMD² of K, biased, between particles and references y of weights p; and E. The noise is the same in all calls."""
+    """MMD² of K, biased, between particles and references y of weights p and with this noise; and E."""
     size = y.shape[1]
     centre = product(p, y)
     spread2 = product(p, jnp.sum((y - centre) ** 2, axis=1))
     unit = jnp.sqrt(size * reciprocal(spread2))  # Polynomial divides by the size
-    noise = jax.random.normal(jax.random.key(0), y.shape, y.dtype)
     bandwidth = jnp.sqrt(level.alpha**2 * spread2 + level.sigma**2 * size)
     kernel = Product(x=IMQ(bandwidth), cond=Polynomial(degree=1))
     batch = Particles(x, unit * (x0 - centre))

@@ -17,7 +17,6 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import sd_tiny

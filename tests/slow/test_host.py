@@ -96,6 +96,7 @@ class Counted:
 KERNELS = {  # and inner steps, precondition
     "default": (IMQ(2.0), 3, None),
     "two terms": (Sum(IMQ(2.0), RBF(3.0)), 3, None),
+    "shrunk": (IMQ(2.0), 2, "shrunk"),
     "mass": (IMQ(2.0), 3, "mass"),
     "of features": (Mapped(jnp.tanh, RBF(1.0)), 2, "length"),
     "a function": (as_kernel(lambda a, b: jnp.exp(-((a.x[:, None] - b.x[None]) ** 2).sum(-1))), 2, "none"),
@@ -127,7 +128,7 @@ def test_each_inner_step_reads_the_references_once(name, monkeypatch):
     found, found_state = jax.block_until_ready(step(bound))
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)  # float32 sums of other lengths
     np.testing.assert_allclose(found_state.mmd2, state.mmd2, rtol=1e-4, atol=1e-5)
-    prepares = precondition is None
+    prepares = precondition in (None, "shrunk")
     assert counted.times() == steps + prepares + 1
     jax.clear_caches()
 
