@@ -6,7 +6,7 @@ import numpy as np
 from common import table
 from methods import DEFAULT, RULE, TUNED
 from scores import COPIES
-from targets import FEW_SHRUNK_NAME, OTHER_REFS, REFS_NAME, Target
+from targets import FIELD_NAME, FIELD_REFS, OTHER_REFS, REFS_NAME, Target
 from task import NUM_REFS
 
 SHOWN = {
@@ -75,9 +75,9 @@ def attribute_table(tasks: dict[str, Any]) -> str:
 
 
 def number_table(tasks: dict[str, Any]) -> str:
-    """The default with 20 to 300 references: energy, in brackets the ratio, and the share with the attribute."""
+    """20 to 300 references: energy, in brackets the ratio, and the share with the attribute."""
     numbers = sorted((NUM_REFS, *OTHER_REFS))
-    names = [FEW_SHRUNK_NAME, *map(REFS_NAME.format, numbers)]
+    names = [*map(FIELD_NAME.format, FIELD_REFS), *map(REFS_NAME.format, numbers)]
     rows = []
     for task, record in tasks.items():
         found = record["variations"] | {REFS_NAME.format(NUM_REFS): record["methods"][DEFAULT]}

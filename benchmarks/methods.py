@@ -51,7 +51,6 @@ FOLLOW, LOW_RANK, EXTRAPOLATED = "follow the mean", "LoRA", "fine-tuning, extrap
 SDEDIT, NOISE, CLASSIFIER = "SDEdit from references", "references with noise", "classifier guidance"
 ALTERNATIVES = (RULE, FOLLOW, TUNED, LOW_RANK, EXTRAPOLATED, SDEDIT, NOISE, CLASSIFIER)
 PLAIN = "MMDGuidance(), kernel without conditions"
-SHRUNK = 'precondition="shrunk"'
 ALPHAS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 WIDTHS = {
     "default": IMQ().default_rule(),
@@ -254,7 +253,6 @@ def methods(task: Task) -> dict[str, Method]:
         "unguided": Method(lambda task, seed, _: unguided(task, seed)),
         RULE: _guidance(_rule, {f"α = {alpha:g}": alpha for alpha in (ALPHAS if every else ALPHAS[2:6])}),
         DEFAULT: _guidance(lambda task, refs, _: default(task)),
-        SHRUNK: _guidance(lambda task, refs, _: replace(default(task), precondition="shrunk")),
         PLAIN: _guidance(lambda task, refs, _: MMDGuidance(), for_task=lambda task: task.kernel is not None),
     }
     if every:

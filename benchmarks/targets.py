@@ -19,7 +19,7 @@ PAIRED = range(100, 120)  # seeds for small batches against a large one
 FEW, SHORT, OTHER_REFS = 20, 20, (20, 50, 300)  # references, steps
 BATCH, NUM_BATCHES = 16, 20
 REFS_NAME = "{} references"
-FEW_SHRUNK_NAME = f'{FEW} references, "shrunk"'
+FIELD_REFS, FIELD_NAME = (20, 50), '{} references, "field"'
 FEW_NAME, SHORT_NAME = REFS_NAME.format(FEW), f"{SHORT} steps"
 SMALL_NAME = f"{NUM_BATCHES} batches of {BATCH} with memory"
 LARGE_NAME = f"one batch of {BATCH * NUM_BATCHES}"
@@ -51,8 +51,9 @@ def variations(task: Task, reporting: Any, paired: Any) -> dict[str, dict[str, l
             score(REFS_NAME.format(m), reporting, run, m, Judge.scores)
         except ValueError as error:  # the pool has no more
             print(f"{m} references: {error}")
-    shrunk = replace(default(task), precondition="shrunk")
-    score(FEW_SHRUNK_NAME, reporting, lambda seed, refs: guided(task, seed, refs, shrunk), FEW, Judge.scores)
+    field = replace(default(task), precondition="field")
+    for m in FIELD_REFS:
+        score(FIELD_NAME.format(m), reporting, lambda seed, refs: guided(task, seed, refs, field), m, Judge.scores)
     if task.methods == "all":
         score(SHORT_NAME, reporting, lambda seed, refs: guided(task, seed, refs, default(task), num_steps=SHORT))
         size = BATCH * NUM_BATCHES

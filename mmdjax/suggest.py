@@ -253,7 +253,7 @@ def _search(trials, guidance, attempt, p):
     """The trials with those added that vary one thing after the other, each from the best so far."""
     settings, tried = {"smoothness": 1.0, "at": guidance.at, "strength": 1.0}, {}
     for name, values in VARIED.items():
-        if name == "at" and guidance.rule.weighs:
+        if name == "at" and guidance.precondition is not None and guidance.rule.weighs:
             continue  # it serves only "denoised"
         for value in values:
             varied = {**settings, name: value}

@@ -66,7 +66,7 @@ CASES = {
     "transform": {"guidance": MMDGuidance(transform=optax.trace(0.5), estimator="v"), "remat": True},
     "published": {"guidance": MMDGuidance.paper(0.05), "memory": Memory.empty(20, (2,)).push(Particles(REFS[:2]))},
     "avoiding": {"avoid": Avoid(REFS[:4], strength=0.5)},
-    "shrunk": {"guidance": MMDGuidance(precondition="shrunk")},
+    "field": {"guidance": MMDGuidance(precondition="field")},
     "settled": {"guidance": MMDGuidance(at=Flipped(), inner_steps=2)},
 }
 QUICK = ("denoised", "by label", "avoiding")
@@ -152,7 +152,7 @@ def test_another_number_of_calls_is_another_batch():
 
 def test_wrappers_join_the_calls_of_a_loop():
     """`guide_denoiser` and `guide_sampler`, made outside and inside the calls, in a loop for one sample."""
-    times, whole = log_snr_times(VPLinear(), STEPS), sample(X_INIT, times=log_snr_times(VPLinear(), STEPS))["x"]
+    times, field = log_snr_times(VPLinear(), STEPS), MMDGuidance(precondition="field")
     steps = times[:-1], times[1:]
 
     def loop(sampler, denoiser, x):
@@ -163,12 +163,13 @@ def test_wrappers_join_the_calls_of_a_loop():
         return jax.lax.scan(one_step, (x[None], sampler.init(x[None])), steps)[0][0][0]
 
     # the window is never left, so that it does not matter how the share of the steps is told
-    make_denoiser = lambda: guide_denoiser(RING, MMDGuidance(), REFS, axis_name="batch")
+    make_denoiser = lambda: guide_denoiser(RING, field, REFS, axis_name="batch")
     make_sampler = lambda: guide_sampler(DDIM(), MMDGuidance(), REFS, axis_name="batch")
     denoiser, sampler = make_denoiser(), make_sampler()
-    ways = [lambda x: loop(DDIM(), denoiser, x), lambda x: loop(make_sampler(), RING, x)]
-    ways += [lambda x: loop(DDIM(), make_denoiser(), x), lambda x: loop(sampler, RING, x)]
-    for one in ways:
+    ways = [(field, lambda x: loop(DDIM(), denoiser, x)), (field, lambda x: loop(DDIM(), make_denoiser(), x))]
+    ways += [(MMDGuidance(), lambda x: loop(sampler, RING, x)), (MMDGuidance(), lambda x: loop(make_sampler(), RING, x))]
+    for guidance, one in ways:
+        whole = sample(X_INIT, times=times, guidance=guidance)["x"]
         assert_equal(whole, jax.jit(jax.vmap(one, axis_name="batch"))(X_INIT))
 
 

@@ -19,7 +19,7 @@ from mmdjax.tree import replace
 MU, SPREAD = 0.7, 0.4  # the data: N(MU, SPREAD²) in every coordinate
 KEY = jax.random.key(0)
 N, MANY = 8, 4096
-GUIDANCE = MMDGuidance(kernel=RBF(1.0), scale=0.5, inner_steps=1)
+GUIDANCE = MMDGuidance(kernel=RBF(1.0), scale=0.5, inner_steps=1, precondition="field")
 VP = VPLinear()
 
 

@@ -150,10 +150,10 @@ def test_field_step_in_loops():
     np.testing.assert_allclose(neighbours(IMQ(c), Particles(Z), Particles(Y)), average, rtol=2e-4)  # t⁴
 
 
-def part_in_loops(x, x0, y, noise, level, evidence):
-    """1 − evidence E/MMD² of pairs (x, x0) and (α y + σ ε, y), biased; E as the variance of a mean of m features."""
+def chance_in_loops(x, x0, y, noise, level):
+    """E/MMD² of pairs (x, x0) and (α y + σ ε, y), biased; E as the variance of a mean of m features."""
     c, s2 = y.mean(0), ((y - y.mean(0)) ** 2).sum(1).mean()
-    width2 = level.alpha**2 * s2 + level.sigma**2 * y.shape[1]
+    width2 = level.alpha**2 * s2 / 4 + level.sigma**2 * y.shape[1]
 
     def k(a, b):
         return (1 + (a[1] - c) @ (b[1] - c) / s2) / np.sqrt(width2 + ((a[0] - b[0]) ** 2).sum())
@@ -164,18 +164,34 @@ def part_in_loops(x, x0, y, noise, level, evidence):
     )
     m = len(y)
     error = (np.trace(own) / m - (own.sum() - np.trace(own)) / (m * (m - 1))) / m
-    return 1 - evidence * error / (among.mean() - 2 * across.mean() + own.mean())
+    return error / (among.mean() - 2 * across.mean() + own.mean())
 
 
-def test_part_in_loops():
-    rule, level = Shrunk(evidence=2.0), Level(0.5, 0.8, 0.6)
+def of_points(rule, y):
+    return rule.from_refs(Particles(y), lambda function, y: function(y, y))
+
+
+@pytest.mark.parametrize(
+    ("enough", "counts"),
+    [(100, 1.0), (2 * len(Y), 1.0), (14, 2 - 2 * len(Y) / 14), (len(Y), 0.0)],  # 11 references
+)
+def test_part_in_loops(enough, counts):
+    rule, level = Shrunk(evidence=2.0, enough=enough), Level(0.5, 0.8, 0.6)
     x, y = Z + 0.3, Y
     noise = jax.random.normal(jax.random.key(0), y.shape)
-    expected = part_in_loops(*(np.asarray(v, np.float64) for v in (x, Z, y, noise)), level, 2.0)
-    assert 0.1 < expected < 0.9
-    seen = rule.from_refs(Particles(y), lambda function, y: function(y, y))
-    np.testing.assert_allclose(rule.part(x, Z, level, seen, 0.0), expected, rtol=1e-4)
-    assert rule.part(x, Z, level, seen, 0.95) == np.float32(0.95)  # the largest so far
+    chance = 2 * counts * chance_in_loops(*(np.asarray(v, np.float64) for v in (x, Z, y, noise)), level)
+    assert chance < 0.9
+    for before, c in ((0.0, chance), (0.5, min(chance, 0.5)), (0.95, min(chance, 0.05))):
+        part, after = rule.part(x, Z, level, of_points(rule, y), before)
+        np.testing.assert_allclose(part, 1 - c * np.sqrt(chance), rtol=1e-4)
+        np.testing.assert_allclose(after, 1 - c, rtol=1e-4)
+
+
+def test_chance_alone_moves_nothing():
+    """Where E explains all of the distance the part is 0, also after clear evidence: the rest may be chance."""
+    rule, level = Shrunk(evidence=1e3), Level(0.5, 0.8, 0.6)
+    assert rule.part(Z, Z, level, of_points(rule, Y), 0.0) == (0.0, 0.0)
+    assert rule.part(Z, Z, level, of_points(rule, Y), 0.9)[0] == 0.0
 
 
 @pytest.mark.parametrize("part", [0.0, 0.3, 1.0])
@@ -185,7 +201,7 @@ def test_a_part_of_the_whole_shift(part, dimensions):
 
     class Fixed(Field):
         def part(self, x, x0, level, seen, before):
-            return jnp.float32(part)
+            return part, before
 
     x, refs = (jax.random.normal(jax.random.key(i), (n, dimensions)) for i, n in ((1, 6), (2, 9)))
     found = {}
@@ -217,10 +233,12 @@ def test_a_rule_that_reads_points_gets_points():
     np.testing.assert_array_equal(bound.denoised(x, bound.init(x), 0.5, VPLinear()(0.3))[0], 0.0)
 
 
-def test_shrunk_without_evidence_is_the_default():
+@pytest.mark.parametrize("weight", [None, jnp.full(12, 0.5)])
+def test_with_enough_references_the_default_is_field(weight):
+    """Bit for bit, where no weights say that some count for less; and likewise where the error does not count."""
     model = mixture_model(2)
     prior = mixture([[-2.0, 0.0], [2.0, 0.0]], 0.5)
-    refs = jax.random.normal(jax.random.key(1), (10, 2)) * 0.5 + jnp.array([2.0, 0.0])
+    refs = Particles(jax.random.normal(jax.random.key(1), (12, 2)) * 0.5 + jnp.array([2.0, 0.0]), weight=weight)
     run = lambda rule: mmdjax.guided_sample(
         prior,
         jax.random.key(0),
@@ -230,7 +248,11 @@ def test_shrunk_without_evidence_is_the_default():
         num_steps=6,
         guidance=MMDGuidance(precondition=rule),
     )
-    np.testing.assert_allclose(run(Shrunk(evidence=0.0)).x, run(Field()).x, rtol=1e-4, atol=1e-5)
+    field = run(Field()).x
+    assert jnp.abs(run(None).x - field).max() > 0.01
+    assert weight is not None or (run(Shrunk(enough=12)).x == field).all()
+    for rule in (Shrunk(enough=12), Shrunk(enough=0), Shrunk(evidence=0.0)):
+        np.testing.assert_allclose(run(rule).x, field, rtol=1e-4, atol=1e-5)
 
 
 def test_shrunk_and_placements():
@@ -241,15 +263,18 @@ def test_shrunk_and_placements():
 def test_one_reference_is_followed():
     """Nothing says how far it is from others: "shrunk" is "field"."""
     rule, y = Shrunk(), jnp.ones((1, 3))
-    seen = rule.from_refs(Particles(y), lambda function, y: function(y, y))
-    assert rule.part(jnp.zeros((4, 3)), jnp.zeros((4, 3)), Level(0.5, 0.8, 0.6), seen, 0.0) == 1
+    assert rule.part(jnp.zeros((4, 3)), jnp.zeros((4, 3)), Level(0.5, 0.8, 0.6), of_points(rule, y), 0.0)[0] == 1
 
 
-def test_evidence_is_a_number_that_is_not_negative():
+def test_what_shrunk_refuses():
     with pytest.raises(ValueError, match="evidence is -1; give at least 0"):
         Shrunk(evidence=-1)
     with pytest.raises(TypeError, match="evidence is 'much'; give a number"):
         Shrunk(evidence="much")
+    with pytest.raises(ValueError, match="enough is -1; give at least 0"):
+        Shrunk(enough=-1)
+    with pytest.raises(TypeError, match=r"enough is 1\.5; give an integer"):
+        Shrunk(enough=1.5)
 
 
 def test_shrunk_leaves_chance_alone():
@@ -617,7 +642,7 @@ def test_sample_step_length_is_the_rule():
 
 def test_guide_denoiser_is_the_denoised_shift():
     denoiser = lambda params, x, level, cond: level.alpha * x
-    guidance = MMDGuidance(inner_steps=4)
+    guidance = MMDGuidance(inner_steps=4, precondition="field")
     guided = mmdjax.guide_denoiser(denoiser, guidance, Y)
     level = VPLinear()(0.3)
     z = level.alpha * Z

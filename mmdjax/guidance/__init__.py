@@ -6,8 +6,8 @@
 
     placements    where particles are moved: "denoised", "sample", "clean", "diffused"
     rules         P_i: "none", "raw", "length", "mass"
-    field         P_i of the default, "field"
-    shrunk        P_i for few references, "shrunk"
+    field         P_i of "field"
+    shrunk        how much of "field" the references support: the default, "shrunk"
     sides         the particles and what they are compared with: all that a rule sees
     coordinates   points as combinations of known ones: fast inner steps in many dimensions
     avoid         samples to keep away from
@@ -81,8 +81,8 @@ class MMDGuidance:
         the differences that guidance corrects.
         `Product(x=IMQ(), cond=Delta())`: references and samples have labels (prompts: `mmdjax.sd.prompt_kernel()`).
         `Mapped(fn, kernel)`: features fn(x) tell better than x what is alike. Take precondition="length" with it.
-      scale: multiplies the shift. Leave it 1 for "field" and "mass", or take less for weaker guidance. 0 is plain
-        sampling. The other preconditions need a scale found by trial.
+      scale: multiplies the shift. Leave it 1 for "shrunk", "field" and "mass", or take less for weaker guidance. 0 is
+        plain sampling. The other preconditions need a scale found by trial.
       at: where particles are moved, by name or as a `Placement`.
         "denoised": x̂0, compared with clean references, at each network call. The default, for every solver.
         "clean": x_s after the step, compared with clean references, as published. Try it if the proportions of modes or
@@ -93,12 +93,12 @@ class MMDGuidance:
       estimator: "u" leaves the pair of a particle with itself out of MMD². "v" keeps it, as the paper does: biased.
       inner_steps: shifts for each network call, at least 1. None: 8 ("denoised"), 1 ("clean"); for "sample" and
         "diffused" up to 12, in proportion to the decrease in log σ²/α² over the step.
-      precondition: P_i, the length of the shift, by name or as a `Rule`. None: "field" for "denoised", else "mass".
+      precondition: P_i, the length of the shift, by name or as a `Rule`. None: "shrunk" for "denoised", else "mass".
         "field": "mass", with steps averaged over neighbours in the batch, so that few references are not copied, and
         the push between particles weakened at low noise.
-        "shrunk": "field", less what the references' sampling error could explain: for fewer than 50 references, or
-        where they differ little from what the model makes. Attributes of few pixels may be taken for chance, too. Only
-        for "denoised". With samples to avoid it is "field".
+        "shrunk": "field", less what the references' sampling error could explain if there are fewer than 100. An
+        attribute of few pixels may be taken for chance, too; "field" follows it. Only for "denoised". With samples to
+        avoid it is "field".
         "mass": a mean-shift step, which is bounded. Like "field" it needs a kernel of the distance: `IMQ`, `RBF`,
         `Laplacian`, `Matern32`, `Matern52`, `RationalQuadratic`, `Energy`, a `Sum` or `Product` of these on samples.
         "length": the kernel's length squared, such as its bandwidth squared, so that the shift is a length. For kernels
@@ -112,8 +112,9 @@ class MMDGuidance:
         the steps to the model.
       published: keep the memory as the published code does; set by `paper`.
     Raises:
-      ValueError: a choice that does not exist, or that the kernel cannot serve ("mass" and "field" need a kernel of the
-        distance, "diffused" an RBF); a window out of order or range; a scale that is not finite; inner_steps below 1.
+      ValueError: a choice that does not exist, or that the kernel cannot serve ("mass", "field" and "shrunk" need a
+        kernel of the distance, "diffused" an RBF); a window out of order or range; a scale that is not finite;
+        inner_steps below 1.
       TypeError: a scale that is not a number, a transform without `init` and `update`, a class in place of an object.
 
     Example:

@@ -28,7 +28,7 @@ from mmdjax.kernels import Kernel
 from mmdjax.memory import Memory
 from mmdjax.tree import is_concrete, shown
 
-FEW, TIMES = 50, 4  # references, and samples for each
+FEW, FEWEST, TIMES = 50, 10, 4  # references, those for "shrunk", and samples for each
 STRONG, FAINT = 3.0, 1e-3  # scales of whole steps above it; those below it, which may not move a sample visibly
 NONE = 1e-6  # of a condition's likeness to itself: like no other
 UNMOVED = 0.05  # of the samples, if no more of them were moved
@@ -149,19 +149,20 @@ def of_scale(guidance: MMDGuidance) -> str | None:
 
 def of_number(guidance: MMDGuidance, kernel: Kernel, refs: Particles, together: int) -> str | None:
     """Few references for the samples that are guided together."""
-    if isinstance(guidance.rule, Shrunk) or not is_concrete(refs.weight):
+    if not is_concrete(refs.weight):
         return None
     count = refs.n
     if refs.weight is not None:
         weight = np.asarray(refs.weight, np.float64)
         count = round(weight.sum() ** 2 / (weight**2).sum())
-    if count >= FEW or together < TIMES * count:
+    careful = isinstance(guidance.rule, Shrunk)
+    if count >= (FEWEST if careful else FEW) or together < TIMES * count:
         return None
-    shrunk = "" if not kernel.has_mass else ', or MMDGuidance(precondition="shrunk")'
-    return (
-        f"{count} references for {together} samples: these gather around so few, and take on their accidents; give "
-        f"{FEW} or more{shrunk}"
-    )
+    said = f"{count} references for {together} samples: "
+    if careful:
+        return f"{said}so few show little of what they are drawn from; give {2 * FEWEST} or more"
+    shrunk = ', or precondition="shrunk" with at="denoised"' if kernel.has_mass else ""
+    return f"{said}these gather around so few, and take on their accidents; give {FEW} or more{shrunk}"
 
 
 def of_conditions(kernel: Kernel, refs: Particles, cond: Any) -> str | None:
@@ -208,7 +209,7 @@ def of_reach(guidance: MMDGuidance, kernel: Kernel, moved: np.ndarray) -> str | 
     Args:
       moved: [num_steps] the share of the samples that moved; below 0 in steps without guidance.
     """
-    if isinstance(guidance.rule, Shrunk) or guidance.transform is not None:
+    if guidance.transform is not None:
         return None  # what may well stand still
     if type(guidance.placement).acts is not Placement.acts or not is_concrete((guidance.scale, kernel)):
         return None

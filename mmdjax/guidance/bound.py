@@ -36,9 +36,9 @@ class GuidanceState:
       mmd2: MMD² after the last shift (the trace).
       shift_norm: mean L2 norm of the last shift, in the data's units (the trace).
       unshifted: x before the last shift where the placement's memory wants it, else ().
-      moved: the share of the samples that the last shift moved at all; −1 outside of the window.
+      moved: the share of the samples that the last shift moved at all; −1 outside of the window, or if none was made.
       relative: the length of the last shift beside the model's own move (the trace).
-      part: how much of the last shift was made, where the rule says so (`Rule.part`), else ().
+      part: how much of the last shift was made, and the rule's number for the next (`Rule.part`), or ().
     """
 
     transform: Any
@@ -88,12 +88,13 @@ class BoundGuidance:
         per_sample_state = () if transform is None else jax.vmap(transform.init)(x.astype(wide))
         zero = jnp.zeros((), wide)
         unshifted = x if self.guidance.placement.keeps_unshifted else ()
-        return GuidanceState(per_sample_state, zero, zero, unshifted, zero, zero, zero if self.weighs else ())
+        return GuidanceState(per_sample_state, zero, zero, unshifted, zero, zero, (zero, zero) if self.weighs else ())
 
     @property
     def weighs(self) -> bool:
         """Whether the rule makes only a part of each shift; not where samples are avoided, from which all moves."""
-        return self.guidance.rule.weighs and self.refs is not None and self.avoid is None
+        rule = self.guidance.rule
+        return rule.weighs and self.refs is not None and self.avoid is None and rule.doubts(self.refs)
 
     def active(self, fraction: Any) -> Any:
         """Whether a fraction of the steps lies in the window."""
@@ -108,17 +109,20 @@ class BoundGuidance:
         Where the rule makes a part of each shift, all of it is made without x.
         """
         if self.weighs:
-            part = jnp.ones((), wide_dtype(x0)) if x is None else self._part(x, x0, level, state.part)
-            state = replace(state, part=part)
+            one = jnp.ones((), wide_dtype(x0))
+            state = replace(state, part=(one, one) if x is None else self._part(x, x0, level, state.part[1]))
         compared = self.kernel, self.refs, self.memory
         return self._guide(x0, state, fraction, level, compared, self.avoid, None)
 
     def _part(self, x, x0, level, before):
         wide = wide_dtype(x0)
+        self.layout.num_calls()  # raises outside of the caller's axes
+        level = self.layout.same(level)
         x, x0 = self.layout.join_all((x.astype(wide), x0.astype(wide)))
         given = self.guidance.rule, x, x0, level, self.seen, before
         rule, x, x0, level, seen, before = jax.lax.stop_gradient(given)
-        return jnp.asarray(rule.part(x, x0, level, seen, before), wide)
+        part, after = rule.part(x, x0, level, seen, before)
+        return jnp.asarray(part, wide), jnp.asarray(after, wide)
 
     def after_step(
         self, key: Array, x: Array, state: GuidanceState, fraction: Any, t: Level, s: Level
@@ -167,7 +171,7 @@ class BoundGuidance:
         around = None if level is None else self.around
         numbers = {"scale": scale, "length": length, "level": level, "reach": reach, "seen": seen, "around": around}
         numbers = jax.tree.map(lambda v: jnp.asarray(v, wide), numbers) | {"active": self.active(fraction)}
-        numbers |= {"refs_own": self.refs_own, "part": state.part if self.weighs else None}
+        numbers |= {"refs_own": self.refs_own, "part": state.part[0] if self.weighs else None}
         numbers["avoiding"] = False if avoid is None else avoid.active(fraction)
         avoided, apart = None, avoid
         if avoid is not None:
@@ -184,7 +188,9 @@ class BoundGuidance:
         z, transform_state = layout.own((z, transform_state), x.shape[0])
         mmd2, norm = (mmd2 + self.refs_term).astype(wide), norm.astype(wide)
         moved = layout.join_all(jnp.any(flat(z) != flat(x), axis=1).astype(wide)).mean()
-        guides = (numbers["active"] & (refs is not None)) | numbers["avoiding"]
+        pulled = numbers["active"] & (refs is not None)
+        pulled = pulled if numbers["part"] is None else pulled & (numbers["part"] > 0)
+        guides = pulled | numbers["avoiding"]
         moved = jnp.where(guides, moved, -1.0)
         transform_state = jax.tree.map(lambda new, old: new.astype(old.dtype), transform_state, state.transform)
         unshifted = x if placement.keeps_unshifted else ()

@@ -1,4 +1,4 @@
-"""The default rule: mean shift, its push weakened at low noise, averaged over neighbours.
+"""Mean shift, its push weakened at low noise, averaged over neighbours: the default with enough references.
 
 "field" differs from "mass" in four things. p_i and q_i are a particle's kernel masses of the references and of the
 other particles.

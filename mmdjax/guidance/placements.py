@@ -108,7 +108,7 @@ class Denoised(Placement):
 
     moves: ClassVar[Literal["x0_hat", "x_s"]] = "x0_hat"
     steps: ClassVar[int] = 8
-    rule: ClassVar[str] = "field"
+    rule: ClassVar[str] = "shrunk"
 
 
 @pytree

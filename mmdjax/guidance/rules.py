@@ -1,7 +1,7 @@
 """Rules: which way a particle moves, and how far, given the push of the others and the pull of the references.
 
 A rule returns P_i ∂MMD²/∂z_i / u_i; the shift is −scale times it. `precondition="mass"` names one of these, and
-`precondition=Mass()` is the same. The default, "field", is in `mmdjax.guidance.field`.
+`precondition=Mass()` is the same. The default, "shrunk", is in `mmdjax.guidance.shrunk`.
 
 Your own rule is a subclass of `Rule` with a `direction(sides, plan)`; the numbers in its fields may be swept and
 differentiated. `mmdjax.guidance.sides.Sides` lists what it can use.
@@ -82,17 +82,23 @@ class Rule(Component):
         """
         return None
 
+    def doubts(self, refs: Particles) -> bool:
+        """Whether only a part of each shift may be made with these references; asked where the subclass has `part`."""
+        return True
+
     def part(
         self, x: Float[Array, "n ..."], x0: Float[Array, "n ..."], level: Level, seen: Any, before: Any
-    ) -> Float[Array, ""]:
-        """How much of a network call's whole shift is made, from 0 to 1. Only for placements that move x̂0; detached.
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """How much of a network call's whole shift is made, from 0 to 1, and a number for the next call.
+
+        Only for placements that move x̂0; detached.
 
         Args:
           x, x0: the network's input and its estimate x̂0, of the whole batch.
           level: of the input.
           seen: the result of `from_refs`.
-          before: this at the call before; 0 at the first, and at each call of what keeps no state (`guide_denoiser`,
-            adaptive solvers).
+          before: the number of the call before; 0 at the first, and at each call of what keeps no state
+            (`guide_denoiser`, adaptive solvers).
         """
         raise NotImplementedError(f"{type(self).__name__} has no part(x, x0, level, seen, before); write it")
 

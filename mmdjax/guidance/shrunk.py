@@ -1,4 +1,4 @@
-"""A rule for few references: "field" that moves particles only as far as the references' number supports.
+"""The default rule: "field" that moves particles only as far as the references' number supports.
 
 A batch that matches few references exactly also matches their sampling error. If the references were drawn from what
 the model makes, noise of the same level would turn them into points like x_t, and
@@ -10,14 +10,21 @@ compared, with the kernel
 
     K = k(x_t, x_t') (1 + ⟨x̂0 − c, x̂0' − c⟩/s²),
 
-k an IMQ whose bandwidth squared is α² s² + σ² D, c and s² the references' mean and squared spread, D the size of a
-sample. Of each network call's whole shift this part is made:
+k an IMQ whose bandwidth squared is α² s²/4 + σ² D, c and s² the references' mean and squared spread, D the size of a
+sample. How much of the distance chance explains is
 
-    part = max(0, 1 − evidence · E/MMD²),   E = MMD²(biased) − MMD²(unbiased) of the references' own term,
+    C = E/MMD²,      E = MMD²(biased) − MMD²(unbiased) of the references' own term,
 
-E the expected squared distance, in K, between m references and what they were drawn from: James and Stein's estimate,
-positive part. The largest part so far counts, as a guided batch no longer shows how far the model was from the
-references. A small batch has an error of its own in MMD², larger than E: it follows the references.
+E the expected squared distance, in K, between m references and what they were drawn from. James and Stein's estimate,
+positive part, leaves the share C of the distance. With c the least C of all calls so far, c√c of it is left here: less,
+so that a clear difference is followed nearly whole. A batch that was guided before is nearer to the references than it
+would be, at √(c/C) of the distance. So of a call's whole shift this part is made:
+
+    part = max(0, 1 − c√c/√(c/C)) = max(0, 1 − c√C).
+
+The more references, the less harm their error does. E counts in full up to half of `enough` references, less and less
+from there, and not at all from `enough` on. A small batch has an error of its own in MMD², larger than E: it follows
+the references.
 
 References:
   James & Stein 1961 (shrinkage, the positive part). Muandet et al. 2016 (shrinkage of kernel mean embeddings).
@@ -30,13 +37,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from mmdjax._core.numerics import product, reciprocal
+from mmdjax._core.numerics import product, reciprocal, safe_sqrt
 from mmdjax._points.particles import Particles, fill_empty, flat
 from mmdjax.guidance.field import Field
 from mmdjax.kernels import IMQ, Polynomial, Product
 from mmdjax.mmd import cross_term, self_term
 from mmdjax.schedules import Level
-from mmdjax.tree import check_number, is_concrete, pytree
+from mmdjax.tree import check_number, is_concrete, pytree, static
 
 
 @pytree
@@ -45,16 +52,26 @@ class Shrunk(Field):
 
     Args:
       evidence: multiplies the references' sampling error; more moves less, 0 is "field".
+      enough: the number of references from which their error no longer counts, an integer.
     Raises:
-      TypeError, ValueError: an evidence that is not a number, or below 0.
+      TypeError, ValueError: an evidence that is not a number, or below 0; an `enough` that is no integer of at least 0.
     """
 
     evidence: Any = 1.0
+    enough: int = static(default=100)
 
     def __post_init__(self):
         check_number("Shrunk.evidence", self.evidence)
         if is_concrete(self.evidence) and not np.all(np.asarray(self.evidence) >= 0):
             raise ValueError(f"Shrunk.evidence is {self.evidence}; give at least 0; 1 is usual")
+        if not isinstance(self.enough, int):
+            raise TypeError(f"Shrunk.enough is {self.enough!r}; give an integer")
+        if self.enough < 0:
+            raise ValueError(f"Shrunk.enough is {self.enough}; give at least 0; 100 is usual")
+
+    def doubts(self, refs):
+        """Unless there are enough."""
+        return refs.n < self.enough or refs.weight is not None
 
     def from_refs(self, refs, distances):
         """That of "field", the references themselves, and their noise, the same in all calls."""
@@ -68,13 +85,16 @@ class Shrunk(Field):
         return super().prepare(sides, level, None if seen is None else seen[0])
 
     def part(self, x, x0, level, seen, before):
-        """The largest part so far."""
+        """The part, and 1 − c."""
         _, refs, noise = seen
         p = refs.probabilities()
         distance, error = compared(flat(x), flat(x0), refs.x, p, noise, level)
-        part = 1 - jnp.clip(self.evidence * error * reciprocal(distance), 0.0, 1.0)
+        counts = jnp.clip(2 - 2 * reciprocal(jnp.sum(p**2)) / max(self.enough, 1), 0.0, 1.0)
+        chance = self.evidence * counts * error * reciprocal(distance)
+        shown = jnp.maximum(before, 1 - jnp.minimum(chance, 1.0))
+        part = jnp.maximum(1 - (1 - shown) * safe_sqrt(chance), 0.0)
         alone = jnp.sum(p**2) > 0.99  # of one reference nothing says how far it is from others
-        return jnp.maximum(before, jnp.where(alone, 1.0, part))
+        return jnp.where(alone, 1.0, part), jnp.where(alone, before, shown)
 
 
 def compared(
@@ -90,7 +110,7 @@ def compared(
     centre = product(p, y)
     spread2 = product(p, jnp.sum((y - centre) ** 2, axis=1))
     unit = jnp.sqrt(size * reciprocal(spread2))  # Polynomial divides by the size
-    bandwidth = jnp.sqrt(level.alpha**2 * spread2 + level.sigma**2 * size)
+    bandwidth = jnp.sqrt(level.alpha**2 * spread2 / 4 + level.sigma**2 * size)
     kernel = Product(x=IMQ(bandwidth), cond=Polynomial(degree=1))
     batch = Particles(x, unit * (x0 - centre))
     refs = Particles(level.alpha * y + level.sigma * noise, unit * (y - centre), p)

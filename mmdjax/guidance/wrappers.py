@@ -72,8 +72,9 @@ def guide_denoiser(
 ) -> GuidedDenoiser:
     """A denoiser whose x̂0 is moved towards the references: "denoised" guidance for your own loop or solver.
 
-    It keeps no state: the transform's state starts anew at each call, and "shrunk" judges each call by itself, which
-    moves less. The window is compared with 1 − t.
+    It keeps no state: the transform's state starts anew at each call. With fewer than 100 references "shrunk", the
+    default, judges each call by itself, and stops where what is left may be chance; `guided_sample` and `guide_sampler`
+    remember how far the model was, and go on. The window is compared with 1 − t.
 
     Args:
       denoiser: (params, x, level, cond) -> x0_hat. The level's fields are scalars, or [n, ...] with equal numbers.

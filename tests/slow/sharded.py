@@ -72,7 +72,7 @@ AVOIDED = DRAW.standard_normal((M, D), np.float32) - 0.5
 CASES = {
     "denoised": {"memory": 10},
     "sample": {"guidance": MMDGuidance(at="sample"), "sampler": Heun(), "memory": 10},
-    "shrunk": {"guidance": MMDGuidance(precondition="shrunk")},
+    "field": {"guidance": MMDGuidance(precondition="field")},
     "clean": {"guidance": MMDGuidance(RBF(), at="clean", precondition="length"), "sampler": DPMSolverPP2M()},
     "diffused": {"guidance": MMDGuidance(at="diffused"), "sampler": EulerMaruyama()},
     "by label": {"guidance": MMDGuidance(BY_LABEL), "refs": KNOWN, "cond": LABELS, "memory": 9, "sampler": DDPM()},

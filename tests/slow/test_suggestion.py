@@ -340,7 +340,7 @@ def test_mistake_is_named(name, without_type_checks):
 
 
 def test_a_rule_of_one_placement_is_varied_there():
-    """The rule "shrunk" serves only "denoised"."""
+    """The rule "shrunk" serves only "denoised"; where none is named, each placement has its own."""
     found = suggest(KEPT, guidance=MMDGuidance(precondition="shrunk"))
     assert len(found.scores) > 2
     assert {score.guidance.at for score in found.scores} == {"denoised"}
