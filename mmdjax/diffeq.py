@@ -108,8 +108,8 @@ def probability_flow(
     The gradient is that of the steps taken, their lengths held fixed; it is as near to the flow's as the tolerance.
 
     Guidance moves x̂0 at every network call and keeps no state between calls: the transform's state starts anew, so that
-    a momentum acts only within the inner steps, and "shrunk" acts as in `guide_denoiser`. The windows of `guidance` and `avoid` are compared with 1 − t; the
-    solver steps to their edges and starts afresh there.
+    a momentum acts only within the inner steps, and "shrunk" acts as in `guide_denoiser`. The windows of `guidance` and
+    `avoid` are compared with 1 − t; the solver steps to their edges and starts afresh there.
 
     JAX's persistent compilation cache (`jax_compilation_cache_dir`) does not keep the program, because diffrax's checks
     of values call back from it, even with throw=False. With EQX_ON_ERROR=nan in the environment it is kept, and errors

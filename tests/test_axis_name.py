@@ -166,11 +166,12 @@ def test_wrappers_join_the_calls_of_a_loop():
     make_denoiser = lambda: guide_denoiser(RING, field, REFS, axis_name="batch")
     make_sampler = lambda: guide_sampler(DDIM(), MMDGuidance(), REFS, axis_name="batch")
     denoiser, sampler = make_denoiser(), make_sampler()
-    ways = [(field, lambda x: loop(DDIM(), denoiser, x)), (field, lambda x: loop(DDIM(), make_denoiser(), x))]
-    ways += [(MMDGuidance(), lambda x: loop(sampler, RING, x)), (MMDGuidance(), lambda x: loop(make_sampler(), RING, x))]
-    for guidance, one in ways:
+    by_denoiser = lambda x: loop(DDIM(), denoiser, x), lambda x: loop(DDIM(), make_denoiser(), x)
+    by_sampler = lambda x: loop(sampler, RING, x), lambda x: loop(make_sampler(), RING, x)
+    for guidance, ways in ((field, by_denoiser), (MMDGuidance(), by_sampler)):
         whole = sample(X_INIT, times=times, guidance=guidance)["x"]
-        assert_equal(whole, jax.jit(jax.vmap(one, axis_name="batch"))(X_INIT))
+        for one in ways:
+            assert_equal(whole, jax.jit(jax.vmap(one, axis_name="batch"))(X_INIT))
 
 
 def solve(x, controller, **settings):
