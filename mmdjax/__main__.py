@@ -163,6 +163,11 @@ def parser() -> argparse.ArgumentParser:
         help="what the guidance moves; see help(mmdjax.MMDGuidance) (default denoised)",
     )
     group.add_argument(
+        "--precondition",
+        choices=("shrunk", "field", "mass"),
+        help="shrunk: leave out what few references show by chance; field: follow all (default shrunk; mass with --at)",
+    )
+    group.add_argument(
         "--memory",
         type=_whole(0),
         default=1000,
@@ -446,7 +451,7 @@ def _sample(args: argparse.Namespace) -> None:
         embedded_guidance=args.embedded_guidance,
         num_steps=args.steps,
         sampler=samplers[args.sampler],
-        guidance=MMDGuidance(scale=args.guidance_scale, at=args.at),
+        guidance=MMDGuidance(scale=args.guidance_scale, at=args.at, precondition=args.precondition),
         batch_size=args.batch_size,
         memory=args.memory,
         compare=not args.no_compare,
@@ -506,6 +511,7 @@ def _encoded(args: argparse.Namespace, pack: Any, folder: Any, pipeline: Any, pa
 def _check_together(args: argparse.Namespace) -> None:
     """Raise ValueError for options of `mmdjax sample` that have no effect beside the others."""
     changed = {"--guidance-scale": args.guidance_scale != 1, "--at": args.at != "denoised"}
+    changed |= {"--precondition": args.precondition is not None}
     changed |= {"--captions": args.captions != "use", "--unreadable": args.unreadable != "refuse"}
     if args.refs is None and args.avoid is None:
         alone = [name for name, given in changed.items() if given]

@@ -105,7 +105,8 @@ def probability_flow(
 
     The call is jitted, and may be made inside `jit`, `vmap` and reverse-mode `grad` (with respect to params, refs,
     x_init and the numbers in guidance and denoiser; the schedule, t_max, t_min and the tolerances count as constants).
-    The gradient is that of the steps taken, their lengths held fixed; it is as near to the flow's as the tolerance.
+    The gradient is that of the steps taken, their lengths and what "shrunk" leaves out held fixed; it is as near to the
+    flow's as the tolerance.
 
     Guidance moves x̂0 at every network call and keeps no state between calls: the transform's state starts anew, so that
     a momentum acts only within the inner steps, and "shrunk" acts as in `guide_denoiser`. The windows of `guidance` and
@@ -294,7 +295,7 @@ def _call(
     refs, guidance, model, cond, numbers, avoid = strong((refs, guidance, model, cond, numbers, avoid))
     kernel, avoid = fit(guidance, refs, avoid)
     if not is_traced((params, key, refs, cond, x_init)):
-        advisor.before(guidance, kernel, refs, cond, num_samples, memory)
+        advisor.before(guidance, kernel, refs, cond, num_samples, memory, avoid)
     arrays, choices = eqx.partition((solver, adjoint), eqx.is_array)  # what is left of a diffrax object can be hashed
     return _solve(
         params,

@@ -102,8 +102,9 @@ def guided_sample(
     Functions are compared by identity. So make functions, and your own classes, in a notebook cell that runs once.
 
     It may be called inside `jit`, `vmap` (over keys, scale, …) and `grad` (with respect to scale, bandwidth, refs,
-    params, …). A bandwidth taken from the references counts as a constant there. Inside `jit` values cannot be checked:
-    NaN in the references, or equal references and a bandwidth taken from them, give NaN samples.
+    params, …). A bandwidth taken from the references counts as a constant there. So does what "shrunk" leaves out, the
+    default with fewer than 100 references: take precondition="field" for exact gradients. Inside `jit` values cannot be
+    checked: NaN in the references, or equal references and a bandwidth taken from them, give NaN samples.
 
     Args:
       params: the model's parameters.
@@ -152,8 +153,9 @@ def guided_sample(
     Warns:
       GuidanceWarning: guidance is given, but no references, or few for the samples, or some in [0, 1] or [0, 255] where
         the model makes pictures in [−1, 1]; one sample is guided alone, without axis_name and memory; a condition that
-        no reference has; a scale below 0 or above 3; a kernel that reaches no reference. Once a call, and only of one
-        sample inside `jit`, where values are not seen.
+        no reference has; a scale below 0 or above 3; a kernel that reaches no reference; references that may be like
+        what the model makes, and are hardly followed. Once a call, and only of one sample inside `jit`, where values
+        are not seen.
 
     Example:
       >>> from mmdjax.denoisers import from_model
@@ -213,7 +215,7 @@ def sample_with(
     )
     kernel, avoid = fit(guidance, refs, avoid, placed)
     if advisor is not None and not is_traced((params, key, refs, cond, x_init)):
-        advisor.before(guidance, kernel, refs, cond, num_samples * placed.num_calls(), memory)
+        advisor.before(guidance, kernel, refs, cond, num_samples * placed.num_calls(), memory, avoid)
     if checks:
         held = None if memory is None else widen(memory.particles)  # empty slots may hold anything
         _raise_at_leaf({"params": params, "cond": cond, "model": model, "sampler": sampler, "memory": held})
@@ -243,6 +245,8 @@ def sample_with(
     if advisor is not None and is_concrete(notes):
         if kernel is not None:
             advisor.reach(guidance, kernel, notes["moved"])
+        if "part" in notes:
+            advisor.part(guidance, refs, notes["part"])
         for name, points in (("refs", refs), ("avoid", avoid and avoid.points)):
             if points is not None and "low" in notes and is_concrete(points):
                 advisor.range(name, points, notes["low"], notes["high"])
@@ -328,6 +332,7 @@ def _run(
         else:
             state = sampler_carry.guidance
             trace, notes = (state.mmd2, state.shift_norm, path, state.relative), notes | {"moved": state.moved}
+            notes |= {"part": state.part[0]} if state.part else {}
         return (x, sampler_carry), (trace, notes | {"end": jnp.isfinite(x).all()} if checks else notes)
 
     steps = (

@@ -129,7 +129,8 @@ def suggest_guidance(
     Without `candidates` three things are varied one after the other, each from the best so far: the bandwidth (× 1.5,
     2.25, .75), the placement ("denoised", "sample") and the scale (× .5). That is 7 candidates, each with a run of
     `num_steps` for each fold, and two compilations. With fewer than 10 references nothing is run, and the default is
-    returned.
+    returned. Trials are guided by fewer references than there are: with fewer than 150 "shrunk" moves them less than it
+    will move the samples.
 
     Args:
       params, key, refs, model, cond, sampler: as in `guided_sample`; the default sampler is `DDPM()`, as DDIM(eta=1.0).

@@ -13,6 +13,7 @@ from mmdjax import (
     DDIM,
     IMQ,
     RBF,
+    Avoid,
     Cosine,
     Delta,
     DiffusionModel,
@@ -28,7 +29,7 @@ from mmdjax import (
     guided_sample,
     sample_many,
 )
-from mmdjax.guidance.advice import Advisor, of_conditions, of_number, of_reach, of_scale
+from mmdjax.guidance.advice import Advisor, of_conditions, of_number, of_part, of_reach, of_scale
 from mmdjax.schedules import VPLinear
 from mmdjax.tree import replace
 
@@ -103,7 +104,16 @@ def some(n, weight=None):
     ],
 )
 def test_number_of_references(refs, samples, guidance, said):
-    check(of_number(guidance, guidance.base_kernel, refs, samples), said)
+    check(of_number(guidance, guidance.base_kernel, refs, samples, samples), said)
+
+
+def test_where_shrunk_does_nothing_few_references_are_few():
+    """In small batches around a memory, beside samples to avoid, by conditions."""
+    check(
+        of_number(MMDGuidance(), IMQ(), some(20), 200, 16), 'or precondition="shrunk" with .* and 80 samples at once$'
+    )
+    check(of_number(MMDGuidance(), IMQ(), some(20), 200, 200, Avoid(np.zeros((3, 2)))), "give 50 or more$")
+    check(of_number(MMDGuidance(), BY_LABEL, some(20), 200, 200), "give 50 or more$")
 
 
 PROMPTS = {"pooled": np.eye(4, 8, dtype=np.float32)}
@@ -153,6 +163,22 @@ def test_kernels_that_reach_nobody(guidance, moved, said):
     check(of_reach(guidance, RBF(1e-3), np.array(moved, float)), said)
 
 
+@pytest.mark.parametrize(
+    ("scale", "part", "said"),
+    [
+        (1.0, [0.0, 0.05, 0.03], '20 references do not show that .* at most 5% of a shift; .* precondition="field"'),
+        (1.0, [-1.0, 0.05, -1.0], "at most 5%"),
+        (1.0, [0.0, 0.5, 0.0], None),
+        (1.0, [-1.0, -1.0], None),  # no step was guided
+        (1.0, [-1.0, np.nan], None),
+        (0.0, [0.0, 0.05, 0.03], None),
+        (jnp.array([0.0, 1.0]), [0.0], "at most 0%"),
+    ],
+)
+def test_references_that_are_hardly_followed(scale, part, said):
+    check(of_part(MMDGuidance(scale=scale), 20, np.array(part)), said)
+
+
 # --- where and how often ------------------------------------------------------------------------------------------
 
 
@@ -174,6 +200,18 @@ def test_a_call_warns_once_at_its_line():
         guided.init(jnp.zeros((48, 2)))
     assert blamed(caught)
     guided.init(jnp.zeros((47, 2)))
+
+
+def test_references_like_the_models_samples():
+    """A default call says that it hardly follows them; "field" follows them, and so does the default with enough."""
+    refs = np.random.default_rng(1).normal(size=(100, 2)).astype(np.float32)
+    with pytest.warns(GuidanceWarning, match="20 references do not show") as caught:
+        sample(refs[:20], num_samples=60)
+    assert blamed(caught)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sample(refs, num_samples=60)
+        sample(refs[:20], num_samples=60, guidance=replace(FIELD, scale=0.0))
 
 
 def test_a_run_warns_once(tmp_path):

@@ -180,7 +180,7 @@ def test_permuting_the_batch_permutes_the_samples(float64, precondition, rtol):
 @pytest.mark.slow
 def test_window_is_unguided_then_guided_then_unguided(float64):
     x, refs = start(), references()
-    windowed = MMDGuidance(kernel=RBF(1.0), scale=0.5, inner_steps=1, window=(0.3, 0.8))
+    windowed = replace(GUIDANCE, window=(0.3, 0.8))
     samples = flow(x, 1e-7, refs, guidance=windowed)
     first = flow(x, 1e-7, t_min=0.7).x
     second = flow(first, 1e-7, refs, t_max=0.7, t_min=0.2).x
@@ -189,7 +189,7 @@ def test_window_is_unguided_then_guided_then_unguided(float64):
 
 
 def test_window_edges_outside_the_interval_change_nothing():
-    wide = MMDGuidance(kernel=RBF(1.0), scale=0.5, inner_steps=1, window=(0.05, 0.9999))
+    wide = replace(GUIDANCE, window=(0.05, 0.9999))
     whole, cut = (flow(start(VP, 0.9), refs=references(), guidance=g, t_max=0.9) for g in (GUIDANCE, wide))
     np.testing.assert_array_equal(whole.x, cut.x)
     assert whole.num_steps == cut.num_steps

@@ -173,7 +173,7 @@ def of_points(rule, y):
 
 @pytest.mark.parametrize(
     ("enough", "counts"),
-    [(100, 1.0), (2 * len(Y), 1.0), (14, 2 - 2 * len(Y) / 14), (len(Y), 0.0)],  # 11 references
+    [(100, 1.0), (2 * len(Y), 1.0), (14, 2 - 2 * len(Y) / 14)],  # 11 references
 )
 def test_part_in_loops(enough, counts):
     rule, level = Shrunk(evidence=2.0, enough=enough), Level(0.5, 0.8, 0.6)
@@ -182,7 +182,7 @@ def test_part_in_loops(enough, counts):
     chance = 2 * counts * chance_in_loops(*(np.asarray(v, np.float64) for v in (x, Z, y, noise)), level)
     assert chance < 0.9
     for before, c in ((0.0, chance), (0.5, min(chance, 0.5)), (0.95, min(chance, 0.05))):
-        part, after = rule.part(x, Z, level, of_points(rule, y), before)
+        part, after = rule.part(x, Z, level, of_points(rule, y), len(y), before)
         np.testing.assert_allclose(part, 1 - c * np.sqrt(chance), rtol=1e-4)
         np.testing.assert_allclose(after, 1 - c, rtol=1e-4)
 
@@ -190,8 +190,55 @@ def test_part_in_loops(enough, counts):
 def test_chance_alone_moves_nothing():
     """Where E explains all of the distance the part is 0, also after clear evidence: the rest may be chance."""
     rule, level = Shrunk(evidence=1e3), Level(0.5, 0.8, 0.6)
-    assert rule.part(Z, Z, level, of_points(rule, Y), 0.0) == (0.0, 0.0)
-    assert rule.part(Z, Z, level, of_points(rule, Y), 0.9)[0] == 0.0
+    assert rule.part(Z, Z, level, of_points(rule, Y), len(Y), 0.0) == (0.0, 0.0)
+    assert rule.part(Z, Z, level, of_points(rule, Y), len(Y), 0.9)[0] == 0.0
+
+
+def test_a_sample_of_the_references_counts_as_all():
+    """Of large samples the rule sees some: their error is that of all, and they are as many."""
+    rule, level = Shrunk(), Level(0.5, 0.8, 0.6)
+    some = rule.part(Z + 0.3, Z, level, of_points(rule, Y), len(Y), 0.0)[1]
+    of_more = rule.part(Z + 0.3, Z, level, of_points(rule, Y), 3 * len(Y), 0.0)[1]
+    chance = chance_in_loops(*(np.asarray(v, np.float64) for v in (Z + 0.3, Z, Y, of_points(rule, Y)[2])), level)
+    np.testing.assert_allclose(1 - some, chance, rtol=1e-4)
+    np.testing.assert_allclose(1 - of_more, chance / 3 / (1 - chance * 2 / 3), rtol=1e-4)
+    assert rule.part(Z + 0.3, Z, level, of_points(rule, Y), 100, 0.0)[0] == 1
+
+
+def test_where_shrunk_is_field():
+    """Where the kernel compares conditions, and where samples are avoided: bit for bit."""
+    labels = jnp.arange(11) % 2
+    by_label = Product(x=IMQ(), cond=Delta())
+    for kernel, cond, avoid in ((by_label, jnp.arange(7) % 2, None), (None, None, Y[:3])):
+        found = []
+        for precondition in ("field", None):
+            found.append(
+                mmdjax.guided_sample(
+                    mixture([[1.0] * 5, [-1.0] * 5], 0.3), jax.random.key(0), Particles(Y, labels),
+                    model=mixture_model(5), num_samples=7, num_steps=4, cond=cond, avoid=avoid,
+                    guidance=MMDGuidance(kernel, precondition=precondition),
+                ).x
+            )  # fmt: skip
+        np.testing.assert_array_equal(*found)
+
+
+def test_a_placement_that_shrunk_cannot_serve_has_field():
+    class Noisy(Denoised):
+        clean = False
+
+    assert MMDGuidance(at=Noisy()).rule == Field()
+    assert MMDGuidance().rule == Shrunk()
+
+
+def test_what_part_returns_is_checked():
+    class One(Field):
+        def part(self, x, x0, level, seen, count, before):
+            return before
+
+    guidance = MMDGuidance(precondition=One())
+    bound = bind(guidance, fit_kernel(guidance, Particles(Y)), Particles(Y))
+    with pytest.raises(TypeError, match=r"One\.part returned .*; give \(part, number for the next call\)"):
+        bound.denoised(Z, bound.init(Z), 0.5, VPLinear()(0.3), Z)
 
 
 @pytest.mark.parametrize("part", [0.0, 0.3, 1.0])
@@ -200,7 +247,7 @@ def test_a_part_of_the_whole_shift(part, dimensions):
     """x̂0 moves by so much of what "field" moves it by, and the trace has MMD² there."""
 
     class Fixed(Field):
-        def part(self, x, x0, level, seen, before):
+        def part(self, x, x0, level, seen, count, before):
             return part, before
 
     x, refs = (jax.random.normal(jax.random.key(i), (n, dimensions)) for i, n in ((1, 6), (2, 9)))
@@ -256,14 +303,14 @@ def test_with_enough_references_the_default_is_field(weight):
 
 
 def test_shrunk_and_placements():
-    with pytest.raises(ValueError, match=r"precondition='shrunk' compares x̂0 .*at=\"clean\" moves x_s; use at="):
+    with pytest.raises(ValueError, match=r"precondition='shrunk' is for x̂0 .* at=\"clean\" does not do; use at="):
         MMDGuidance(precondition="shrunk", at="clean")
 
 
 def test_one_reference_is_followed():
     """Nothing says how far it is from others: "shrunk" is "field"."""
     rule, y = Shrunk(), jnp.ones((1, 3))
-    assert rule.part(jnp.zeros((4, 3)), jnp.zeros((4, 3)), Level(0.5, 0.8, 0.6), of_points(rule, y), 0.0)[0] == 1
+    assert rule.part(jnp.zeros((4, 3)), jnp.zeros((4, 3)), Level(0.5, 0.8, 0.6), of_points(rule, y), 1, 0.0)[0] == 1
 
 
 def test_what_shrunk_refuses():

@@ -4,6 +4,7 @@
 a method (x_pred, time, score) -> score, and `lambda x_pred, time, score: score + mmd_score(x_pred, time)` takes its
 place. The score is (α x̂0 − x)/σ², so that moving x̂0 by a shift adds α · shift/σ² to it. References are parameters as
 the network sees them, standardised; sample for one data set at a time, since all samples of a call are guided together.
+The rule is "field": "shrunk", the default, needs x_t, which this function is not given.
 
     python examples/embed/score_guidance.py
 """
@@ -16,7 +17,7 @@ from mmdjax import Level, MMDGuidance, guide_denoiser
 
 
 class MMDScore:
-    def __init__(self, refs, noise_schedule, guidance=MMDGuidance()):
+    def __init__(self, refs, noise_schedule, guidance=MMDGuidance(precondition="field")):
         self.guide, self.noise_schedule = guide_denoiser(GIVEN, guidance, refs), noise_schedule
 
     def __call__(self, x, time):

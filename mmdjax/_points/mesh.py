@@ -5,7 +5,8 @@ the guidance, which compares all pairs, runs in `jax.shard_map`: each device mov
 through an all-gather of the batch. References are whole on every device, or split by rows over mesh axes of their own
 choice; then each device pulls with its part, and the sum is scattered back to the rows' owners. So a step sends the
 batch and sums of its size, whatever the number of references: an all-gather before the inner steps, and two in each
-where shifts are averaged over neighbours (the shifts, the moved batch), one elsewhere; and, with split references,
+where shifts are averaged over neighbours (the shifts, the moved batch), one elsewhere; another of x_t and x̂0 where
+"shrunk" has fewer than 100 references; and, with split references,
 each device's distances to its nearest ones and two moments. Only what is taken from the references once a call (the
 bandwidth, their own term and spread) sends at most 2,000 of them and their distances. "sample" draws noise for the
 references: whole ones get it on every device alike, split ones each on its own.

@@ -97,9 +97,10 @@ class MMDGuidance:
         "field": "mass", with steps averaged over neighbours in the batch, so that few references are not copied, and
         the push between particles weakened at low noise.
         "shrunk": "field", less what the references' sampling error could explain if there are fewer than 100. An
-        attribute of few pixels may be taken for chance, too; "field" follows it. Only for "denoised". With samples to
-        avoid it is "field".
-        "mass": a mean-shift step, which is bounded. Like "field" it needs a kernel of the distance: `IMQ`, `RBF`,
+        attribute of few pixels may be taken for chance, too; "field" follows it. It needs batches of about three
+        samples for each reference, or more: in smaller ones, with a memory too, it is nearly "field". So it is with
+        samples to avoid, and with a kernel that compares conditions. Only for "denoised".
+        "mass": a mean-shift step, which is bounded. Like the two above it needs a kernel of the distance: `IMQ`, `RBF`,
         `Laplacian`, `Matern32`, `Matern52`, `RationalQuadratic`, `Energy`, a `Sum` or `Product` of these on samples.
         "length": the kernel's length squared, such as its bandwidth squared, so that the shift is a length. For kernels
         with a length that are not of the distance: `Mapped`, `Linear`, `Polynomial`, `Cosine`.
@@ -165,10 +166,10 @@ class MMDGuidance:
                 raise ValueError(
                     f"window is ({start:g}, {end:g}); it needs 0 <= start < end <= 1, fractions of the steps"
                 )
-        if self.rule.weighs and not (self.placement.moves == "x0_hat" and self.placement.clean):
+        if self.rule.weighs and not _moves_to_clean(self.placement):
             raise ValueError(
-                f"precondition={shown(self.precondition)} compares x̂0 with clean references, and {self.where} moves "
-                'x_s; use at="denoised"'
+                f"precondition={shown(self.precondition)} is for x̂0 moved to clean references, which {self.where} does "
+                'not do; use at="denoised", or precondition="field"'
             )
         if self.kernel is not None:
             object.__setattr__(self, "kernel", as_kernel(self.kernel))
@@ -191,8 +192,10 @@ class MMDGuidance:
     @property
     def rule(self) -> Rule:
         """The `Rule` that `precondition` names; the placement's default where it is None."""
-        rule = self.placement.rule if self.precondition is None else self.precondition
-        return RULES[rule] if isinstance(rule, str) else rule
+        if self.precondition is None:
+            rule = RULES[self.placement.rule]
+            return RULES["field"] if rule.weighs and not _moves_to_clean(self.placement) else rule
+        return RULES[self.precondition] if isinstance(self.precondition, str) else self.precondition
 
     @property
     def where(self) -> str:
@@ -223,6 +226,10 @@ class MMDGuidance:
         Source: arXiv 2601.08379.
         """
         return cls(**paper.settings(alpha))
+
+
+def _moves_to_clean(placement: Placement) -> bool:
+    return placement.moves == "x0_hat" and placement.clean
 
 
 def _check_choice(name: str, value: Any, table: dict[str, Any], kind: type, also: str = "") -> None:

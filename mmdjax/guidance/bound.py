@@ -36,9 +36,10 @@ class GuidanceState:
       mmd2: MMD² after the last shift (the trace).
       shift_norm: mean L2 norm of the last shift, in the data's units (the trace).
       unshifted: x before the last shift where the placement's memory wants it, else ().
-      moved: the share of the samples that the last shift moved at all; −1 outside of the window, or if none was made.
+      moved: the share of the samples that the last shift moved at all; −1 outside of the window, or if none was to.
       relative: the length of the last shift beside the model's own move (the trace).
-      part: how much of the last shift was made, and the rule's number for the next (`Rule.part`), or ().
+      part: how much of the last shift was made, −1 outside of the window, and the rule's number for the next
+        (`Rule.part`); or ().
     """
 
     transform: Any
@@ -92,9 +93,14 @@ class BoundGuidance:
 
     @property
     def weighs(self) -> bool:
-        """Whether the rule makes only a part of each shift; not where samples are avoided, from which all moves."""
-        rule = self.guidance.rule
-        return rule.weighs and self.refs is not None and self.avoid is None and rule.doubts(self.refs)
+        """Whether the rule makes only a part of each shift.
+
+        Not where samples are avoided, from which all moves, nor where the kernel compares conditions: the whole batch
+        does not show how far samples are from the references of their condition.
+        """
+        if self.refs is None:
+            return False
+        return weighs(self.guidance, self.kernel, self.refs, self.avoid)
 
     def active(self, fraction: Any) -> Any:
         """Whether a fraction of the steps lies in the window."""
@@ -110,7 +116,8 @@ class BoundGuidance:
         """
         if self.weighs:
             one = jnp.ones((), wide_dtype(x0))
-            state = replace(state, part=(one, one) if x is None else self._part(x, x0, level, state.part[1]))
+            part, after = (one, one) if x is None else self._part(x, x0, level, state.part[1])
+            state = replace(state, part=(jnp.where(self.active(fraction), part, -1.0).astype(part.dtype), after))
         compared = self.kernel, self.refs, self.memory
         return self._guide(x0, state, fraction, level, compared, self.avoid, None)
 
@@ -119,10 +126,13 @@ class BoundGuidance:
         self.layout.num_calls()  # raises outside of the caller's axes
         level = self.layout.same(level)
         x, x0 = self.layout.join_all((x.astype(wide), x0.astype(wide)))
-        given = self.guidance.rule, x, x0, level, self.seen, before
-        rule, x, x0, level, seen, before = jax.lax.stop_gradient(given)
-        part, after = rule.part(x, x0, level, seen, before)
-        return jnp.asarray(part, wide), jnp.asarray(after, wide)
+        given = self.guidance.rule, x, x0, level, self.seen, effective_number(self.refs), before
+        rule, *given = jax.lax.stop_gradient(given)
+        made = rule.part(*given)
+        if not (isinstance(made, tuple) and len(made) == 2):
+            raise TypeError(f"{type(rule).__name__}.part returned {shown(made)}; give (part, number for the next call)")
+        part, after = (jnp.asarray(number, wide) for number in made)
+        return part, after
 
     def after_step(
         self, key: Array, x: Array, state: GuidanceState, fraction: Any, t: Level, s: Level
@@ -286,6 +296,17 @@ class BoundGuidance:
         kernel, refs, memory, *z = jax.lax.stop_gradient((kernel, refs, memory, z, gathered, known))
         mmd2 = sides(*z, kernel=kernel, refs=refs).mmd2(numbers["refs_own"])
         return there, transform_state, norm, mmd2
+
+
+def weighs(guidance: MMDGuidance, kernel: Kernel, refs: Particles, avoid: Avoid | None) -> bool:
+    """See `BoundGuidance.weighs`."""
+    rule = guidance.rule
+    return rule.weighs and avoid is None and not kernel.uses_cond and rule.doubts(refs)
+
+
+def effective_number(refs: Particles) -> Any:
+    """(Σ w)²/Σ w² of the references' weights."""
+    return refs.n if refs.weight is None else reciprocal(jnp.sum(refs.probabilities() ** 2))
 
 
 def all_rows(shards: Shards, x: Array) -> int:

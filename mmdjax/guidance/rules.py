@@ -4,7 +4,7 @@ A rule returns P_i ∂MMD²/∂z_i / u_i; the shift is −scale times it. `preco
 `precondition=Mass()` is the same. The default, "shrunk", is in `mmdjax.guidance.shrunk`.
 
 Your own rule is a subclass of `Rule` with a `direction(sides, plan)`; the numbers in its fields may be swept and
-differentiated. `mmdjax.guidance.sides.Sides` lists what it can use.
+differentiated, where they are not of its `part`. `mmdjax.guidance.sides.Sides` lists what it can use.
 
 References:
   Gretton et al. 2012, eq. 3 and 5. Cheng 1995 (mean shift as majorise-minimise).
@@ -87,20 +87,22 @@ class Rule(Component):
         return True
 
     def part(
-        self, x: Float[Array, "n ..."], x0: Float[Array, "n ..."], level: Level, seen: Any, before: Any
+        self, x: Float[Array, "n ..."], x0: Float[Array, "n ..."], level: Level, seen: Any, count: Any, before: Any
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """How much of a network call's whole shift is made, from 0 to 1, and a number for the next call.
 
-        Only for placements that move x̂0; detached.
+        Only for placements that move x̂0 to clean references, where no samples are avoided and the kernel compares no
+        conditions. Detached: for gradients through sampling the part is a constant.
 
         Args:
           x, x0: the network's input and its estimate x̂0, of the whole batch.
           level: of the input.
           seen: the result of `from_refs`.
+          count: the effective number of all references, (Σ w)²/Σ w² of their weights.
           before: the number of the call before; 0 at the first, and at each call of what keeps no state
             (`guide_denoiser`, adaptive solvers).
         """
-        raise NotImplementedError(f"{type(self).__name__} has no part(x, x0, level, seen, before); write it")
+        raise NotImplementedError(f"{type(self).__name__} has no part(x, x0, level, seen, count, before); write it")
 
     def direction(self, sides: Sides, plan: Any) -> Float[Array, "n ..."]:
         """P_i ∂MMD²/∂z_i / u_i at each inner step, shaped like `sides.rows.x` [n, ...]; the shift is −scale times it.

@@ -16,15 +16,15 @@ sample. How much of the distance chance explains is
     C = E/MMD²,      E = MMD²(biased) − MMD²(unbiased) of the references' own term,
 
 E the expected squared distance, in K, between m references and what they were drawn from. James and Stein's estimate,
-positive part, leaves the share C of the distance. With c the least C of all calls so far, c√c of it is left here: less,
-so that a clear difference is followed nearly whole. A batch that was guided before is nearer to the references than it
-would be, at √(c/C) of the distance. So of a call's whole shift this part is made:
+positive part, moves a batch until the share C of the distance is left. Here, with c the least C of all calls so far, it
+is c√c, which is less, so that a clear difference is followed nearly whole. A batch that was guided before has only
+√(c/C) of the distance left. So of a call's whole shift this part is made:
 
     part = max(0, 1 − c√c/√(c/C)) = max(0, 1 − c√C).
 
 The more references, the less harm their error does. E counts in full up to half of `enough` references, less and less
-from there, and not at all from `enough` on. A small batch has an error of its own in MMD², larger than E: it follows
-the references.
+from there, and not at all from `enough` on. A batch of few samples has an error of its own in MMD², which counts as
+a difference: with fewer than about three samples for each reference most of each shift is made.
 
 References:
   James & Stein 1961 (shrinkage, the positive part). Muandet et al. 2016 (shrinkage of kernel mean embeddings).
@@ -74,26 +74,31 @@ class Shrunk(Field):
         return refs.n < self.enough or refs.weight is not None
 
     def from_refs(self, refs, distances):
-        """That of "field", the references themselves, and their noise, the same in all calls."""
-        refs = fill_empty(refs)
+        """That of "field"; and unless there are enough the references themselves, and noise, the same in all calls."""
+        spread, refs = super().from_refs(refs, distances), fill_empty(refs)
+        if not self.doubts(refs):
+            return spread, None, None
         y = flat(refs.x)
-        noise = jax.random.normal(jax.random.key(0), y.shape, y.dtype)
-        return super().from_refs(refs, distances), Particles(y, weight=refs.weight), noise
+        return spread, Particles(y, weight=refs.weight), jax.random.normal(jax.random.key(0), y.shape, y.dtype)
 
     def prepare(self, sides, level, seen):
         """That of "field"."""
         return super().prepare(sides, level, None if seen is None else seen[0])
 
-    def part(self, x, x0, level, seen, before):
+    def part(self, x, x0, level, seen, count, before):
         """The part, and 1 − c."""
         _, refs, noise = seen
+        if refs is None:  # there are enough
+            return jnp.ones_like(before), before
         p = refs.probabilities()
         distance, error = compared(flat(x), flat(x0), refs.x, p, noise, level)
-        counts = jnp.clip(2 - 2 * reciprocal(jnp.sum(p**2)) / max(self.enough, 1), 0.0, 1.0)
-        chance = self.evidence * counts * error * reciprocal(distance)
+        looked_at = reciprocal(jnp.sum(p**2))  # of large samples not all are
+        distance, error = distance - error * (1 - looked_at / count), error * looked_at / count
+        error *= self.evidence * jnp.clip(2 - 2 * count / max(self.enough, 1), 0.0, 1.0)
+        chance = error * reciprocal(distance)
         shown = jnp.maximum(before, 1 - jnp.minimum(chance, 1.0))
         part = jnp.maximum(1 - (1 - shown) * safe_sqrt(chance), 0.0)
-        alone = jnp.sum(p**2) > 0.99  # of one reference nothing says how far it is from others
+        alone = looked_at < 1.01  # of one reference nothing says how far it is from others
         return jnp.where(alone, 1.0, part), jnp.where(alone, before, shown)
 
 

@@ -73,8 +73,9 @@ def guide_denoiser(
     """A denoiser whose x̂0 is moved towards the references: "denoised" guidance for your own loop or solver.
 
     It keeps no state: the transform's state starts anew at each call. With fewer than 100 references "shrunk", the
-    default, judges each call by itself, and stops where what is left may be chance; `guided_sample` and `guide_sampler`
-    remember how far the model was, and go on. The window is compared with 1 − t.
+    default, judges each call by itself, and moves nothing once the rest of the distance may be chance; `guided_sample`
+    and `guide_sampler` remember how far the model was, and go on. It compares x too: give the network's input x_t, or
+    take precondition="field". The window is compared with 1 − t.
 
     Args:
       denoiser: (params, x, level, cond) -> x0_hat. The level's fields are scalars, or [n, ...] with equal numbers.
@@ -174,7 +175,7 @@ class GuidedSampler:
             Advisor().alone(x.shape[0], JOIN, REMEMBER)
         bound = self.bound
         if bound.refs is not None and bound.kernel is not None and not is_traced((x, bound)):
-            Advisor().number(bound.guidance, bound.kernel, bound.refs, x.shape[0], bound.memory)
+            Advisor().number(bound.guidance, bound.kernel, bound.refs, x.shape[0], bound.memory, bound.avoid)
         return self.start(x)
 
     def start(self, x):

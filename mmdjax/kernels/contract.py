@@ -37,7 +37,8 @@ class Kernel(Component):
     A kernel of the distance is a subclass of `mmdjax.kernels.Scaled` (with a bandwidth) or `Radial` and writes only its
     value; all that the guidance asks follows from it. For any other kernel write `gram`; the rest has defaults, and
     MMD² and the guidance with precondition="none" work. With `length2`, precondition="length" works too. With
-    `has_mass`, a `gradient` that returns the mass, `pair_weights`, `distance2` and `reach`, "mass" and "field" do.
+    `has_mass`, a `gradient` that returns the mass, `pair_weights`, `distance2` and `reach`, "mass", "field" and
+    "shrunk" do.
 
     A subclass becomes a frozen dataclass and a pytree by itself (see `mmdjax.tree.complete`). Annotate its fields:
     numbers as `Any`, choices as `int`, `bool` or `str`. Or assign them in an `__init__`.
@@ -64,7 +65,7 @@ class Kernel(Component):
 
     @property
     def has_mass(self) -> bool:
-        """Whether precondition="mass" and "field" work: the kernel is a function of the samples' distance."""
+        """Whether "mass", "field" and "shrunk" work: the kernel is a function of the samples' distance."""
         return False
 
     @property
