@@ -245,7 +245,7 @@ def sample_with(
     if advisor is not None and is_concrete(notes):
         if kernel is not None:
             advisor.reach(guidance, kernel, notes["moved"])
-        if "part" in notes:
+        if refs is not None and "part" in notes:
             advisor.part(guidance, refs, notes["part"])
         for name, points in (("refs", refs), ("avoid", avoid and avoid.points)):
             if points is not None and "low" in notes and is_concrete(points):

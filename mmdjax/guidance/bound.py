@@ -98,7 +98,7 @@ class BoundGuidance:
         Not where samples are avoided, from which all moves, nor where the kernel compares conditions: the whole batch
         does not show how far samples are from the references of their condition.
         """
-        if self.refs is None:
+        if self.refs is None or self.kernel is None:
             return False
         return weighs(self.guidance, self.kernel, self.refs, self.avoid)
 
@@ -122,6 +122,7 @@ class BoundGuidance:
         return self._guide(x0, state, fraction, level, compared, self.avoid, None)
 
     def _part(self, x, x0, level, before):
+        assert self.refs is not None
         wide = wide_dtype(x0)
         self.layout.num_calls()  # raises outside of the caller's axes
         level = self.layout.same(level)
