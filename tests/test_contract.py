@@ -58,7 +58,7 @@ def test_what_is_ruled_out_raises(kernel, at, rule):
     if allowed(KERNELS[kernel], at, rule):
         assert guidance_of(kernel, at, rule, "u").at == PLACEMENTS[at]
     else:
-        with pytest.raises(ValueError, match=r"none; use precondition|has no length|for RBF only|compares x̂0"):
+        with pytest.raises(ValueError, match=r"none; use precondition|has no length|for RBF only|is for x̂0 moved"):
             guidance_of(kernel, at, rule, "u")
 
 
