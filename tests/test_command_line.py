@@ -189,12 +189,14 @@ def test_unconditional_without_references(tmp_path):
 
 
 @pytest.mark.slow
-def test_half_precision_takes_the_same_pack(model, refs, tmp_path):
+def test_half_precision_takes_the_same_pack(model, refs, tmp_path, capsys):
     pack = tmp_path / "refs.safetensors"
     assert run("encode", model, refs, "--out", pack) == 0
     how = ("-n", 2, "--steps", 2, "--cfg-scale", 1, "--no-compare", "--sampler", "dpm++2m", "--at", "sample")
     assert run("sample", model, "--refs", pack, "--out", tmp_path / "out", "--dtype", "bfloat16", *how) == 0
     assert np.isfinite(load_file(tmp_path / "out" / "samples.safetensors")["latents"]).all()
+    assert run("sample", model, "--refs", pack, "--out", tmp_path / "not", "--precondition", "shrunk", *how) == 2
+    assert "precondition='shrunk' is for x̂0 moved" in capsys.readouterr().err
 
 
 def test_convert_there_and_back(model, tmp_path):
@@ -441,6 +443,7 @@ WRONG = {
     "sample model --out o --avoid refs --avoid-strength -1": "--avoid-strength is -1; give at least 0",
     "sample model --out o --avoid refs --avoid-radius 0": "--avoid-radius is 0; give a length above 0",
     "sample model --out o --at clean": "--at without --refs; give --refs, or leave --at out",
+    "sample model --out o --precondition field": "--precondition without --refs; give --refs, or leave",
     "sample model --out o --lora a.safetensors": "--lora is 'a.safetensors'; give FILE=STRENGTH",
     "sample model --out o --lora a=strong": "--lora is 'strong'; give a number",
     "sample model --out o --lora a=unet:inf": "--lora is inf; give a finite number",
