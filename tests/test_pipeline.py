@@ -296,7 +296,7 @@ def prompt(*directions):
 
 
 def toy_sample(refs, cond, kernel):
-    guidance = {} if refs is None else {"guidance": MMDGuidance(kernel)}
+    guidance = {} if refs is None else {"guidance": MMDGuidance(kernel, precondition="field")}
     return guided_sample(
         None, jax.random.key(0), refs, model=TOY, num_samples=len(cond["pooled"]), cond=cond, num_steps=4,
         sampler=DDIM(eta=0.0), **guidance,
