@@ -129,8 +129,8 @@ def suggest_guidance(
     Without `candidates` three things are varied one after the other, each from the best so far: the bandwidth (× 1.5,
     2.25, .75), the placement ("denoised", "sample") and the scale (× .5). That is 7 candidates, each with a run of
     `num_steps` for each fold, and two compilations. With fewer than 10 references nothing is run, and the default is
-    returned. Trials are guided by fewer references than there are: with fewer than 150 "shrunk" moves them less than it
-    will move the samples.
+    returned. Where no precondition is named, trials have "field" in place of "shrunk", which would leave out more with
+    the references that a fold keeps than with all.
 
     Args:
       params, key, refs, model, cond, sampler: as in `guided_sample`; the default sampler is `DDPM()`, as DDIM(eta=1.0).
@@ -202,6 +202,8 @@ def suggest_guidance(
     fresh = p @ distances, _median(distances, p)
 
     def attempt(candidate, label):
+        whole = "field" if candidate.precondition is None and candidate.rule.weighs else candidate.precondition
+        guidance = replace(candidate, kernel=candidate.base_kernel, precondition=whole)  # no kernel compiles anew
         pull, distances, weights = np.zeros(refs.n), [], []
         for index, (fold, keep) in enumerate(zip(held, kept, strict=True)):
             x = sample_with(
@@ -212,7 +214,7 @@ def suggest_guidance(
                 model=model,
                 num_samples=num_samples,
                 cond=cond,
-                guidance=replace(candidate, kernel=candidate.base_kernel),  # None would be a compilation of its own
+                guidance=guidance,
                 sampler=sampler,
                 num_steps=num_steps,
             ).x

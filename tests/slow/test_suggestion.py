@@ -60,7 +60,7 @@ def on_the_ring(seed=0):
 def test_the_score_is_mmd2_to_the_references_held_out():
     """With folds of one size: the mean over folds of MMD²_u, but for the references' own term, which is that of all."""
     key, kernel = jax.random.key(5), RBF(1.5)
-    guidance = MMDGuidance(kernel=IMQ(NearestNeighbour(2.0)))
+    guidance = MMDGuidance(kernel=IMQ(NearestNeighbour(2.0)), precondition="field")
     score = suggest(KEPT, 5, candidates=[guidance], criterion=kernel, folds=2).scores[1]
 
     key_split, key_runs = jax.random.split(key)
