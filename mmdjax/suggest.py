@@ -203,7 +203,7 @@ def suggest_guidance(
 
     def attempt(candidate, label):
         whole = "field" if candidate.precondition is None and candidate.rule.weighs else candidate.precondition
-        guidance = replace(candidate, kernel=candidate.base_kernel, precondition=whole)  # no kernel compiles anew
+        trial = replace(candidate, kernel=candidate.base_kernel, precondition=whole)  # a kernel of None compiles anew
         pull, distances, weights = np.zeros(refs.n), [], []
         for index, (fold, keep) in enumerate(zip(held, kept, strict=True)):
             x = sample_with(
@@ -214,7 +214,7 @@ def suggest_guidance(
                 model=model,
                 num_samples=num_samples,
                 cond=cond,
-                guidance=guidance,
+                guidance=trial,
                 sampler=sampler,
                 num_steps=num_steps,
             ).x

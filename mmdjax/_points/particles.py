@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PyTree
 
-from mmdjax._core.numerics import readable
+from mmdjax._core.numerics import readable, reciprocal
 from mmdjax._points.streaming import HostReferences
 from mmdjax.tree import is_concrete, is_traced, pytree, replace
 
@@ -172,6 +172,11 @@ def widen(points: Particles) -> Particles:
         return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32)) if floating else x
 
     return jax.tree.map(cast, fill_empty(points))
+
+
+def effective_number(points: Particles) -> Any:
+    """(Σ w)²/Σ w² of the weights: how many points of equal weight they count as."""
+    return points.n if points.weight is None else reciprocal(jnp.sum(points.probabilities() ** 2))
 
 
 def fill_empty(points: Particles) -> Particles:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmdjax._points.distances import subset_of
-from mmdjax._points.particles import Particles, flat, num_present, whole
+from mmdjax._points.particles import Particles, effective_number, flat, num_present, whole
 from mmdjax.guidance import MMDGuidance
 from mmdjax.guidance.bound import weighs
 from mmdjax.guidance.placements import Placement
@@ -112,7 +112,7 @@ class Advisor:
     def part(self, guidance: MMDGuidance, refs: Particles, part: Any) -> None:
         """How much of the shifts was made."""
         if is_concrete(refs.weight):
-            self.say(of_part, of_part(guidance, _effective(refs), np.asarray(part)))
+            self.say(of_part, of_part(guidance, round(float(effective_number(refs))), np.asarray(part)))
 
     def range(self, name: str, points: Particles, low: Any, high: Any) -> None:
         """What x̂0 has shown beside references, or samples to avoid, of that name."""
@@ -163,7 +163,7 @@ def of_number(
     """Few references for the samples that are guided together, of which so many are made at once."""
     if not is_concrete(refs.weight):
         return None
-    count = _effective(refs)
+    count = round(float(effective_number(refs)))
     enough = TIMES * count  # samples
     careful = isinstance(guidance.rule, Shrunk) and weighs(guidance, kernel, refs, avoid) and at_once >= enough
     if count >= (FEWEST if careful else FEW) or together < enough:
@@ -175,14 +175,6 @@ def of_number(
     larger = "" if at_once >= enough else f" and {enough} samples at once"
     shrunk = f', or precondition="shrunk" with at="denoised"{larger}' if can else ""
     return f"{said}these gather around so few, and take on their accidents; give {FEW} or more{shrunk}"
-
-
-def _effective(refs: Particles) -> int:
-    """The references that count: (Σ w)²/Σ w² of their weights."""
-    if refs.weight is None:
-        return refs.n
-    weight = np.asarray(refs.weight, np.float64)
-    return round(weight.sum() ** 2 / (weight**2).sum())
 
 
 def of_conditions(kernel: Kernel, refs: Particles, cond: Any) -> str | None:

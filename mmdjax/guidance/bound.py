@@ -14,7 +14,7 @@ from mmdjax._core.numerics import product, reciprocal
 from mmdjax._points.blocks import PLAIN, row_size
 from mmdjax._points.distances import SUBSET, subset_of
 from mmdjax._points.mesh import HERE, Axes, Layout, Shards
-from mmdjax._points.particles import Particles, fill_empty, flat, on_device, wide_dtype, widen
+from mmdjax._points.particles import Particles, effective_number, fill_empty, flat, on_device, wide_dtype, widen
 from mmdjax._points.streaming import HostReferences
 from mmdjax.guidance import MMDGuidance
 from mmdjax.guidance.avoid import Avoid, Negatives, weight_at_reach, widened
@@ -303,11 +303,6 @@ def weighs(guidance: MMDGuidance, kernel: Kernel, refs: Particles, avoid: Avoid 
     """See `BoundGuidance.weighs`."""
     rule = guidance.rule
     return rule.weighs and avoid is None and not kernel.uses_cond and rule.doubts(refs)
-
-
-def effective_number(refs: Particles) -> Any:
-    """(Σ w)²/Σ w² of the references' weights."""
-    return refs.n if refs.weight is None else reciprocal(jnp.sum(refs.probabilities() ** 2))
 
 
 def all_rows(shards: Shards, x: Array) -> int:

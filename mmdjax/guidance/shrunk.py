@@ -38,7 +38,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from mmdjax._core.numerics import product, reciprocal, safe_sqrt
-from mmdjax._points.particles import Particles, fill_empty, flat
+from mmdjax._points.particles import Particles, effective_number, fill_empty, flat
 from mmdjax.guidance.field import Field
 from mmdjax.kernels import IMQ, Polynomial, Product
 from mmdjax.mmd import cross_term, self_term
@@ -92,7 +92,7 @@ class Shrunk(Field):
             return jnp.ones_like(before), before
         p = refs.probabilities()
         distance, error = compared(flat(x), flat(x0), refs.x, p, noise, level)
-        looked_at = reciprocal(jnp.sum(p**2))  # of large samples not all are
+        looked_at = effective_number(refs)  # of large samples not all are
         distance, error = distance - error * (1 - looked_at / count), error * looked_at / count
         error *= self.evidence * jnp.clip(2 - 2 * count / max(self.enough, 1), 0.0, 1.0)
         chance = error * reciprocal(distance)
